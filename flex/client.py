@@ -1,0 +1,209 @@
+"""One client's turn: (shared state, personal file, config) -> (update, metrics).
+
+The model is built once per job. A turn copies the shared values and this client's personal values into it, trains a
+few steps on the response tokens, writes the personal file, and hands back the shared values alone.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flex import graft as grafting
+from flex.config import METHODS, RunConfig
+from flex.data import ClientData, Encoder, Example, training_batches
+from flex.errors import FlexError
+from flex.evaluate import response_logits, score
+from flex.model import Base, wrap
+from flex.state import Partition, PersonalStore, load_into, load_moments, optimizer_moments, partition, snapshot
+
+Arrays = dict[str, np.ndarray]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that depends on all of `parts` and on nothing else."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+def rate(first: float, config: RunConfig, round_index: int) -> float:
+    """The learning rate of a round (1-based): cosine from `first` to the same share of the final rate, or constant."""
+    if config.train.schedule == "constant":
+        return first
+    last = first * config.train.final_learning_rate / config.train.learning_rate
+    progress = (round_index - 1) / config.train.rounds
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ClientRuntime:
+    """All clients of one job on one model; each call works on one of them.
+
+    Args:
+        folder: of the job; personal files go to `folder/clients/<client_id>/`.
+        on_event: takes what is worth keeping (see `events.py`).
+        on_step: called after each training step, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        encoder: Encoder,
+        clients: list[ClientData],
+        general: list[Example],
+        config: RunConfig,
+        method: str,
+        seed: int,
+        folder: Path,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        on_step: Callable[[], None] = lambda: None,
+    ):
+        self.base, self.encoder, self.config, self.seed = base, encoder, config, seed
+        self.clients = {client.client_id: client for client in clients}
+        self.general, self.on_event, self.on_step = general, on_event, on_step
+        self.method = METHODS[method]
+        wrap(base, self.method, config.lora, config.graft, seed)
+        self.parts: Partition = partition(base.model)
+        self.start = snapshot(self.parts.personal)  # what a client that never trained owns
+        self.stores = {
+            name: PersonalStore(
+                folder / "clients" / name,
+                {"base": base.fingerprint, "method": method, "seed": seed, "client": name},
+            )
+            for name in self.clients
+        }
+
+    def shared_arrays(self) -> Arrays:
+        """The shared values that stand in the model, by name."""
+        return {name: tensor.numpy() for name, tensor in snapshot(self.parts.shared).items()}
+
+    def train(self, client_id: str, round_index: int, shared: Arrays, proximal_mu: float = 0.0) -> tuple[Arrays, dict]:
+        """Local steps from the shared state of the round's start.
+
+        Returns:
+            the shared values after the steps, and the numbers of the turn (`num_examples`, `loss`, `opening`, ...).
+        """
+        started = time.perf_counter()
+        client = self.clients[client_id]
+        moments = self._attach(client_id, round_index - 1, shared)
+        optimizer = self._optimizer(round_index)
+        load_moments(optimizer, self.parts.personal, moments)
+        loss, openings = self._steps(client, round_index, optimizer, proximal_mu)
+        self.stores[client_id].save(
+            round_index, snapshot(self.parts.personal), optimizer_moments(optimizer, self.parts.personal)
+        )
+        metrics = {
+            "num_examples": len(client.train),
+            "loss": loss,
+            "opening": openings,
+            "seconds": time.perf_counter() - started,
+        }
+        return self.shared_arrays(), metrics
+
+    def evaluate(self, client_id: str, round_index: int, shared: Arrays | None, when: str) -> dict[str, dict]:
+        """Scores on the client's test part and on the general set, each also sent to `on_event`.
+
+        Args:
+            shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
+        """
+        if shared is not None:
+            self._attach(client_id, round_index, shared)
+        scores = {}
+        for split, examples in (("test", self.clients[client_id].test), ("general", self.general)):
+            if examples:
+                settings = self.config.evaluate
+                scores[split] = score(self.base.model, self.encoder, examples, settings)
+                self.on_event(
+                    {
+                        "event": "evaluate",
+                        "round": round_index,
+                        "client_id": client_id,
+                        "when": when,
+                        "split": split,
+                        **scores[split],
+                    }
+                )
+        return scores
+
+    def _attach(self, client_id: str, round_index: int, shared: Arrays) -> dict[str, Tensor]:
+        """Shared and personal values into the model; returns the moments of the personal optimizer."""
+        load_into(self.parts.shared, {k: torch.from_numpy(v) for k, v in shared.items()}, "the shared state")
+        if not self.parts.personal:
+            return {}
+        saved = self.stores[client_id].load(round_index)
+        if saved is None:
+            saved = self._first_personal(client_id), {}
+            self.stores[client_id].save(0, *saved)
+        values, moments = saved
+        load_into(self.parts.personal, values, f"the personal file of client {client_id!r}")
+        return moments
+
+    def _first_personal(self, client_id: str) -> dict[str, Tensor]:
+        """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
+        load_into(self.parts.personal, self.start, "the start")
+        if self.method.graft:
+            examples = self.clients[client_id].train[: self.config.graft.calibration_sequences]
+            sums = grafting.calibrate(self.base, self.encoder, examples, self.config.evaluate.batch_size)
+            seed = derived_seed("graft", self.seed, client_id)
+            choices = grafting.choose(self.base, sums, self.method.graft, str(seed))
+            grafting.build(self.base, choices, self.config.graft.logit_bias, seed)
+            for choice in choices:
+                self.on_event({"client_id": client_id, **choice.event()})
+        return snapshot(self.parts.personal)
+
+    def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
+        """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
+        train = self.config.train
+        grafts = {id(p) for layer in self.base.layers.values() for p in _graft_parameters(layer)}
+        trained = self.parts.trained().values()
+        groups = [
+            ([p for p in trained if id(p) not in grafts], train.learning_rate),
+            ([p for p in trained if id(p) in grafts], train.graft_learning_rate),
+        ]
+        return torch.optim.AdamW(
+            [{"params": ps, "lr": rate(lr, self.config, round_index)} for ps, lr in groups if ps],
+            weight_decay=train.weight_decay,
+        )
+
+    def _steps(
+        self, client: ClientData, round_index: int, optimizer: torch.optim.Optimizer, proximal_mu: float
+    ) -> tuple[float, list[float] | None]:
+        train = self.config.train
+        model, trained = self.base.model, list(self.parts.trained().values())
+        anchors = [(p, p.detach().clone()) for p in self.parts.shared.values()] if proximal_mu else []
+        # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
+        seed = derived_seed(self.seed, round_index, client.client_id)
+        torch.manual_seed(seed)
+        model.train()
+        losses, openings = [], []
+        for examples in training_batches(client.train, train.batch_size, train.steps, f"batches {seed}"):
+            logits, targets, _ = response_logits(model, self.encoder.batch(examples, self.base.device))
+            loss = F.cross_entropy(logits.float(), targets)
+            if not torch.isfinite(loss):
+                raise FlexError(
+                    f"the loss of client {client.client_id!r} is {float(loss)} in round {round_index}; "
+                    "wanted a finite number (a lower learning rate may help)"
+                )
+            for parameter, anchor in anchors:
+                loss = loss + 0.5 * proximal_mu * ((parameter - anchor) ** 2).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+            if self.method.graft:
+                openings.append(torch.stack([layer.graft.last_opening for layer in self.base.layers.values()]))
+            self.on_step()
+        optimizer.zero_grad(set_to_none=True)
+        mean_openings = torch.stack(openings).mean(0).tolist() if openings else None
+        return float(torch.stack(losses).mean()), mean_openings
+
+
+def _graft_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    graft = getattr(layer, "graft", None)
+    return [] if graft is None else list(graft.parameters())

@@ -1,0 +1,5 @@
+"""The one exception a user is meant to read: a sentence that names what came and what is wanted."""
+
+
+class FlexError(ValueError):
+    """Bad input. `flex` prints the sentence and ends with exit code 2; nothing has been half-written."""

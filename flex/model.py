@@ -1,0 +1,142 @@
+"""The model of one job: a pretrained base, LoRA on its attention (peft), one graft per MoE layer.
+
+The base is loaded once and lives for the whole run. A job wraps it in place and takes the wrapping off again, so the
+frozen weights are never copied, and never change.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
+
+import flex_kernels
+from flex.config import GraftSettings, LoraSettings, Method, ModelConfig
+from flex.errors import FlexError
+
+FINGERPRINT_SAMPLES = 256  # values of each tensor that go into the fingerprint
+
+
+@dataclass
+class Base:
+    """A loaded base model. `layers`: the experts modules by name, in layer order; `fingerprint` names these weights."""
+
+    model: nn.Module
+    tokenizer: Any
+    layers: dict[str, nn.Module]
+    fingerprint: str
+    adapter: peft.PeftModel | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_base(config: ModelConfig) -> Base:
+    """The base model and its tokenizer, everything frozen, experts on the `flex` implementation.
+
+    Raises:
+        FlexError: nothing can be loaded from `config.path`, or the model has no MoE layers.
+    """
+    if not config.path:
+        raise FlexError("model.path is empty; wanted a folder or a hub name of a Mixture-of-Experts model")
+    flex_kernels.register()
+    transformers_logging.disable_progress_bar()
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    dtype = getattr(torch, config.dtype, "auto")
+    if config.dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=dtype, experts_implementation=config.experts_implementation
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {reason}") from None
+    layers = flex_kernels.moe_layers(model)
+    if not layers:
+        raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
+    model.requires_grad_(False)
+    model.to(device).eval()
+    return Base(model, tokenizer, layers, fingerprint(model))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for these weights: a hash over names, shapes and evenly spaced values of every tensor.
+
+    It tells bases apart (a client's state belongs to one of them); it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, seed: int) -> None:
+    """Puts the method's LoRA and grafts on the base, in place; the LoRA's start is a function of `seed` alone."""
+    unwrap(base)
+    if method.lora:
+        _check_targets(base.model, lora.targets)
+        settings = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+        )
+        torch.manual_seed(seed)
+        base.adapter = peft.get_peft_model(base.model, settings)
+        for layer in base.model.modules():
+            if isinstance(layer, LoraLayer):
+                for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                    matrix.parameter_roles = {"weight": method.lora}
+    if method.graft:
+        # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
+        flex_kernels.attach_graft(
+            base.model, combine=graft.combine, logit_bias=graft.logit_bias, dtype=torch.float32
+        )
+
+
+def unwrap(base: Base) -> None:
+    """Takes LoRA and grafts off again; the base is as it was loaded."""
+    flex_kernels.detach_graft(base.model)
+    if base.adapter is not None:
+        base.adapter.unload()
+        base.adapter = None
+    base.model.requires_grad_(False)
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    linears = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    missing = [t for t in targets if t not in linears]
+    if missing:
+        raise FlexError(f"lora.targets names {missing}, which the model lacks; it has {', '.join(sorted(linears))}")
+
+
+@contextlib.contextmanager
+def pretrained_only(base: Base) -> Iterator[nn.Module]:
+    """The model as it was pretrained: LoRA and grafts are out of the way inside the block."""
+    grafts = {name: getattr(layer, "graft", None) for name, layer in base.layers.items()}
+    training = base.model.training
+    off = base.adapter.disable_adapter() if base.adapter is not None else contextlib.nullcontext()
+    try:
+        for name, graft in grafts.items():
+            if graft is not None:
+                base.layers[name].graft = None
+        base.model.eval()
+        with off:
+            yield base.model
+    finally:
+        for name, graft in grafts.items():
+            if graft is not None:
+                base.layers[name].graft = graft
+        base.model.train(training)

@@ -1,0 +1,169 @@
+"""Who owns which parameter, and the files it is kept in.
+
+A parameter is *shared* (the server averages it), *personal* (it never leaves its client) or *frozen* (nobody trains
+it). The layers declare it (`parameter_roles`); this is the one place that asks. Files are safetensors with a JSON
+header, written under a temporary name and then renamed, so a reader sees a whole file or none.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flex.errors import FlexError
+
+ROLES = ("shared", "personal", "frozen")
+KEPT_ROUNDS = 2  # of a client's personal files: the last, and the one before it for a run killed between two saves
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Every parameter of a model by name, in exactly one of the three."""
+
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    personal: dict[str, nn.Parameter] = field(default_factory=dict)
+    frozen: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {**self.shared, **self.personal}
+
+    def counts(self) -> dict[str, int]:
+        return {role: sum(p.numel() for p in getattr(self, role).values()) for role in ROLES}
+
+
+def partition(model: nn.Module) -> Partition:
+    """What each module declares about its own parameters; what nobody declares is frozen. Sets `requires_grad` to it."""
+    parts = Partition()
+    for name, parameter in model.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        role = getattr(model.get_submodule(owner), "parameter_roles", {}).get(own_name, "frozen")
+        if role not in ROLES:
+            raise FlexError(f"{name} is declared {role!r}; wanted one of {', '.join(ROLES)}")
+        getattr(parts, role)[name] = parameter
+        parameter.requires_grad_(role != "frozen")
+    return parts
+
+
+@torch.no_grad()
+def load_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], what: str) -> None:
+    """Copies `values` into `parameters`; both must name the same tensors of the same shapes."""
+    if parameters.keys() != values.keys():
+        odd = sorted(parameters.keys() ^ values.keys())
+        raise FlexError(f"{what} does not fit this model: {odd[0]} and {len(odd) - 1} more are in only one of the two")
+    for name, parameter in parameters.items():
+        if parameter.shape != values[name].shape:
+            raise FlexError(
+                f"{what} does not fit this model: {name} is {tuple(values[name].shape)}; "
+                f"wanted {tuple(parameter.shape)}"
+            )
+        parameter.copy_(values[name])
+
+
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A copy of the values, in fp32 on the CPU."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """A safetensors file with a JSON header; whole or not at all.
+
+    Raises:
+        FlexError: the disk is full, or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"flex": json.dumps(dict(header))})
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise FlexError(f"cannot write {path}: {error}") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of a file that `save_tensors` wrote.
+
+    Raises:
+        FlexError: the file is missing, cut short, or not ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("flex", "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no mapping
+    except FileNotFoundError:
+        raise FlexError(f"no state file at {path}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise FlexError(f"{path} is damaged or no safetensors file: {error}") from None
+    if header is None:
+        raise FlexError(f"{path} has no FLEx header; wanted a file that a FLEx run wrote")
+    return tensors, header
+
+
+def round_file(folder: Path, round_index: int) -> Path:
+    return folder / f"round-{round_index:04d}.safetensors"
+
+
+def rounds_in(folder: Path) -> list[int]:
+    """The rounds a folder holds a file of, ascending."""
+    return sorted(int(p.stem.partition("-")[2]) for p in folder.glob("round-*.safetensors"))
+
+
+@dataclass(frozen=True)
+class PersonalStore:
+    """One client's personal state on disk: parameters and their optimizer's moments, a file a round, the last two kept."""
+
+    folder: Path
+    header: dict[str, Any]  # what must agree: base, method, seed, client
+
+    def load(self, at_most: int) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """(parameters, optimizer moments) of the newest round that is not after `at_most`; None where there is none."""
+        rounds = [r for r in rounds_in(self.folder) if r <= at_most]
+        if not rounds:
+            return None
+        path = round_file(self.folder, rounds[-1])
+        tensors, header = load_tensors(path)
+        for key, wanted in self.header.items():
+            if header.get(key) != wanted:
+                raise FlexError(f"{path} belongs to {key} {header.get(key)!r}; this run has {key} {wanted!r}")
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "optimizer": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            parts[kind][name] = tensor
+        return parts["parameter"], parts["optimizer"]
+
+    def save(self, round_index: int, parameters: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        tensors = {f"parameter:{k}": v for k, v in parameters.items()}
+        tensors |= {f"optimizer:{k}": v for k, v in optimizer.items()}
+        save_tensors(round_file(self.folder, round_index), tensors, {**self.header, "round": round_index})
+        for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
+            round_file(self.folder, old).unlink(missing_ok=True)
+
+
+def optimizer_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state of these parameters as named tensors (`<moment>/<parameter>`)."""
+    return {
+        f"{key}/{name}": torch.as_tensor(value).detach().cpu().clone()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+) -> None:
+    """The exact inverse of `optimizer_moments`. `step` stays on the CPU, where AdamW keeps it."""
+    for key, value in moments.items():
+        moment, _, name = key.partition("/")
+        device = "cpu" if moment == "step" else parameters[name].device
+        optimizer.state[parameters[name]][moment] = value.to(device, copy=True)
