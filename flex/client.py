@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +21,18 @@ from flex.data import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluate import response_logits, score
 from flex.model import Base, wrap
-from flex.state import Partition, PersonalStore, load_into, load_moments, optimizer_moments, partition, snapshot
-
-Arrays = dict[str, np.ndarray]
+from flex.scaffold import control_update, split_control
+from flex.state import (
+    Partition,
+    PersonalState,
+    PersonalStore,
+    load_into,
+    load_moments,
+    optimizer_moments,
+    partition,
+    snapshot,
+)
+from flex.wire import Arrays
 
 
 def derived_seed(*parts: object) -> int:
@@ -66,6 +74,7 @@ class ClientRuntime:
         self.base, self.encoder, self.config, self.seed = base, encoder, config, seed
         self.clients = {client.client_id: client for client in clients}
         self.general, self.on_event, self.on_step = general, on_event, on_step
+        self.current = ""  # the client at work
         self.method = METHODS[method]
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
@@ -90,20 +99,30 @@ class ClientRuntime:
         """
         started = time.perf_counter()
         client = self.clients[client_id]
-        moments = self._attach(client_id, round_index - 1, shared)
+        shared, control = split_control(shared)
+        own = self.attach(client_id, round_index - 1, shared)
         optimizer = self._optimizer(round_index)
-        load_moments(optimizer, self.parts.personal, moments)
-        loss, openings = self._steps(client, round_index, optimizer, proximal_mu)
-        self.stores[client_id].save(
-            round_index, snapshot(self.parts.personal), optimizer_moments(optimizer, self.parts.personal)
-        )
+        load_moments(optimizer, self.parts.personal, own.moments)
+        drift = {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()}
+        loss, openings = self._steps(client, round_index, optimizer, proximal_mu, drift)
+        update = self.shared_arrays()
+        if control:
+            c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
+            step = rate(self.config.train.learning_rate, self.config, round_index)
+            c_own, change = control_update(shared, update, control, c_own, self.config.train.steps, step)
+            own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
+            update |= change
+        if self.parts.personal or control:
+            own.parameters = snapshot(self.parts.personal)
+            own.moments = optimizer_moments(optimizer, self.parts.personal)
+            self.stores[client_id].save(round_index, own)
         metrics = {
             "num_examples": len(client.train),
             "loss": loss,
             "opening": openings,
             "seconds": time.perf_counter() - started,
         }
-        return self.shared_arrays(), metrics
+        return update, metrics
 
     def evaluate(self, client_id: str, round_index: int, shared: Arrays | None, when: str) -> dict[str, dict]:
         """Scores on the client's test part and on the general set, each also sent to `on_event`.
@@ -112,7 +131,7 @@ class ClientRuntime:
             shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
         """
         if shared is not None:
-            self._attach(client_id, round_index, shared)
+            self.attach(client_id, round_index, shared)
         scores = {}
         for split, examples in (("test", self.clients[client_id].test), ("general", self.general)):
             if examples:
@@ -130,20 +149,20 @@ class ClientRuntime:
                 )
         return scores
 
-    def _attach(self, client_id: str, round_index: int, shared: Arrays) -> dict[str, Tensor]:
-        """Shared and personal values into the model; returns the moments of the personal optimizer."""
+    def attach(self, client_id: str, round_index: int, shared: Arrays) -> PersonalState:
+        """Shared and personal values, as after `round_index`, into the model; returns what the client owns."""
+        self.current = client_id
         load_into(self.parts.shared, {k: torch.from_numpy(v) for k, v in shared.items()}, "the shared state")
-        if not self.parts.personal:
-            return {}
-        saved = self.stores[client_id].load(round_index)
-        if saved is None:
-            saved = self._first_personal(client_id), {}
-            self.stores[client_id].save(0, *saved)
-        values, moments = saved
-        load_into(self.parts.personal, values, f"the personal file of client {client_id!r}")
-        return moments
+        store = self.stores[client_id]
+        own = store.load(round_index)
+        if own is None:
+            own = PersonalState(self._first_personal(client_id, round_index))
+            if own.parameters:
+                store.save(round_index, own)
+        load_into(self.parts.personal, own.parameters, f"the personal file of client {client_id!r}")
+        return own
 
-    def _first_personal(self, client_id: str) -> dict[str, Tensor]:
+    def _first_personal(self, client_id: str, round_index: int) -> dict[str, Tensor]:
         """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
         load_into(self.parts.personal, self.start, "the start")
         if self.method.graft:
@@ -153,7 +172,7 @@ class ClientRuntime:
             choices = grafting.choose(self.base, sums, self.method.graft, str(seed))
             grafting.build(self.base, choices, self.config.graft.logit_bias, seed)
             for choice in choices:
-                self.on_event({"client_id": client_id, **choice.event()})
+                self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
         return snapshot(self.parts.personal)
 
     def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
@@ -171,7 +190,12 @@ class ClientRuntime:
         )
 
     def _steps(
-        self, client: ClientData, round_index: int, optimizer: torch.optim.Optimizer, proximal_mu: float
+        self,
+        client: ClientData,
+        round_index: int,
+        optimizer: torch.optim.Optimizer,
+        proximal_mu: float,
+        drift: dict[str, Tensor],
     ) -> tuple[float, list[float] | None]:
         train = self.config.train
         model, trained = self.base.model, list(self.parts.trained().values())
@@ -193,6 +217,8 @@ class ClientRuntime:
                 loss = loss + 0.5 * proximal_mu * ((parameter - anchor) ** 2).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            for name, correction in drift.items():  # SCAFFOLD: c - c_k
+                self.parts.shared[name].grad += correction.to(self.base.device)
             nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             optimizer.step()
             losses.append(loss.detach())

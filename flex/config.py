@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ STRATEGIES = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi
 
 @dataclass(frozen=True)
 class Method:
-    """Who owns what in one line of the comparison. `lora`: shared, personal or none; `graft`: how it is built, or none."""
+    """One line of the comparison. `lora`: shared, personal or none; `graft`: how it is built, or none."""
 
     title: str
     lora: str | None
@@ -79,6 +80,11 @@ class DataConfig:
         require(self.max_length >= 16, f"data.max_length is {self.max_length}; wanted at least 16 tokens")
         for name in ("max_train", "max_test"):
             require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; wanted 0 (all) or more")
+
+    def for_seed(self, seed: int) -> "DataConfig":
+        """The files of one seed: `{seed}` in a path stands for its number (data that is itself drawn from a seed)."""
+        files = {name: getattr(self, name).replace("{seed}", str(seed)) for name in ("train", "test", "general")}
+        return dataclasses.replace(self, **files)
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     return key.strip().split("."), value
 
 
-def read_config(path: Path | None, overrides: list[str] = ()) -> RunConfig:
+def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """A run from a TOML file and `section.key=value` overrides (the overrides win).
 
     Raises:
@@ -237,15 +243,24 @@ def read_config(path: Path | None, overrides: list[str] = ()) -> RunConfig:
             table = tomllib.loads(path.read_text())
         except FileNotFoundError:
             raise FlexError(f"no configuration at {path}; wanted a TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FlexError(f"{path} is not a TOML file: {error}") from None
+    return _override(table, overrides)
+
+
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with `section.key=value` overrides."""
+    return _override(dataclasses.asdict(config), overrides)
+
+
+def _override(table: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for text in overrides:
-        *sections, key = (parts := _parse_override(text))[0]
+        (*sections, key), value = _parse_override(text)
         node = table
         for section in sections:
             node = node.setdefault(section, {})
             require(isinstance(node, dict), f"--set {text}: {section} is a value, not a section")
-        node[key] = parts[1]
+        node[key] = value
     return _build(RunConfig, table, "")
 
 

@@ -195,7 +195,9 @@ def load_clients(config: DataConfig, encoder: Encoder) -> list[ClientData]:
 
 def load_general(config: DataConfig, encoder: Encoder) -> list[Example]:
     """The held-out set that belongs to nobody; empty where none is named."""
-    return [encoder.example(r) for r in read_records(config.general)] if config.general else []
+    if not config.general:
+        return []
+    return [encoder.example(r, str(r.get(config.group_by, ""))) for r in read_records(config.general)]
 
 
 def training_batches(examples: list[Example], batch_size: int, steps: int, seed: str) -> Iterator[list[Example]]:

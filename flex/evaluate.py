@@ -31,7 +31,9 @@ def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings) -> dict[str, Any]:
+def score(
+    model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings
+) -> dict[str, Any]:
     """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` (or None), and the first three by group."""
     device = next(model.parameters()).device
     model.eval()
@@ -68,9 +70,7 @@ def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], set
     for indices in by_length(examples, settings.batch_size):
         chosen = [examples[i] for i in indices]
         texts = generate(model, encoder, [e.input_ids[: e.prompt_length] for e in chosen], settings.max_new_tokens)
-        total += sum(
-            scorer.score(e.response, text)["rougeL"].fmeasure for e, text in zip(chosen, texts, strict=True)
-        )
+        total += sum(scorer.score(e.response, text)["rougeL"].fmeasure for e, text in zip(chosen, texts, strict=True))
     return total / len(examples)
 
 

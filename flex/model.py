@@ -101,9 +101,7 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
                     matrix.parameter_roles = {"weight": method.lora}
     if method.graft:
         # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
-        flex_kernels.attach_graft(
-            base.model, combine=graft.combine, logit_bias=graft.logit_bias, dtype=torch.float32
-        )
+        flex_kernels.attach_graft(base.model, combine=graft.combine, logit_bias=graft.logit_bias, dtype=torch.float32)
 
 
 def unwrap(base: Base) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Partition:
 
 
 def partition(model: nn.Module) -> Partition:
-    """What each module declares about its own parameters; what nobody declares is frozen. Sets `requires_grad` to it."""
+    """What each module declares of its own parameters; what nobody declares is frozen. Sets `requires_grad` to it."""
     parts = Partition()
     for name, parameter in model.named_parameters():
         owner, _, own_name = name.rpartition(".")
@@ -100,7 +100,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("flex", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise FlexError(f"no state file at {path}") from None
     except (OSError, SafetensorError, ValueError) as error:
@@ -119,35 +119,53 @@ def rounds_in(folder: Path) -> list[int]:
     return sorted(int(p.stem.partition("-")[2]) for p in folder.glob("round-*.safetensors"))
 
 
+@dataclass
+class PersonalState:
+    """What one client owns, by name: `parameters`, their optimizer's `moments`, SCAFFOLD's `control` variates."""
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class PersonalStore:
-    """One client's personal state on disk: parameters and their optimizer's moments, a file a round, the last two kept."""
+    """One client's personal state on disk, a file a round, the last two kept."""
 
     folder: Path
     header: dict[str, Any]  # what must agree: base, method, seed, client
 
-    def load(self, at_most: int) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """(parameters, optimizer moments) of the newest round that is not after `at_most`; None where there is none."""
+    def load(self, at_most: int) -> PersonalState | None:
+        """The newest state that is not after round `at_most`; None where there is none."""
         rounds = [r for r in rounds_in(self.folder) if r <= at_most]
         if not rounds:
             return None
         path = round_file(self.folder, rounds[-1])
         tensors, header = load_tensors(path)
-        for key, wanted in self.header.items():
-            if header.get(key) != wanted:
-                raise FlexError(f"{path} belongs to {key} {header.get(key)!r}; this run has {key} {wanted!r}")
-        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "optimizer": {}}
+        check_header(path, header, self.header)
+        state = PersonalState()
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
-            parts[kind][name] = tensor
-        return parts["parameter"], parts["optimizer"]
+            getattr(state, kind)[name] = tensor
+        return state
 
-    def save(self, round_index: int, parameters: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        tensors = {f"parameter:{k}": v for k, v in parameters.items()}
-        tensors |= {f"optimizer:{k}": v for k, v in optimizer.items()}
+    def save(self, round_index: int, state: PersonalState) -> None:
+        tensors = {f"{f.name}:{name}": tensor for f in fields(state) for name, tensor in getattr(state, f.name).items()}
         save_tensors(round_file(self.folder, round_index), tensors, {**self.header, "round": round_index})
         for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
             round_file(self.folder, old).unlink(missing_ok=True)
+
+    def forget(self, after: int) -> None:
+        """Drops the files of rounds after `after`: a run that is resumed does those rounds again."""
+        for later in [r for r in rounds_in(self.folder) if r > after]:
+            round_file(self.folder, later).unlink(missing_ok=True)
+
+
+def check_header(path: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises FlexError where a file belongs to another base, method, seed or client."""
+    for key, value in wanted.items():
+        if header.get(key) != value:
+            raise FlexError(f"{path} belongs to {key} {header.get(key)!r}; this run has {key} {value!r}")
 
 
 def optimizer_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""What the commands of `cli.py` do. Each takes plain values, prints to the terminal, and returns the exit code."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flex import graft as grafting
+from flex.client import ClientRuntime
+from flex.config import METHODS, RunConfig, override, read_config
+from flex.demo import demo_config, describe_clients, write_demo_data
+from flex.errors import FlexError
+from flex.evaluate import generate as greedy
+from flex.events import read_events
+from flex.job import Setting, latest_shared
+from flex.model import wrap
+from flex.report import findings, summarise, terminal_table, write_report
+from flex.run import prepare, run
+
+console = Console()
+
+
+def demo(folder: Path, overrides: list[str]) -> int:
+    """Generates the data of each seed, then does what `train` does."""
+    config = override(demo_config(folder), overrides)
+    for seed in config.train.seeds:
+        write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
+    return _run_and_report(config, describe_clients(config.train.seeds[0]))
+
+
+def train(path: Path | None, overrides: list[str], output: str | None) -> int:
+    """Every method and seed of a configuration, from data to report; resumes what was stopped."""
+    config = read_config(path, overrides + ([f"output={output}"] if output else []))
+    return _run_and_report(config, {})
+
+
+def _run_and_report(config: RunConfig, descriptions: dict[str, str]) -> int:
+    folder = run(config, console, descriptions)
+    summary = summarise(read_events(folder / "metrics.jsonl"))
+    console.print(terminal_table(summary))
+    for sentence in findings(summary):
+        console.print(f"- {sentence}")
+    console.print(f"\nreport: {write_report(folder)}")
+    return 0
+
+
+def graft(path: Path | None, overrides: list[str], client_id: str | None) -> int:
+    """The reconstruction rule's choice for each client and layer, with the residual of every candidate."""
+    config = read_config(path, overrides)
+    seed = config.train.seeds[0]
+    setting = prepare(config, seed)
+    wrap(setting.base, METHODS["flex"], config.lora, config.graft, seed)
+    for client in setting.clients:
+        if client_id in (None, client.client_id):
+            examples = client.train[: config.graft.calibration_sequences]
+            sums = grafting.calibrate(setting.base, setting.encoder, examples, config.evaluate.batch_size)
+            choices = grafting.choose(setting.base, sums, "reconstruction", "")
+            console.print(_choice_table(client.client_id, len(examples), choices))
+    if client_id is not None and client_id not in {c.client_id for c in setting.clients}:
+        raise _no_client(client_id, setting)
+    return 0
+
+
+def _choice_table(client_id: str, num_sequences: int, choices: list[grafting.Choice]) -> Table:
+    table = Table(
+        title=f"client {client_id}, {num_sequences} sequences: ||F - E_i|| / ||F||, the chosen expert in bold",
+        caption="at 1.00 an expert reconstructs the layer no better than nothing at all",
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("expert", justify="right")
+    table.add_column("routed", justify="right")
+    table.add_column("candidates")
+    for choice in choices:
+        losses = [
+            f"[bold green]{loss:.2f}[/bold green]" if i == choice.chosen else f"{loss:.2f}"
+            for i, loss in enumerate(choice.candidates)
+        ]
+        table.add_row(str(choice.layer), str(choice.chosen), f"{choice.routed_mass:.1%}", " ".join(losses))
+    return table
+
+
+def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None) -> int:
+    """Scores on the test part from the files of the last round."""
+    setting, runtime, round_index, shared = _load_run(folder, method, seed)
+    table = Table(title=f"{folder}, {method}, after round {round_index}")
+    for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
+        table.add_column(column, justify="left" if column == "client" else "right")
+    clients = [client_id] if client_id else [c.client_id for c in setting.clients]
+    for name in clients:
+        if name not in runtime.clients:
+            raise _no_client(name, setting)
+        scores = runtime.evaluate(name, round_index, shared, "after_aggregation")["test"]
+        rouge = "" if scores["rouge_l"] is None else f"{scores['rouge_l']:.3f}"
+        table.add_row(name, str(scores["num_examples"]), f"{scores['loss']:.3f}", f"{scores['exact_match']:.3f}", rouge)
+    console.print(table)
+    return 0
+
+
+def generate(
+    folder: Path, method: str, seed: int | None, client_id: str, prompt: str, context: str, max_new_tokens: int
+) -> int:
+    """The answer of one client's model: shared LoRA of the last round, that client's own graft."""
+    setting, runtime, round_index, shared = _load_run(folder, method, seed)
+    if client_id not in runtime.clients:
+        raise _no_client(client_id, setting)
+    runtime.attach(client_id, round_index, shared)
+    prompt_ids = setting.encoder.prompt_ids(prompt, context)
+    print(greedy(setting.base.model, setting.encoder, [prompt_ids], max_new_tokens)[0])
+    return 0
+
+
+def _load_run(folder: Path, method: str, seed: int | None) -> tuple[Setting, ClientRuntime, int, dict]:
+    if not (folder / "config.toml").exists():
+        raise FlexError(f"no run at {folder}; wanted a folder that `flex train` or `flex demo` wrote")
+    config = read_config(folder / "config.toml")
+    if method not in METHODS:
+        raise FlexError(f"--method is {method!r}; wanted one of {', '.join(METHODS)}")
+    seed = config.train.seeds[0] if seed is None else seed
+    job = folder / f"{method}-seed{seed}"
+    if not job.exists():
+        there = sorted(p.name for p in folder.glob("*-seed*"))
+        raise FlexError(f"{folder} has no job {job.name}; it has {', '.join(there) or 'none yet'}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    setting = prepare(config, seed)
+    runtime = ClientRuntime(setting.base, setting.encoder, setting.clients, setting.general, config, method, seed, job)
+    round_index, shared = latest_shared(job, setting.base.fingerprint, runtime.shared_arrays())
+    return setting, runtime, round_index, shared
+
+
+def _no_client(client_id: str, setting: Setting) -> FlexError:
+    names = ", ".join(c.client_id for c in setting.clients)
+    return FlexError(f"no client {client_id!r} in this run; its clients are {names}")

@@ -1,0 +1,202 @@
+"""One job: a method and a seed on the same data as every other, resumable at any moment.
+
+JOB/metrics.jsonl                       its events
+JOB/server/round-0003.safetensors       shared state and the strategy's moments after round 3
+JOB/clients/<client_id>/                that client's personal files, for nobody else
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, TaskID
+
+from flex import engine
+from flex.client import ClientRuntime
+from flex.client_app import make_client_app
+from flex.config import RunConfig
+from flex.data import ClientData, Encoder, Example
+from flex.events import METRICS, EventLog, read_events
+from flex.flower import Message, MessageType
+from flex.model import Base
+from flex.state import KEPT_ROUNDS, check_header, round_file, rounds_in
+from flex.strategy import FedAvg, load_strategy_state, make_strategy
+from flex.wire import NUM_EXAMPLES, Arrays, sent_tensors
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all jobs of one seed have in common."""
+
+    base: Base
+    encoder: Encoder
+    clients: list[ClientData]
+    general: list[Example]
+
+
+class Bar:
+    """The progress of one job: rounds x clients x steps, and what is going on."""
+
+    def __init__(self, progress: Progress, title: str, total: int):
+        self.progress = progress
+        self.task: TaskID = progress.add_task(title, total=total, what="")
+
+    def step(self) -> None:
+        self.progress.advance(self.task)
+
+    def skip(self, steps: int) -> None:
+        self.progress.update(self.task, completed=steps)
+
+    def say(self, what: str) -> None:
+        self.progress.update(self.task, what=what)
+
+
+def run_job(setting: Setting, config: RunConfig, method: str, seed: int, folder: Path, progress: Progress) -> None:
+    rounds = 0 if method == "base" else config.train.rounds
+    steps_per_round = (config.train.clients_per_round or len(setting.clients)) * config.train.steps
+    bar = Bar(progress, f"{method} seed {seed}", max(1, rounds * steps_per_round))
+    log = EventLog(folder / METRICS, method=method, seed=seed)
+    if any(event["event"] == "done" for event in read_events(log.path)):
+        bar.skip(max(1, rounds * steps_per_round))
+        bar.say("done before")
+        return
+    job = Job(setting, config, method, seed, folder, log, bar, steps_per_round)
+    job.run()
+    bar.say(f"done, {job.verdict}")
+
+
+class Job:
+    """One method and one seed: sets up, goes on where it was stopped, runs the rounds, keeps what they give."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        config: RunConfig,
+        method: str,
+        seed: int,
+        folder: Path,
+        log: EventLog,
+        bar: Bar,
+        steps_per_round: int,
+    ):
+        self.steps_per_round, self.told = steps_per_round, (folder / "server").exists()
+        self.setting, self.config, self.folder, self.log, self.bar = setting, config, folder, log, bar
+        self.method, self.seed, self.started = method, seed, time.perf_counter()
+        self.header = {"base": setting.base.fingerprint, "method": method, "seed": seed}
+        self.exact: dict[str, float] = {}
+        self.runtime = ClientRuntime(
+            setting.base,
+            setting.encoder,
+            setting.clients,
+            setting.general,
+            config,
+            method,
+            seed,
+            folder,
+            on_event=self._on_event,
+            on_step=bar.step,
+        )
+
+    @property
+    def verdict(self) -> str:
+        mean = sum(self.exact.values()) / max(1, len(self.exact))
+        return f"exact match {mean:.3f}"
+
+    def run(self) -> None:
+        train = self.config.train
+        clients = [client.client_id for client in self.setting.clients]
+        settings = {"proximal_mu": train.proximal_mu} if train.strategy == "fedprox" else {}
+        strategy = make_strategy(train.strategy, len(clients), clients_per_round=train.clients_per_round, **settings)
+        shared, done = self._resume(strategy)
+        if self.method == "base":
+            for client_id in clients:
+                self.bar.say(f"scoring {client_id}")
+                self.runtime.evaluate(client_id, 0, shared, "after_aggregation")
+            self.bar.step()
+        else:
+            grid = engine.InProcessGrid(make_client_app(self.runtime), clients, on_message=self._on_message)
+            engine.run_rounds(
+                strategy,
+                grid,
+                shared,
+                train.rounds,
+                start_round=done + 1,
+                evaluate_every=self.config.evaluate.every,
+                on_round=lambda index, arrays, report: self._save(index, arrays, strategy, report),
+            )
+        self.log.write({"event": "done", "round": train.rounds, "seconds": time.perf_counter() - self.started})
+
+    def _resume(self, strategy: FedAvg) -> tuple[Arrays, int]:
+        """(shared state, rounds done): from the newest server file, or the start. What came after it is forgotten."""
+        server = self.folder / "server"
+        rounds = rounds_in(server)
+        if not rounds:
+            self.log.path.unlink(missing_ok=True)
+            for store in self.runtime.stores.values():
+                store.forget(after=-1)
+            self.log.write(self._job_event())
+            return self.runtime.shared_arrays(), 0
+        path = round_file(server, rounds[-1])
+        done, shared, moments, header = engine.load_server(path)
+        check_header(path, header, self.header)
+        load_strategy_state(strategy, moments)
+        self.log.rewind(done)
+        for store in self.runtime.stores.values():
+            store.forget(after=done)
+        self.bar.skip(done * self.steps_per_round)
+        return shared, done
+
+    def _save(self, round_index: int, shared: Arrays, strategy: FedAvg, report: engine.RoundReport) -> None:
+        for turn in report.train:
+            self.log.write(
+                {
+                    "event": "train",
+                    "round": round_index,
+                    "client_id": turn.client_id,
+                    "num_examples": turn.metrics[NUM_EXAMPLES],
+                    "loss": turn.metrics["loss"],
+                    "opening": turn.metrics["opening"] or None,
+                    "seconds": turn.metrics["seconds"],
+                    "bytes_down": turn.bytes_down,
+                    "bytes_up": turn.bytes_up,
+                }
+            )
+        server = self.folder / "server"
+        engine.save_server(round_file(server, round_index), round_index, shared, strategy, self.header)
+        for old in rounds_in(server)[:-KEPT_ROUNDS]:
+            round_file(server, old).unlink(missing_ok=True)
+
+    def _job_event(self) -> dict[str, Any]:
+        counts = self.runtime.parts.counts()
+        return {
+            "event": "job",
+            "num_rounds": 0 if self.method == "base" else self.config.train.rounds,
+            "num_clients": len(self.setting.clients),
+            "trained_parameters": {role: counts[role] for role in ("shared", "personal")},
+        }
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "evaluate" and event["split"] == "test" and event["when"] == "after_aggregation":
+            self.exact[event["client_id"]] = event["exact_match"]
+        self.log.write(event)
+
+    def _on_message(self, message: Message, reply: Message, seconds: float) -> None:
+        """Keeps, once, what exactly travelled in each direction; says who is at work."""
+        doing, client = message.metadata.message_type, self.runtime.current
+        self.bar.say(f"{client}: {doing}")
+        if doing == MessageType.TRAIN and reply.has_content() and not self.told:
+            self.told = True
+            for direction, content in (("down", message.content), ("up", reply.content)):
+                self.log.write({"event": "sent", "direction": direction, "tensors": sent_tensors(content)})
+
+
+def latest_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:
+    """(round, shared state) of a job's newest server file; (0, `start`) where it has not finished a round."""
+    rounds = rounds_in(folder / "server")
+    if not rounds:
+        return 0, start
+    path = round_file(folder / "server", rounds[-1])
+    round_index, shared, _, header = engine.load_server(path)
+    check_header(path, header, {"base": fingerprint})
+    return round_index, shared

@@ -1,0 +1,51 @@
+"""Configurations: what a file or `--set` may say, and what a wrong one is told."""
+
+import pytest
+
+from flex.config import METHODS, RunConfig, override, read_config, write_config
+from flex.errors import FlexError
+
+
+def test_written_configuration_reads_back_the_same(tmp_path):
+    config = RunConfig(output="somewhere").with_values(train={"seeds": (0, 3)}, data={"train": 'a "quoted" name.jsonl'})
+    write_config(config, tmp_path / "config.toml")
+    assert read_config(tmp_path / "config.toml") == config
+
+
+def test_overrides_win_over_the_file_and_widen_numbers(tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nrounds = 5\n[lora]\nalpha = 16\n")
+    config = read_config(tmp_path / "c.toml", ["train.rounds=7", "data.clients=['a', 'b']", "model.path=my/model"])
+    assert (config.train.rounds, config.lora.alpha) == (7, 16.0)
+    assert config.data.clients == ("a", "b")
+    assert config.model.path == "my/model"
+    assert override(config, ["train.seeds=4"]).train.seeds == (4,)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[train]\nround = 5\n", "train.round is no setting of a run; did you mean train.rounds?"),
+        ("[train]\nrounds = 'x'\n", "train.rounds is 'x', a str; wanted a int"),
+        ("[train]\nrounds = 0\n", "train.rounds is 0; wanted 1 or more"),
+        ("[train]\nmethods = ['flux']\n", "train.methods names ['flux']"),
+        ("[graft]\ncombine = 'sum'\n", "graft.combine is 'sum'; wanted one of additive, convex"),
+        ("train = 3\n", "train is 3; wanted a table [train]"),
+        ("[train\n", "is not a TOML file"),
+    ],
+)
+def test_a_wrong_configuration_gets_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(FlexError) as caught:
+        read_config(tmp_path / "c.toml")
+    assert sentence in str(caught.value)
+    assert "\n" not in sentence
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FlexError, match=r"no configuration at .*nowhere\.toml"):
+        read_config(tmp_path / "nowhere.toml")
+
+
+def test_methods_share_what_they_say():
+    assert METHODS["local"].lora == "personal"
+    assert {m for m, v in METHODS.items() if v.graft} == {"flex", "flex-random", "flex-fresh"}
