@@ -1,0 +1,63 @@
+"""What the public functions say about bad input: one sentence with the name, what came, and what is wanted."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from flex_kernels.reference import ACTIVATIONS, COMBINES
+
+
+def check_shape(name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
+    """`wanted`: a size, or a letter where any size will do."""
+    shape = tensor.shape
+    if len(shape) != len(wanted) or any(
+        not isinstance(size, str) and size != own for size, own in zip(wanted, shape, strict=True)
+    ):
+        raise ValueError(f"{name} has shape {list(shape)}, want [{', '.join(str(size) for size in wanted)}]")
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}, want a floating point tensor")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} is {tensor.dtype}, want int64 or int32")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, want {device}, where hidden_states is")
+
+
+def check_combine(combine: str) -> None:
+    if combine not in COMBINES:
+        raise ValueError(f"combine is {combine!r}, want one of {', '.join(COMBINES)}")
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, else the tensor's own."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights, logits and sums: fp32, and fp64 beside fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The public functions have already cast; a backend's own products must not be cast again."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

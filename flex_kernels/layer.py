@@ -1,0 +1,177 @@
+"""The layer as plain modules: `Graft`, the personal expert with its gate, and `GraftedMoE`, a whole MoE layer.
+
+Each module declares whose its own parameters are: `parameter_roles` maps a name to "shared", "personal" or "frozen";
+what nobody declares is frozen.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flex_kernels import reference
+from flex_kernels.checks import autocast_off, check_activation, check_combine, wide_dtype
+from flex_kernels.ops import grafted_experts
+from flex_kernels.ops_router import route
+
+Device = torch.device | str | None
+
+
+class Graft(nn.Module):
+    """One trained expert that is always on, behind a sigmoid gate: adds `sigmoid(g.x + b) D (act(G x) * (U x))`.
+
+    It starts at zero, where it adds nothing and, being zero, gets no gradient either: give it the weights of pretrained
+    components (`copy_`), or a trainable start of its own with `reset_parameters`.
+
+    Args:
+        hidden_size: H.
+        width: I_g, any.
+        combine: "additive" (`F + s E_g`) or "convex" (`(1 - s) F + s E_g`).
+        activation: "silu", "gelu" or "gelu_tanh".
+        logit_bias: start of `b`; -4 opens the gate by 2 %.
+
+    Parameters: gate_up_proj [2I_g, H], down_proj [H, I_g], logit_weight [H] and logit_bias [] (`g` and `b`).
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {
+        "gate_up_proj": "personal",
+        "down_proj": "personal",
+        "logit_weight": "personal",
+        "logit_bias": "personal",
+    }
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        combine: str = "additive",
+        activation: str = "silu",
+        logit_bias: float = -4.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_combine(combine)
+        check_activation(activation)
+        if hidden_size < 1 or width < 1:
+            raise ValueError(f"hidden_size is {hidden_size} and width is {width}, want both at least 1")
+        factory = {"device": device, "dtype": dtype}
+        self.hidden_size, self.width, self.combine, self.activation = hidden_size, width, combine, activation
+        self.gate_up_proj = nn.Parameter(torch.zeros(2 * width, hidden_size, **factory))
+        self.down_proj = nn.Parameter(torch.zeros(hidden_size, width, **factory))
+        self.logit_weight = nn.Parameter(torch.zeros(hidden_size, **factory))
+        self.logit_bias = nn.Parameter(torch.full((), logit_bias, **factory))
+        self._last_logits: Tensor | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A fresh start that still adds nothing but trains: normal `G`, `U` (std `1/sqrt(H)`), zero `D`."""
+        self.gate_up_proj.normal_(std=self.hidden_size**-0.5, generator=generator)
+        self.down_proj.zero_()
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The gate before the sigmoid, `g.x + b`: [T, H] -> [T], in fp32 also under autocast."""
+        wide = wide_dtype(hidden_states.dtype)
+        with autocast_off(hidden_states):
+            logits = torch.mv(hidden_states.to(wide), self.logit_weight.to(wide)) + self.logit_bias.to(wide)
+        self._last_logits = logits.detach()
+        return logits
+
+    @property
+    def last_opening(self) -> Tensor | None:
+        """How far the gate stood open in the last forward: the mean of its sigmoid, a scalar; None before any."""
+        return None if self._last_logits is None else torch.sigmoid(self._last_logits).mean()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The expert alone, without its gate: [T, H] -> [T, H]."""
+        dtype = hidden_states.dtype
+        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        return reference.expert(hidden_states, gate_up_proj, down_proj, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {self.width}, combine={self.combine!r}, activation={self.activation!r}"
+
+
+class GraftedMoE(nn.Module):
+    """A Mixture-of-Experts layer for code without transformers: router, experts, and (if wanted) one graft.
+
+    `y = sum_k w_k E_k(x) + sigmoid(g.x + b) E_g(x)` with `w` the `top_k` largest of the router's softmax.
+
+    Args:
+        hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
+        graft_width: I_g, or None for a layer without a graft. A graft starts fresh (`Graft.reset_parameters`).
+        renormalize: divide the kept routing weights by their sum.
+        combine, activation, logit_bias: as in `Graft`.
+
+    Parameters: router.weight [E, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], graft.*; all trainable until
+    `freeze_pretrained`.
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"gate_up_proj": "frozen", "down_proj": "frozen"}
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        graft_width: int | None = None,
+        renormalize: bool = True,
+        combine: str = "additive",
+        activation: str = "silu",
+        logit_bias: float = -4.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_combine(combine)
+        check_activation(activation)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}, want 1 to {num_experts}, the number of experts")
+        factory = {"device": device, "dtype": dtype}
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.renormalize, self.combine, self.activation = renormalize, combine, activation
+        self.router = nn.Linear(hidden_size, num_experts, bias=False, **factory)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
+        nn.init.normal_(self.gate_up_proj, std=hidden_size**-0.5)
+        nn.init.normal_(self.down_proj, std=intermediate_size**-0.5)
+        self.graft: Graft | None = None
+        if graft_width is not None:
+            self.graft = Graft(
+                hidden_size, graft_width, combine=combine, activation=activation, logit_bias=logit_bias, **factory
+            )
+            self.graft.reset_parameters()
+
+    def freeze_pretrained(self) -> "GraftedMoE":
+        """Freezes router and experts; what is left to train is the graft."""
+        for parameter in (*self.router.parameters(), self.gate_up_proj, self.down_proj):
+            parameter.requires_grad_(False)
+        return self
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, want [..., {self.hidden_size}]")
+        flat = hidden_states.reshape(-1, self.hidden_size)  # [T, H]
+        routing_weights, expert_indices = route(F.linear(flat, self.router.weight), self.top_k, self.renormalize)
+        graft = ()
+        if self.graft is not None:
+            graft = (self.graft.gate_up_proj, self.graft.down_proj, self.graft.logits(flat))
+        out = grafted_experts(
+            flat,
+            expert_indices,
+            routing_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            *graft,
+            combine=self.combine,
+            activation=self.activation,
+        )
+        return out.view(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, top_k={self.top_k}, renormalize={self.renormalize}"

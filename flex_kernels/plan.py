@@ -1,0 +1,62 @@
+"""Who computes what: the one place where a backend is chosen.
+
+| stage        | CUDA                 | CPU                        | CPU, `TRITON_INTERPRET=1` |
+|--------------|----------------------|----------------------------|---------------------------|
+| routing_plan | torch (no host sync) | native (C++), else torch   | native, else torch        |
+| experts      | triton, else torch   | native, else torch         | triton, else torch        |
+| score        | triton, else torch   | torch                      | triton, else torch        |
+| route        | triton, else torch   | torch                      | triton, else torch        |
+| combine      | triton, else torch   | torch                      | triton, else torch        |
+
+A backend is a module: `torch_experts` (plain PyTorch), `native` (csrc), or one of `kernels/` (Triton); for the same
+stage all of them offer functions of the same names and signatures, those of `torch_experts`. "else torch" is when the
+faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64, weights of another dtype).
+
+The layer's own order is in `ops.py`: routing_plan -> experts (two grouped products, the graft, their sum).
+"""
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from flex_kernels import native, torch_experts
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_STAGES = ("experts", "score", "route", "combine")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that computes `stage` on a CUDA device, for hidden states and weights of these dtypes."""
+    same_dtype = weight_dtype in (None, dtype)
+    if stage in TRITON_STAGES and dtype in TRITON_DTYPES and same_dtype and _has_triton():
+        return _kernels(stage)
+    return torch_experts
+
+
+def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that computes `stage` on the CPU, for hidden states and weights of these dtypes."""
+    if INTERPRET and stage in TRITON_STAGES:
+        return cuda_backend(stage, dtype, weight_dtype)
+    if native.covers(stage, dtype, weight_dtype or dtype):
+        return native
+    return torch_experts
+
+
+def backend_name(backend: ModuleType) -> str:
+    """`torch`, `native` or `triton`, for messages."""
+    return {torch_experts: "torch", native: "native"}.get(backend, "triton")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _kernels(stage: str) -> ModuleType:
+    return importlib.import_module(f"flex_kernels.kernels.{stage}")

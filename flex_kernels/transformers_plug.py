@@ -1,0 +1,280 @@
+"""One line in other people's MoE code: the experts implementation "flex" for transformers, and grafts on any model.
+
+    flex_kernels.register()
+    model.set_experts_implementation("flex")      # or from_pretrained(..., experts_implementation="flex")
+    grafts = flex_kernels.attach_graft(model)     # optional
+
+transformers is imported by `register` alone, and only when it is called. The graft hangs on the experts module under
+the name `graft`; its state-dict keys are `<...>.experts.graft.{gate_up_proj,down_proj,logit_weight,logit_bias}`.
+
+Two paths, chosen per layer by `why_not_fused`, shown by `explain`:
+    fused     plain gated experts ([E, 2I, H], gate rows first, no biases): `grafted_experts`
+    general   every other layout: transformers' own grouped_mm (its eager code for weights that grouped_mm cannot
+              take) computes the routed experts, then `combine` joins the graft
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flex_kernels import plan
+from flex_kernels.layer import Device, Graft
+from flex_kernels.ops import grafted_experts
+from flex_kernels.ops_router import combine as combine_op
+
+NAME = "flex"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Classes by name, so that nothing needs importing; a class of the same name elsewhere is still the same formula.
+ACTIVATION_BY_CLASS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+
+class ExpertWeights(NamedTuple):
+    """A layer's experts in this library's layout: [E, 2I, H], [E, H, I], and the activation's name."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    activation: str
+
+
+class LayerPath(NamedTuple):
+    """Which path a layer takes: `implementation` (transformers' name), "fused", "general" or "not flex", and why."""
+
+    name: str
+    implementation: str
+    path: str
+    why: str
+
+
+def register() -> None:
+    """Adds "flex" to transformers' experts implementations. Calling it again changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or too old to have the experts interface.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, flex_experts_forward)
+
+
+def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a transformers model by name, in layer order; empty for a model without any."""
+    return {name: module for name, module in model.named_modules() if _is_experts(module)}
+
+
+def why_not_fused(experts: nn.Module) -> str | None:
+    """None where the fused path computes this experts module, else the reason in a few words."""
+    for attribute, wanted, reason in (
+        ("has_gate", True, "the experts have no gate"),
+        ("has_bias", False, "the experts have biases"),
+        ("is_transposed", False, "the weights are stored transposed"),
+        ("is_concatenated", True, "gate and up rows are interleaved"),
+        ("has_post_expert_norm", False, "a norm follows each expert"),
+    ):
+        if getattr(experts, attribute, None) is not wanted:
+            return reason
+    if not _has_default_gate(experts):
+        return f"{type(experts).__name__} has a gate function of its own"
+    if activation_name(experts) is None:
+        return f"its activation {type(getattr(experts, 'act_fn', None)).__name__} is unknown"
+    gate_up_proj, down_proj = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.dtype not in DTYPES:
+            return f"{name} is not a [E, ., .] tensor of an ordinary float dtype"
+        if _is_distributed(weight):
+            return f"{name} is distributed over several devices"
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    if gate_up_proj.shape != (num_experts, 2 * intermediate_size, hidden_size):
+        return f"gate_up_proj {list(gate_up_proj.shape)} does not go with down_proj {list(down_proj.shape)}"
+    if getattr(experts, "num_experts", num_experts) != num_experts:
+        return f"num_experts is {experts.num_experts}, but there are weights for {num_experts}"
+    return None
+
+
+def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the name "flex" stands for in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
+    graft: Graft | None = getattr(self, "graft", None)
+    if graft is not None and self._is_expert_parallel:
+        raise ValueError("this experts module is split over ranks, whose sum would count its graft several times")
+    if why_not_fused(self) is not None:
+        routed = _general_experts(self, hidden_states, top_k_index, top_k_weights)
+        if graft is None:
+            return routed
+        weights = torch.ones_like(routed[:, :1])
+        graft_out, logits = graft(hidden_states), graft.logits(hidden_states)
+        return combine_op(routed[:, None], weights, graft_out, logits, graft.combine)
+    activation = activation_name(self)
+    experts = (hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    if graft is None:
+        return grafted_experts(*experts, activation=activation)
+    if graft.activation != activation:
+        out = grafted_experts(*experts, activation=activation)
+        weights = torch.ones_like(out[:, :1])
+        return combine_op(out[:, None], weights, graft(hidden_states), graft.logits(hidden_states), graft.combine)
+    own = (graft.gate_up_proj, graft.down_proj, graft.logits(hidden_states))
+    return grafted_experts(*experts, *own, combine=graft.combine, activation=activation)
+
+
+def attach_graft(
+    model: nn.Module,
+    width: int | None = None,
+    combine: str = "additive",
+    logit_bias: float = -4.0,
+    layers: list[int] | None = None,
+    *,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Graft]:
+    """Puts a graft and its gate on the experts modules of a transformers model, and switches it to "flex".
+
+    The output stays what it was: a graft's weights start at zero (fill them, see `Graft`).
+
+    Args:
+        width: I_g; None takes each layer's own intermediate size.
+        combine, logit_bias: as in `Graft`.
+        layers: positions in `moe_layers(model)`; None takes all.
+        device, dtype: of the new parameters; None takes those of the layer's experts.
+
+    Returns:
+        The grafts by the name of the experts module they hang on.
+
+    Raises:
+        ValueError: no MoE layers, a position that is not there, a graft already there, experts split over ranks.
+    """
+    found = list(moe_layers(model).items())
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no MoE layers with transformers' experts interface")
+    if layers is not None and (wrong := [index for index in layers if not 0 <= index < len(found)]):
+        raise ValueError(f"layers has {wrong}, want positions from 0 to {len(found) - 1}")
+    chosen = found if layers is None else [found[index] for index in layers]
+    for name, experts in chosen:
+        if getattr(experts, "graft", None) is not None:
+            raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
+        if experts._is_expert_parallel or _is_distributed(experts.down_proj, ("tp", "ep")):
+            raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
+    _switch_on(model, [experts for _, experts in chosen])
+    grafts = {}
+    for name, experts in chosen:
+        hidden_size, intermediate_size = _sizes(experts)
+        graft = Graft(
+            hidden_size,
+            intermediate_size if width is None else width,
+            combine=combine,
+            activation=activation_name(experts) or "silu",
+            logit_bias=logit_bias,
+            device=experts.down_proj.device if device is None else device,
+            dtype=experts.down_proj.dtype if dtype is None else dtype,
+        )
+        experts.graft = grafts[name] = graft
+        experts._graft_guard = experts.register_forward_pre_hook(_refuse_other_implementations)
+    return grafts
+
+
+def detach_graft(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Takes every graft off again. Returns their state dicts by the name of the experts module."""
+    states = {}
+    for name, experts in moe_layers(model).items():
+        graft = getattr(experts, "graft", None)
+        if hasattr(experts, "_graft_guard"):
+            experts._graft_guard.remove()
+            del experts._graft_guard
+        if graft is not None:
+            states[name] = graft.state_dict()
+        if hasattr(experts, "graft"):
+            del experts.graft
+    return states
+
+
+def expert_weights(experts: nn.Module) -> ExpertWeights:
+    """The pretrained experts of a module in this library's layout (views), to be scored and grafted.
+
+    Raises:
+        ValueError: the layout is not `D (act(G x) * (U x))` in any orientation, so a part of it is no component.
+    """
+    reason = why_not_fused(experts)
+    if reason is not None:
+        raise ValueError(f"the experts of {type(experts).__name__} cannot be taken apart: {reason}")
+    return ExpertWeights(experts.gate_up_proj, experts.down_proj, activation_name(experts))
+
+
+def explain(model: nn.Module) -> list[LayerPath]:
+    """Prints, layer by layer, which path its experts take and why. Returns the same as a list."""
+    paths = []
+    for name, experts in moe_layers(model).items():
+        implementation = str(getattr(experts.config, "_experts_implementation", None))
+        reason = why_not_fused(experts)
+        grafted = ", with a graft" if getattr(experts, "graft", None) is not None else ""
+        if implementation != NAME:
+            path, why = "not flex", f"the model runs on {implementation!r}: model.set_experts_implementation('flex')"
+        elif reason is not None:
+            path, why = "general", reason + grafted
+        else:
+            weight = experts.gate_up_proj
+            choose = plan.cuda_backend if weight.is_cuda else plan.cpu_backend
+            backend = plan.backend_name(choose("experts", weight.dtype, weight.dtype))
+            path, why = "fused", f"{backend} on {weight.device.type}, {weight.dtype}".replace("torch.", "") + grafted
+        paths.append(LayerPath(name, implementation, path, why))
+    for entry in paths:
+        print(f"{entry.name}: {entry.path} ({entry.why})", file=sys.stdout)
+    return paths
+
+
+def activation_name(experts: nn.Module) -> str | None:
+    """The name of a module's activation in `reference.ACTIVATIONS`, or None where it is not among them."""
+    act_fn = getattr(experts, "act_fn", None)
+    if type(act_fn) is nn.GELU:
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+    if act_fn is nn.functional.silu:
+        return "silu"
+    return ACTIVATION_BY_CLASS.get(type(act_fn).__name__)
+
+
+def _general_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    weight = self.down_proj
+    if isinstance(weight, Tensor) and weight.dtype in DTYPES and not _is_distributed(weight):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "is_concatenated", "has_gate"))
+
+
+def _has_default_gate(experts: nn.Module) -> bool:
+    return type(experts)._apply_gate.__name__ == "_default_apply_gate" and "_apply_gate" not in experts.__dict__
+
+
+def _is_distributed(weight: Tensor, mesh_names: tuple[str, ...] | None = None) -> bool:
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh_names is None:
+        return mesh is not None
+    return any(name in mesh_names for name in mesh.mesh_dim_names or ())
+
+
+def _sizes(experts: nn.Module) -> tuple[int, int]:
+    _, rows, columns = experts.down_proj.shape
+    return (columns, rows) if experts.is_transposed else (rows, columns)
+
+
+def _switch_on(model: nn.Module, chosen: list[nn.Module]) -> None:
+    if all(experts.config._experts_implementation == NAME for experts in chosen):
+        return
+    register()
+    if not hasattr(model, "set_experts_implementation"):
+        raise ValueError(f"{type(model).__name__} has no set_experts_implementation; switch its model to 'flex' first")
+    model.set_experts_implementation(NAME)
+
+
+def _refuse_other_implementations(experts: nn.Module, _: Any) -> None:
+    implementation = experts.config._experts_implementation
+    if getattr(experts, "graft", None) is not None and implementation != NAME:
+        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, want 'flex'")
