@@ -210,7 +210,7 @@ class ClientRuntime:
             loss = F.cross_entropy(logits.float(), targets)
             if not torch.isfinite(loss):
                 raise FlexError(
-                    f"the loss of client {client.client_id!r} is {float(loss)} in round {round_index}; "
+                    f"the loss of client {client.client_id!r} is {loss.item()} in round {round_index}; "
                     "wanted a finite number (a lower learning rate may help)"
                 )
             for parameter, anchor in anchors:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flex import graft as grafting
 from flex.client import ClientRuntime
-from flex.config import METHODS, RunConfig, override, read_config
+from flex.config import METHODS, RunConfig, read_config
 from flex.demo import demo_config, describe_clients, write_demo_data
 from flex.errors import FlexError
 from flex.evaluate import generate as greedy
@@ -23,7 +23,7 @@ console = Console()
 
 def demo(folder: Path, overrides: list[str]) -> int:
     """Generates the data of each seed, then does what `train` does."""
-    config = override(demo_config(folder), overrides)
+    config = demo_config(folder, overrides)
     for seed in config.train.seeds:
         write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
     return _run_and_report(config, describe_clients(config.train.seeds[0]))

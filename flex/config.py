@@ -245,15 +245,6 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise FlexError(f"no configuration at {path}; wanted a TOML file") from None
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FlexError(f"{path} is not a TOML file: {error}") from None
-    return _override(table, overrides)
-
-
-def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`config` with `section.key=value` overrides."""
-    return _override(dataclasses.asdict(config), overrides)
-
-
-def _override(table: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for text in overrides:
         (*sections, key), value = _parse_override(text)
         node = table

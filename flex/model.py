@@ -6,6 +6,7 @@ frozen weights are never copied, and never change.
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,12 +90,14 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
     """Puts the method's LoRA and grafts on the base, in place; the LoRA's start is a function of `seed` alone."""
     unwrap(base)
     if method.lora:
-        _check_targets(base.model, lora.targets)
+        check_targets(base.model, lora.targets)
         settings = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
         )
         torch.manual_seed(seed)
-        base.adapter = peft.get_peft_model(base.model, settings)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
+            warnings.simplefilter("ignore", FutureWarning)
+            base.adapter = peft.get_peft_model(base.model, settings)
         for layer in base.model.modules():
             if isinstance(layer, LoraLayer):
                 for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
@@ -113,7 +116,8 @@ def unwrap(base: Base) -> None:
     base.model.requires_grad_(False)
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raises FlexError where the model has no linear layer of one of these names."""
     linears = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     missing = [t for t in targets if t not in linears]
     if missing:

@@ -18,12 +18,12 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flex.config import RunConfig, read_config, write_config
+from flex.config import METHODS, RunConfig, read_config, write_config
 from flex.data import Encoder, load_clients, load_general
 from flex.errors import FlexError
 from flex.events import METRICS, Event, read_events, write_events
 from flex.job import Setting, run_job
-from flex.model import Base, load_base, unwrap
+from flex.model import Base, check_targets, load_base, unwrap
 
 
 @contextmanager
@@ -42,6 +42,8 @@ def progress_bars(console: Console) -> Iterator[Progress]:
 def prepare(config: RunConfig, seed: int, base: Base | None = None) -> Setting:
     """Loads the base (unless it is there) and the data of a seed."""
     base = base or load_base(config.model)
+    if any(METHODS[method].lora for method in config.train.methods):
+        check_targets(base.model, config.lora.targets)
     encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
     data = config.data.for_seed(seed)
     return Setting(base, encoder, load_clients(data, encoder), load_general(data, encoder))

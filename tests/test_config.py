@@ -2,7 +2,7 @@
 
 import pytest
 
-from flex.config import METHODS, RunConfig, override, read_config, write_config
+from flex.config import METHODS, RunConfig, read_config, write_config
 from flex.errors import FlexError
 
 
@@ -18,7 +18,7 @@ def test_overrides_win_over_the_file_and_widen_numbers(tmp_path):
     assert (config.train.rounds, config.lora.alpha) == (7, 16.0)
     assert config.data.clients == ("a", "b")
     assert config.model.path == "my/model"
-    assert override(config, ["train.seeds=4"]).train.seeds == (4,)
+    assert read_config(None, ["train.seeds=4"]).train.seeds == (4,)
 
 
 @pytest.mark.parametrize(

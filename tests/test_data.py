@@ -8,7 +8,7 @@ from tiny import records, save_data, write_records
 
 from flex.config import DataConfig
 from flex.data import IGNORED, Encoder, load_clients, read_records, split_held_out, training_batches
-from flex.demo import build_tokenizer
+from flex.demo_language import build_tokenizer
 from flex.errors import FlexError
 
 

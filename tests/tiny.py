@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from flex.config import RunConfig
-from flex.demo import build_tokenizer
+from flex.demo_language import build_tokenizer
 
 
 def save_model(folder: Path, seed: int = 0, **changes: object) -> Path:
