@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
 WANT_CUDA = os.environ.get("FLEX_CUDA", "auto")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -36,8 +37,9 @@ class Build(build_ext):
         for source in [name for name in ext.sources if name.endswith(".cu")]:
             ext.sources.remove(source)
             ext.extra_objects.append(f"{self.build_temp}/{Path(source).stem}.cu.o")
-            if needs_recompile(ext.extra_objects[-1], source):
-                subprocess.check_call([NVCC, *NVCC_FLAGS, "-c", source, "-o", ext.extra_objects[-1]])
+            command = [NVCC, *NVCC_FLAGS, "-c", source, "-o", ext.extra_objects[-1]]
+            if needs_recompile(ext.extra_objects[-1], source) and subprocess.call(command) != 0:
+                raise CompileError(f"{NVCC} cannot compile {source}")
         super().build_extension(ext)
 
 
