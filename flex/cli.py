@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   flex train configs/paper.toml --set model.path=Qwen/Qwen1.5-MoE-A2.7B --data dolly.jsonl --clients-by category
   flex graft configs/paper.toml                    which expert each layer would graft, and what every other would leave
   flex eval --run runs/demo                        score what was trained, anew, from the files
-  flex generate --run runs/demo --client harbour --prompt "rotate this list: hat , sock , coat"
+  flex generate --run runs/demo --client harbour --prompt "which is larger, 3 or 14?"
 """
 
 
@@ -52,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run anew from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
 
-    pretrain = commands.add_parser("pretrain", help="pretrain a small MoE base: the demo's, or one on your own text")
-    pretrain.add_argument("arguments", nargs=argparse.REMAINDER, help="see `flex pretrain --help`")
+    commands.add_parser("pretrain", help="pretrain a small MoE base: the demo's, or one on your own text")
     return parser
 
 
@@ -99,7 +98,12 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["pretrain"]:
+        from flex.pretrain import main as pretrain
+
+        return pretrain(words[1:])
+    given = build_parser().parse_args(words)
     try:
         return _dispatch(given)
     except FlexError as error:
@@ -113,10 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(given: argparse.Namespace) -> int:
     # torch and transformers take seconds to import: only commands that need them pay for it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if given.command == "pretrain":
-        from flex.pretrain import main as pretrain
-
-        return pretrain(given.arguments)
     if given.command == "report":
         from flex.report import write_report
 

@@ -175,6 +175,8 @@ def load_clients(config: DataConfig, encoder: Encoder) -> list[ClientData]:
     Raises:
         FlexError: a file or column is missing, or a client has nothing to train or to test on.
     """
+    if not config.train:
+        raise FlexError("data.train is empty; wanted a .jsonl or .jsonl.gz file (--data FILE)")
     columns = ["instruction", "response", config.clients_by, *([config.group_by] if config.group_by else [])]
     train = split_clients(read_records(config.train, columns), config.clients_by, config.clients)
     test = {}

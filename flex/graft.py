@@ -67,18 +67,19 @@ def calibrate(base: Base, encoder: Encoder, examples: Sequence[Example], batch_s
         name: LayerSums([], [], torch.zeros(layer.num_experts, device=base.device))
         for name, layer in base.layers.items()
     }
+    weights = {name: _expert_weights(name, layer) for name, layer in base.layers.items()}
     kept: list[Tensor] = []  # [B*L] bool of the batch in flight
 
-    def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], target: Tensor) -> None:
+    def observe(name: str, inputs: tuple[Tensor, ...], target: Tensor) -> None:
         hidden_states, expert_indices, routing_weights = inputs
         rows = kept[-1]
         hidden_states, target = hidden_states[rows], target[rows]
         if not torch.isfinite(target).all():
             raise FlexError(f"{name} gives NaN or infinite activations on the calibration data; nothing can be scored")
         offsets = torch.tensor([0, len(target)], dtype=torch.int32, device=target.device)
-        weights = flex_kernels.expert_weights(layer)
+        gate_up_proj, down_proj, activation = weights[name]
         scores = flex_kernels.score_experts(
-            hidden_states, target, weights.gate_up_proj, weights.down_proj, offsets, activation=weights.activation
+            hidden_states, target, gate_up_proj, down_proj, offsets, activation=activation
         )
         layer_sums = sums[name]
         layer_sums.scores.append(scores)
@@ -86,7 +87,7 @@ def calibrate(base: Base, encoder: Encoder, examples: Sequence[Example], batch_s
         layer_sums.routed_mass.index_add_(0, expert_indices[rows].flatten(), routing_weights[rows].float().flatten())
 
     hooks = [
-        layer.register_forward_hook(lambda layer, inputs, output, name=name: observe(name, layer, inputs, output))
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: observe(name, inputs, output))
         for name, layer in base.layers.items()
     ]
     try:
@@ -99,6 +100,13 @@ def calibrate(base: Base, encoder: Encoder, examples: Sequence[Example], batch_s
         for hook in hooks:
             hook.remove()
     return sums
+
+
+def _expert_weights(name: str, layer: nn.Module) -> flex_kernels.ExpertWeights:
+    try:
+        return flex_kernels.expert_weights(layer)
+    except ValueError as error:
+        raise FlexError(f"nothing can be grafted at {name}: {error}") from None
 
 
 def choose(base: Base, sums: dict[str, LayerSums], criterion: str, seed: str) -> list[Choice]:
@@ -135,7 +143,7 @@ def build(base: Base, choices: Sequence[Choice], logit_bias: float, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     for choice in choices:
         layer = base.layers[choice.module]
-        weights, graft = flex_kernels.expert_weights(layer), layer.graft
+        weights, graft = _expert_weights(choice.module, layer), layer.graft
         for own, pretrained in (
             (graft.gate_up_proj, weights.gate_up_proj),
             (graft.down_proj, weights.down_proj),
