@@ -48,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids`, `attention_mask`, `labels`: [B, L] int64, padded on the right; labels are -100 on prompt and padding."""
+    """`input_ids`, `attention_mask`, `labels`: [B, L] int64, padded on the right; labels are -100 off the response."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -76,10 +76,10 @@ def read_records(path: str | Path, columns: Sequence[str] = ("instruction", "res
     path = Path(path)
     if not path.is_file():
         raise FlexError(f"no data file at {path}; wanted a .jsonl or .jsonl.gz file")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    open_text = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
-        with opened as lines:
+        with open_text(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     records.append(_record(line, f"{path}, line {number}", columns))
