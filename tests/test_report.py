@@ -1,0 +1,542 @@
+"""The report copes with whatever a run wrote, says plainly when a control is as good, and is one safe file."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flex.errors import FlexError
+from flex.report import findings, read_events, summarise, terminal_table, write_report
+from flex.report_findings import difference
+from flex.report_numbers import AFTER, BEFORE, Measure, format_bytes, format_count
+
+Event = dict[str, Any]
+
+METHODS = ("base", "local", "fedavg", "flex", "flex-random", "flex-fresh")
+CLIENTS = ("aurora", "birch", "cedar", "dune", "ember")
+
+# What the working experiment measured: exact match of shared skill, own conventions and general, then test loss.
+LEVELS = {
+    "base": (0.00, 0.05, 0.90, 9.81),
+    "local": (0.64, 0.32, 0.21, 0.92),
+    "fedavg": (0.93, 0.15, 0.11, 1.64),
+    "flex": (0.90, 0.44, 0.25, 0.81),
+    "flex-random": (0.88, 0.43, 0.28, 0.81),
+    "flex-fresh": (0.91, 0.42, 0.24, 0.75),
+}
+DEMO: dict[str, Any] = {"clients": CLIENTS, "rounds": 12, "layers": 4, "experts": 16}
+TEST, GROUP = Measure("test", "", "exact_match"), Measure("test", "own conventions", "exact_match")
+
+
+def synthetic_events(
+    methods: tuple[str, ...] = METHODS,
+    seeds: tuple[int, ...] = (0, 1),
+    clients: tuple[str, ...] = CLIENTS[:2],
+    rounds: int = 3,
+    layers: int = 2,
+    experts: int = 8,
+    groups: bool = True,
+    rouge: bool = False,
+    header: bool = True,
+) -> list[Event]:
+    """The events of a run like the demo's, with plausible numbers."""
+    dice = random.Random(7)
+    events: list[Event] = []
+    if header:
+        described = [
+            {"client_id": c, "num_train": 80 + 30 * i, "num_test": 150, "description": f"own code words, unit <kg{i}>"}
+            for i, c in enumerate(clients)
+        ]
+        events.append(
+            {
+                "event": "run",
+                "title": "FLEx demo: five clients with their own conventions",
+                "base_model": "flex/assets/demo_base (Qwen2-MoE, 2.7 M parameters)",
+                "template": "chat",
+                "clients": described,
+                "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "flwr": "1.41.0"},
+                "threads": 2,
+            }
+        )
+    for method in methods:
+        for seed in seeds:
+            job = _job(dice, method, clients, rounds, layers, experts, groups, rouge)
+            events += [{**event, "method": method, "seed": seed} for event in job]
+    return events
+
+
+def _job(
+    dice: random.Random,
+    method: str,
+    clients: tuple[str, ...],
+    rounds: int,
+    layers: int,
+    experts: int,
+    groups: bool,
+    rouge: bool,
+) -> list[Event]:
+    level = LEVELS.get(method, LEVELS["fedavg"])
+    shift = dice.gauss(0, 0.015)
+    if method == "base":
+        return [e for c in clients for e in _evaluate(dice, level, 0.0, 0, c, "after_aggregation", groups, rouge)]
+    sends, grafted = method != "local", method.startswith("flex")
+    events: list[Event] = [
+        {
+            "event": "job",
+            "num_rounds": rounds,
+            "num_clients": len(clients),
+            "trained_parameters": {"shared": 32768 * sends, "personal": 147972 * grafted + 32768 * (not sends)},
+            "started": "2026-03-01T10:00:00",
+        },
+        {"event": "truncated", "client_id": clients[0], "part": "train", "count": 3, "max_length": 512},
+    ]
+    tensors = [
+        {
+            "name": f"model.layers.{layer}.self_attn.{proj}.lora_{ab}.weight",
+            "shape": shape,
+            "dtype": "float32",
+            "bytes": 4096,
+        }
+        for layer in range(layers if sends else 0)
+        for proj in ("q_proj", "v_proj")
+        for ab, shape in (("A", [8, 128]), ("B", [128, 8]))
+    ]
+    events += [{"event": "sent", "direction": way, "tensors": tensors} for way in ("up", "down")]
+    if method in ("flex", "flex-random"):
+        events += [_graft(dice, method, c, layer, experts) for c in clients for layer in range(layers)]
+    size = sum(tensor["bytes"] for tensor in tensors)
+    for round_index in range(1, rounds + 1):
+        for client in clients:
+            end = level[3] * 0.35
+            loss = end + (8.5 - end) * 0.62**round_index * dice.uniform(0.85, 1.15)
+            opening = [0.12 + 0.02 * (layer + 1) * round_index**0.5 for layer in range(layers)]
+            events.append(
+                {
+                    "event": "train",
+                    "round": round_index,
+                    "client_id": client,
+                    "num_examples": 80,
+                    "loss": loss,
+                    "bytes_down": size,
+                    "bytes_up": size,
+                    "seconds": 0.4,
+                    "opening": opening if grafted else None,
+                }
+            )
+    for client in clients:
+        worse = (level[0], level[1], level[2], level[3] * 0.7)
+        events += _evaluate(dice, worse, shift, rounds, client, "before_aggregation", groups, rouge)
+        events += _evaluate(dice, level, shift, rounds, client, "after_aggregation", groups, rouge)
+    return [*events, {"event": "done", "seconds": 28.0, "tokens": 180_000}]
+
+
+def _graft(dice: random.Random, method: str, client: str, layer: int, experts: int) -> Event:
+    candidates = [max(0.6, dice.gauss(0.9 + 0.3 * (layer > 0), 0.2)) for _ in range(experts)]
+    chosen = min(range(experts), key=candidates.__getitem__) if method == "flex" else dice.randrange(experts)
+    return {
+        "event": "graft",
+        "client_id": client,
+        "layer": layer,
+        "module": f"model.layers.{layer}.mlp.experts",
+        "criterion": "reconstruction" if method == "flex" else "random",
+        "candidates": candidates,
+        "chosen": chosen,
+        "residual": candidates[chosen],
+        "routed_mass": 0.15 if layer < 2 else 0.006,
+        "seconds": 0.1,
+    }
+
+
+def _evaluate(
+    dice: random.Random,
+    level: tuple[float, ...],
+    shift: float,
+    round_index: int,
+    client: str,
+    when: str,
+    groups: bool,
+    rouge: bool,
+) -> list[Event]:
+    shared, own = (min(1.0, max(0.0, value + shift + dice.gauss(0, 0.01))) for value in level[:2])
+    common = {"event": "evaluate", "round": round_index, "client_id": client, "when": when}
+    parts = {
+        "shared skill": {"num_examples": 45, "loss": level[3] * 0.5, "exact_match": shared},
+        "own conventions": {"num_examples": 105, "loss": level[3] * 1.2, "exact_match": own},
+    }
+    test = {"num_examples": 150, "loss": level[3] * dice.uniform(0.97, 1.03), "exact_match": 0.3 * shared + 0.7 * own}
+    general = {"num_examples": 200, "loss": 2.2 - 2.1 * (level[2] > 0.5), "exact_match": level[2]}
+    return [
+        {
+            **common,
+            "split": "test",
+            **test,
+            "rouge_l": 0.3 + 0.2 * own if rouge else None,
+            "groups": parts if groups else {},
+        },
+        {**common, "split": "general", **general, "rouge_l": None, "groups": {}},
+    ]
+
+
+def write_run(folder: Path, events: list[Event]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return folder
+
+
+class _Reader(HTMLParser):
+    """Open tags that are never closed, and everything that would load from elsewhere."""
+
+    VOID = frozenset({"meta", "br", "path", "use", "rect", "image", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith(("#", "data:")):
+                self.outside.append(f"{name}={value}")
+            assert not name.startswith("on"), f"a script in {name}"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open, f"</{tag}> without its start"
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(path: Path) -> _Reader:
+    page = path.read_text(encoding="utf-8")
+    reader = _Reader()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    assert reader.outside == []
+    assert not reader.tags & {"script", "link", "iframe", "img"}
+    assert not re.search(r"@import|url\((?!#)|@font-face", page)
+    return reader
+
+
+def render(summary: list[dict[str, Any]]) -> list[str]:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(terminal_table(summary))
+    return console.export_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[Event]:
+    return synthetic_events(**DEMO)
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Event]:
+    return synthetic_events()
+
+
+def without(events: list[Event], *kinds: str) -> list[Event]:
+    return [event for event in events if event["event"] not in kinds]
+
+
+CASES = {
+    "every method": {},
+    "base only": {"methods": ("base",), "seeds": (0,)},
+    "FLEx only, one seed": {"methods": ("flex",), "seeds": (3,)},
+    "no FLEx": {"methods": ("base", "local", "fedavg")},
+    "no controls": {"methods": ("fedavg", "flex")},
+    "another strategy": {"methods": ("fedavg", "fedprox", "scaffold", "flex"), "seeds": (0,)},
+    "no groups": {"groups": False, "seeds": (0,)},
+    "real text with ROUGE-L": {"groups": False, "rouge": True, "clients": ("closed_qa", "summarization")},
+    "one client, one round, one layer": {"clients": ("only",), "rounds": 1, "layers": 1, "seeds": (0,)},
+    "many layers and experts": {"methods": ("flex",), "seeds": (0,), "layers": 24, "experts": 60},
+    "more clients than panels": {"methods": ("flex",), "seeds": (0,), "clients": tuple(f"c{i}" for i in range(26))},
+    "no header": {"header": False, "seeds": (0,)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_run_gives_table_findings_and_page(case: str, tmp_path: Path) -> None:
+    events = synthetic_events(**CASES[case])
+    summary = summarise(events)
+    assert [row["method"] for row in summary] == list(dict.fromkeys(e["method"] for e in events if "method" in e))
+    assert max(map(len, render(summary))) <= 100
+    said = findings(summary)
+    assert all(sentence.endswith(".") for sentence in said)
+    path = write_report(write_run(tmp_path, events))
+    assert path == tmp_path / "report.html"
+    text = read_page(path).text.replace("\u00a0", " ")
+    for sentence in said:
+        assert sentence in text
+    for client in {event["client_id"] for event in events if "client_id" in event}:
+        assert client in text
+
+
+@pytest.mark.parametrize("kind", ["job", "evaluate", "train", "graft", "sent", "truncated", "done", "run"])
+def test_a_missing_kind_of_event_is_no_obstacle(kind: str, tmp_path: Path) -> None:
+    events = without(synthetic_events(methods=("base", "fedavg", "flex"), seeds=(0,), clients=("a",)), kind)
+    render(summarise(events))
+    read_page(write_report(write_run(tmp_path, events)))
+
+
+def test_an_empty_run_says_so(tmp_path: Path) -> None:
+    assert "no evaluation yet" in read_page(write_report(write_run(tmp_path, []))).text
+    assert render(summarise([]))
+
+
+def test_means_and_spreads(demo: list[Event]) -> None:
+    rows = {row["method"]: row for row in summarise(demo)}
+    last = [e for e in demo if e["event"] == "evaluate" and e["method"] == "flex" and e["split"] == "test"]
+    for when in (AFTER, BEFORE):
+        by_seed = {}
+        for seed in (0, 1):
+            values = [e["exact_match"] for e in last if e["when"] == when and e["seed"] == seed]
+            by_seed[seed] = sum(values) / len(CLIENTS)
+        stat = rows["flex"][when][TEST]
+        assert stat["values"] == pytest.approx(by_seed)
+        assert stat["mean"] == pytest.approx((by_seed[0] + by_seed[1]) / 2)
+        assert stat["spread"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+        assert stat["num_examples"] == 150 * len(CLIENTS)
+    assert rows["flex"][AFTER][GROUP]["num_examples"] == 105 * len(CLIENTS)
+    assert rows["flex"]["bytes_per_round"] == {"up": 16 * 4096 * 5, "down": 16 * 4096 * 5}
+    assert rows["flex"]["trained_parameters"] == {"shared": 32768, "personal": 147972}
+    assert rows["local"]["bytes_per_round"] == {"up": 0, "down": 0}
+    assert rows["base"]["bytes_per_round"] is None
+    assert rows["base"]["grafts"] is None
+    assert rows["flex"]["grafts"]["choices"] == 2 * 4 * len(CLIENTS)
+    assert rows["flex"]["grafts"]["little_used"] == 2 * 2 * len(CLIENTS)
+
+
+def scored(method: str, exact: list[float], loss: float = 1.0, num_examples: int = 10_000) -> list[Event]:
+    """One client, one evaluation a seed."""
+    common = {"event": "evaluate", "method": method, "round": 0, "client_id": "a", "when": AFTER, "split": "test"}
+    return [
+        {**common, "seed": seed, "num_examples": num_examples, "loss": loss, "exact_match": value, "groups": {}}
+        for seed, value in enumerate(exact)
+    ]
+
+
+VERDICTS = {
+    "level: within the spread of the seeds": ([0.50, 0.60], [0.52, 0.56], "level"),
+    "better in every seed by far": ([0.50, 0.60], [0.30, 0.41], "better"),
+    "worse in every seed by far": ([0.30, 0.41], [0.50, 0.60], "worse"),
+    "ahead, by less than twice the spread": ([0.50, 0.60, 0.55], [0.48, 0.54, 0.54], "ahead"),
+    "behind, by less than twice the spread": ([0.48, 0.54, 0.54], [0.50, 0.60, 0.55], "behind"),
+    "one seed: the sampling error decides": ([0.505], [0.500], "level"),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdict_of_a_paired_difference(case: str) -> None:
+    first, second, verdict = VERDICTS[case]
+    flex, other = summarise(scored("fedavg", second) + scored("flex", first))[::-1]
+    found = difference(flex, other, TEST)
+    assert found is not None
+    assert found.verdict == verdict
+    mean = sum(a - b for a, b in zip(first, second, strict=True)) / len(first)
+    assert found.mean == pytest.approx(mean)
+
+
+def test_two_seeds_that_agree_by_chance_prove_nothing() -> None:
+    """The seeds differ by exactly +.03 both times, but 100 answers cannot tell .53 from .50."""
+    rows = summarise(scored("fedavg", [0.5, 0.5], num_examples=100) + scored("flex", [0.53, 0.53], num_examples=100))
+    found = difference(rows[1], rows[0], TEST)
+    assert found is not None
+    assert found.spread == pytest.approx(0.0)
+    assert found.verdict == "level"
+
+
+def test_loss_counts_downwards() -> None:
+    rows = summarise(scored("fedavg", [0.5, 0.5], loss=1.0) + scored("flex", [0.5, 0.5], loss=2.0))
+    found = difference(rows[1], rows[0], Measure("test", "", "loss"))
+    assert found is not None
+    assert found.mean == pytest.approx(1.0)
+    assert found.verdict == "worse"
+
+
+def test_only_common_seeds_are_compared() -> None:
+    rows = summarise(scored("fedavg", [0.1, 0.2, 0.3]) + scored("flex", [0.5]))
+    found = difference(rows[1], rows[0], TEST)
+    assert found is not None
+    assert (found.num_seeds, found.mean) == (1, pytest.approx(0.4))
+    lonely = [{**event, "seed": 9} for event in scored("flex", [0.5])]
+    rows = summarise(scored("fedavg", [0.1]) + lonely)
+    assert difference(rows[1], rows[0], TEST) is None
+    assert findings(rows)
+
+
+def test_findings_name_a_control_that_is_as_good() -> None:
+    events = scored("fedavg", [0.3, 0.3]) + scored("flex", [0.6, 0.6])
+    said = " ".join(findings(summarise(events + scored("flex-random", [0.6, 0.6]) + scored("flex-fresh", [0.7, 0.7]))))
+    assert "better than FedAvg (+30.0 ± 0.0)" in said
+    assert "a random expert does as well" in said
+    assert "a fresh module does better than FLEx (−10.0 ± 0.0)" in said
+    assert "this run does not show" in said
+    assert "the gain over FedAvg comes from having a private module" in said
+
+    said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.6, 0.6]))))
+    assert "a random expert does worse" in said
+    assert "does not show that starting from a pretrained expert matters" in said
+
+    said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.4, 0.4]))))
+    assert "earns its place" in said
+    assert "does not show" not in said
+
+    assert "cannot tell whether the choice" in " ".join(findings(summarise(events)))
+
+
+def test_findings_when_flex_loses() -> None:
+    said = findings(summarise(scored("local", [0.7, 0.7]) + scored("fedavg", [0.6, 0.6]) + scored("flex", [0.6, 0.6])))
+    assert "worse than local training" in said[0] or "worse than local training" in said[1]
+    assert "level with FedAvg" in said[0]
+
+
+def test_findings_tell_when_loss_disagrees() -> None:
+    events = scored("flex", [0.6, 0.6], loss=2.0) + scored("fedavg", [0.5, 0.5], loss=1.0)
+    assert any(
+        "FedAvg has the lower one (1.000 ± 0.000, in 2 of 2 seeds)" in said for said in findings(summarise(events))
+    )
+
+
+def test_unfinished_jobs_are_named_and_not_mixed_in(small: list[Event], tmp_path: Path) -> None:
+    def keep(event: Event) -> bool:
+        if (event.get("method"), event.get("seed")) != ("flex", 1):
+            return True
+        return event["event"] != "done" and event.get("round", 0) <= 2
+
+    early = {"event": "evaluate", "method": "flex", "seed": 1, "round": 2, "when": AFTER, "split": "test"}
+    early |= {"num_examples": 150, "loss": 9.0, "exact_match": 0.0, "groups": {}}
+    events = [event for event in small if keep(event)] + [{**early, "client_id": client} for client in CLIENTS[:2]]
+    flex = next(row for row in summarise(events) if row["method"] == "flex")
+    assert flex["seeds"] == [0]
+    assert not flex["finished"]
+    assert "FLEx (seed 1 at round 2 of 3)" in findings(summarise(events))[0]
+    assert "unfinished" in "".join(render(summarise(events)))
+    assert "not finished" in read_page(write_report(write_run(tmp_path, events))).text
+
+
+def test_a_round_that_was_evaluated_by_halves_does_not_count(small: list[Event]) -> None:
+    extra = next(e for e in small if e["event"] == "evaluate" and e["method"] == "flex" and e["when"] == AFTER)
+    row = summarise([*small, {**extra, "round": 4, "exact_match": 0.0}])[3]
+    assert row["rounds"][0] == (3, 3)
+
+
+def test_the_last_of_two_equal_events_counts() -> None:
+    assert summarise(scored("flex", [0.1]) + scored("flex", [0.4]))[0][AFTER][TEST]["mean"] == pytest.approx(0.4)
+
+
+def test_choices_worse_than_nothing_are_warned_of(tmp_path: Path, small: list[Event]) -> None:
+    events = [{**e, "residual": 1.25, "routed_mass": 0.5} if e["event"] == "graft" else e for e in small]
+    assert any("8 grafts, in 8 the chosen expert" in sentence for sentence in findings(summarise(events)))
+    text = read_page(write_report(write_run(tmp_path, events))).text
+    assert "in 4 of 4 places even the chosen expert is worse than none" in text
+    assert "1.25" in text
+
+
+def test_what_was_sent_is_listed_by_name_and_checked_against_the_counters(tmp_path: Path, small: list[Event]) -> None:
+    text = read_page(write_report(write_run(tmp_path, small))).text
+    assert "model.layers.1.self_attn.v_proj.lora_B.weight" in text
+    assert "FLEx, in both directions: 8 arrays, 32.8 kB a message" in text
+    assert "Local: no array, in neither direction" in text
+    assert "messages of" not in text
+    wrong = [{**e, "bytes_up": 5} if e["event"] == "train" else e for e in small]
+    text = read_page(write_report(write_run(tmp_path, wrong))).text
+    assert "sums to 32.8 kB, but messages of 5 B were counted" in text
+
+
+def test_truncation_is_reported_with_and_without_a_method(tmp_path: Path) -> None:
+    cut = {"event": "truncated", "client_id": "dolly", "part": "test", "count": 17, "max_length": 96}
+    text = read_page(write_report(write_run(tmp_path, [*scored("flex", [0.5]), cut]))).text
+    assert "dolly" in text
+    assert "17" in text
+    assert "None, as far as" in read_page(write_report(write_run(tmp_path, scored("flex", [0.5])))).text
+
+
+def test_names_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
+    nasty = "<script>alert('$x^$')</script>\"&amp; 東京"
+    events = synthetic_events(methods=("base", "flex", "<i>$x^$"), seeds=(0,), clients=(nasty, "_b$_$"))
+    events[0] |= {"title": nasty, "base_model": nasty, "versions": {nasty: nasty}}
+    for event in events:
+        if event.get("groups"):
+            event["groups"] = {nasty: event["groups"]["shared skill"]}
+        if event["event"] == "sent":
+            event["tensors"] = [{"name": nasty, "shape": [1], "dtype": nasty, "bytes": 4}]
+    folder = write_run(tmp_path, events)
+    (folder / "config.toml").write_text(f'name = "{nasty}"', encoding="utf-8")
+    path = write_report(folder)
+    assert "<script" not in path.read_text(encoding="utf-8")
+    assert nasty in read_page(path).text
+    render(summarise(events))
+
+
+def test_diverged_values_are_shown_as_such(tmp_path: Path) -> None:
+    events = synthetic_events(methods=("fedavg", "flex"), seeds=(0, 1), rounds=3)
+    for event in events:
+        if event.get("method") == "flex" and event["event"] in ("evaluate", "train"):
+            event["loss"] = math.nan
+            event["opening"] = [math.nan] * 4
+    assert "diverged" in "".join(render(summarise(events)))
+    assert "diverged" in read_page(write_report(write_run(tmp_path, events))).text
+
+
+def test_reading_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FlexError, match="wanted the folder of a run"):
+        read_events(tmp_path / "nowhere")
+    write_run(tmp_path / "flex-seed0", scored("flex", [0.5]))
+    write_run(tmp_path / "local-seed0", scored("local", [0.4]))
+    assert {event["method"] for event in read_events(tmp_path)} == {"flex", "local"}
+    whole = write_run(tmp_path, scored("base", [0.1]))
+    with (whole / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "eval')  # killed while writing
+    assert [event["method"] for event in read_events(tmp_path)] == ["base"]
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = write_run(tmp_path, scored("flex", [0.5]))
+    (run / "report.html").mkdir()
+    with pytest.raises(FlexError, match="cannot write"):
+        write_report(run)
+    assert not (run / ".report.html.part").exists()
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    events = synthetic_events(methods=("flex",), seeds=(0,), clients=("a",), rounds=2)
+    first = write_report(write_run(tmp_path, events)).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_the_demos_report_is_ready_in_seconds(tmp_path: Path, demo: list[Event]) -> None:
+    run = write_run(tmp_path, demo)
+    start = time.process_time()
+    path = write_report(run)
+    assert time.process_time() - start < 6
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (65536, "65.5 kB"), (999_999, "1.00 MB"), (3e8, "300 MB")],
+)
+def test_sizes_have_three_digits(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+    assert format_bytes(None) == "–"
+    assert format_count(147_972) == "148 k"
