@@ -91,9 +91,9 @@ def experts_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every gradient but those of the experts' weights; what is not needed comes back as an empty tensor."""
     num_tokens, top_k = routing_weights.shape
-    dtype, nothing = hidden_states.dtype, hidden_states.new_empty(0)
-    d_hidden, d_routing_weights, d_graft_logits = nothing, routing_weights.new_empty(0), routing_weights.new_empty(0)
-    d_graft_gate_up, d_graft_down = nothing, hidden_states.new_empty(0)
+    dtype = hidden_states.dtype
+    d_hidden, d_graft_gate_up, d_graft_down = (hidden_states.new_empty(0) for _ in range(3))
+    d_routing_weights, d_graft_logits = (routing_weights.new_empty(0) for _ in range(2))
     opening = None if graft_logits is None else torch.sigmoid(graft_logits)  # [T]
     closing = 1 - opening if combine == "convex" and opening is not None else None
     d_opening = None
