@@ -54,9 +54,13 @@ def test_any_grid_gives_the_same_bits(name, tmp_path):
     wanted = train(tmp_path / "here", name, rounds=3)
     for seed in range(2):
         (folder := tmp_path / f"there-{seed}").mkdir()
-        grid = RelayGrid(InProcessGrid(make_toy_app(folder), CLIENTS), seed)
+        grid, reports = RelayGrid(InProcessGrid(make_toy_app(folder), CLIENTS), seed), []
         assert list(ask_clients(grid).values()) == CLIENTS
-        assert_same_bits(run_rounds(strategy_of(name), grid, START, 3), wanted)
+        came = run_rounds(strategy_of(name), grid, START, 3, on_round=lambda *r, kept=reports: kept.append(r[2]))
+        assert_same_bits(came, wanted)
+        for report in reports:
+            assert [turn.client_id for turn in report.train] == CLIENTS
+            assert [turn.client_id for turn in report.evaluate] == CLIENTS
 
 
 def test_report_keeps_every_client_apart(tmp_path):
@@ -291,7 +295,9 @@ def test_import_is_quiet_and_leaves_no_trace(tmp_path):
         "import os, flex.strategy, flex.flower;"
         "assert os.environ['FLWR_TELEMETRY_ENABLED'] == '0' and os.environ['FLWR_DISABLE_UPDATE_CHECK'] == '1';"
         "import sys; assert 'torch' not in sys.modules and 'ray' not in sys.modules;"
-        "import flex.engine"
+        "import flex.engine;"
+        "flex.engine.InProcessGrid(flex.flower.ClientApp(), ['anna']);"
+        "flex.flower.Message(flex.flower.RecordDict(), 1, 'train')"  # the grid has told Flower who writes
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
     came = subprocess.run(

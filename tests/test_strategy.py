@@ -113,6 +113,12 @@ def test_everything_is_float32(name):
     assert {k: a.shape for k, a in came.items()} == SHAPES
 
 
+def test_what_travels_is_float32():
+    record = to_record({"w": np.arange(3.0), "scale": np.float64(1)})
+    assert {array.dtype for array in record.values()} == {"float32"}
+    assert_array_equal(to_arrays(record)["w"], [0, 1, 2])
+
+
 @pytest.mark.parametrize(("name", "flower"), [("fedavg", FlowerFedAvg()), ("fedprox", FlowerFedProx(proximal_mu=0.01))])
 def test_same_bits_as_flower(name, flower):
     strategy, config = enrolled(name), ConfigRecord({"proximal-mu": 0.01} if name == "fedprox" else {})
