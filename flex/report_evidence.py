@@ -35,7 +35,7 @@ from flex.report_numbers import (
 )
 
 _DIRECTIONS = {"up": "from a client to the server", "down": "from the server to a client"}
-MAX_PANELS = 24  # small multiples beyond this are left out, and the page says how many
+MAX_PANELS = 16  # small multiples beyond this are left out, and the page says how many
 
 
 def evidence(run: Run) -> list[str]:

@@ -183,10 +183,9 @@ def openness_panel(rounds: Sequence[int], openings: Sequence[Sequence[float]], l
             axes.plot(rounds, values, color=f"#0b0d{index:02x}", marker="o" if len(rounds) == 1 else None, ms=4)
             ends.append((values[-1], layer))
         step = math.ceil(len(ends) / 8)
-        last = -math.inf
-        for value, layer in sorted(end for end in ends if end[1] % step == 0 and math.isfinite(end[0])):
-            last = max(value, last + limit * 0.085)  # keeps two labels from lying on each other
-            axes.annotate(f" {layer}", (rounds[-1], last), va="center", ha="left", color=INK, annotation_clip=False)
+        named = sorted(end for end in ends if end[1] % step == 0 and math.isfinite(end[0]))
+        for (_, layer), height in zip(named, _apart([value for value, _ in named], limit * 0.085, limit), strict=True):
+            axes.annotate(f" {layer}", (rounds[-1], height), va="center", ha="left", color=INK, annotation_clip=False)
         axes.set_ylim(0, limit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -204,6 +203,16 @@ def _panel(height: float, left: float = 0.34, bottom: float = 0.34) -> tuple[Fig
     figure.patch.set_alpha(0)
     box = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
     return figure, figure.add_axes(box)
+
+
+def _apart(values: Sequence[float], gap: float, top: float) -> list[float]:
+    """Ascending values moved so that neighbours lie at least `gap` apart and none above `top`."""
+    moved: list[float] = []
+    for value in values:
+        moved.append(max(value, moved[-1] + gap) if moved else value)
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], moved[i + 1] - gap if i + 1 < len(moved) else top)
+    return moved
 
 
 def _thinned(labels: Sequence[int], at_most: int) -> tuple[list[int], list[str]]:

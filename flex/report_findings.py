@@ -2,8 +2,9 @@
 
 Methods are compared seed by seed: d_s = score of FLEx - score of the other, mean and standard deviation over the seeds
 that both have. A difference is judged against its *noise*: the larger of that standard deviation and the sampling error
-of a share measured on n test answers, sqrt((p(1-p) + q(1-q)) / n), which stands in where two seeds agree by chance. Up
-to once the noise the two are called level, beyond twice the noise (and with the same sign in every seed) better or
+of a share measured on n test answers, sqrt((p(1-p) + q(1-q)) / n), which stands in where two seeds agree by chance (it
+is too large for ROUGE-L and for methods that err on the same questions: the verdict rather doubts than claims). Up to
+once the noise the two are called level, beyond twice the noise (and with the same sign in every seed) better or
 worse, between them unsettled.
 """
 
@@ -182,9 +183,11 @@ def _loss_disagrees(main: Row, rows: dict[str, Row], measure: Measure) -> list[s
     for method, row in rows.items():
         by_loss = difference(main, row, loss) if method != "flex" and measure != loss else None
         by_score = difference(main, row, measure)
-        if by_loss and by_score and by_loss.gain < 0 <= by_score.gain:
-            seeds = f"in {by_loss.num_seeds - by_loss.ahead} of {by_loss.num_seeds} seeds"
-            parts.append(f"{row['label']} has the lower one ({_value(row, loss)}, {seeds})")
+        if by_loss and by_score and by_loss.gain < 0 <= by_score.gain and by_loss.verdict != "level":
+            seeds = f"lower in {by_loss.num_seeds - by_loss.ahead} of {by_loss.num_seeds}"
+            parts.append(
+                f"{row['label']} {_value(row, loss)} ({seeds} {'seed' if by_loss.num_seeds == 1 else 'seeds'})"
+            )
     if not parts:
         return []
     return [
@@ -246,8 +249,9 @@ def _budget(rows: dict[str, Row]) -> list[str]:
         )
         text += f" and all clients together send {format_bytes(sent['up'])} a round{same}"
     text += "."
-    if fedavg and parameters.get("personal"):
-        text += " FedAvg and Local train no such private module: part of their distance to FLEx may be its mere size."
+    smaller = [rows[method]["label"] for method in ("local", "fedavg") if method in rows]
+    if smaller and parameters.get("personal"):
+        text += f" {_join(smaller)} train no such module: part of the distance to FLEx may be its mere size."
     return [text]
 
 
@@ -297,7 +301,7 @@ def _named(row: Row) -> str:
 
 def _value(row: Row, measure: Measure) -> str:
     stat = row[AFTER][measure]
-    return measure.format(stat["mean"], stat["spread"]) + ("" if measure.name == "loss" else " %")
+    return measure.format(stat["mean"], stat["spread"]) + (" %" if measure.name == "exact_match" else "")
 
 
 def _join(parts: list[str]) -> str:

@@ -3,6 +3,7 @@ caller with `escape` where it builds a cell itself."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,14 @@ class Run:
     def header(self) -> Event:
         """The `run` event that the trainer writes first (the last one, if it was resumed); empty if there is none."""
         return next((event for event in reversed(self.events) if event["event"] == "run"), {})
+
+    @cached_property
+    def strategy(self) -> str:
+        """How the server aggregates, by the configuration; empty where that is not known."""
+        try:
+            return str(tomllib.loads(self.config_text).get("train", {}).get("strategy", ""))
+        except (tomllib.TOMLDecodeError, AttributeError):
+            return ""
 
     @cached_property
     def rows(self) -> dict[str, Row]:

@@ -69,6 +69,7 @@ def _subtitle(run: Run) -> str:
         _count(len(run.clients), "client"),
         _count(rounds, "round") if rounds else "",
         _count(len(seeds), "seed"),
+        f"aggregated by {run.strategy} wherever FedAvg is named" if run.strategy not in ("", "fedavg") else "",
         "" if all(row["finished"] for row in run.summary) else "not finished",
     ]
     what = "Clients fine-tune one Mixture-of-Experts model together; their data and their private experts stay at home."
@@ -208,6 +209,7 @@ def _what_this_was(run: Run) -> str:
     facts = {
         "Base model": header.get("base_model"),
         "Prompt template": header.get("template"),
+        "Aggregation": run.strategy,
         "Rounds": ", ".join(map(str, rounds)),
         "Seeds": ", ".join(map(str, sorted({job.seed for job in run.jobs}))),
         "Started": min((job.info["started"] for job in run.jobs if job.info and job.info.get("started")), default=None),
