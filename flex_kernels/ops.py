@@ -208,8 +208,9 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor
         return (None,) * len(needs)
     if not ctx.saved_z:
         raise RuntimeError("flex::grafted_experts was called with save_preactivations=False, it has no backward then")
-    hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = ctx.saved_tensors[:9]
-    experts = ctx.saved_tensors[9:] if ctx.trains_experts else ctx.frozen_experts
+    saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
+    hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = saved[:9]
+    experts = saved[9:] if ctx.trains_experts else ctx.frozen_experts
     plan_of_rows, names = (sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
     wanted = (needs[0], needs[2], needs[5] or needs[6], needs[7])
     d_hidden = d_weights = d_graft_gate_up = d_graft_down = d_graft_logits = d_gate_up = d_down = None

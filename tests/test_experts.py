@@ -206,12 +206,13 @@ def test_autocast(inside: bool, backend: str) -> None:
         torch.testing.assert_close(x.grad, grad.float())
 
 
+@pytest.mark.parametrize("frozen", [EXPERTS, ()], ids=["frozen experts", "trained experts"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant: bool, backend: str) -> None:
+def test_gradient_checkpointing(use_reentrant: bool, frozen: tuple[int, ...], backend: str) -> None:
     inputs, d_out = layer_inputs(PLAIN), torch.randn(37, 32, device=DEVICE)
-    want = forward_and_grads(flex_kernels.grafted_experts, inputs, d_out, frozen=EXPERTS)
+    want = forward_and_grads(flex_kernels.grafted_experts, inputs, d_out, frozen)
     ours = forward_and_grads(
-        lambda *x: checkpoint(flex_kernels.grafted_experts, *x, use_reentrant=use_reentrant), inputs, d_out, EXPERTS
+        lambda *x: checkpoint(flex_kernels.grafted_experts, *x, use_reentrant=use_reentrant), inputs, d_out, frozen
     )
     for a, b in zip(ours, want, strict=True):
         assert a is b is None or torch.equal(a, b)
