@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ class ClientRuntime:
         scores = {}
         for split, examples in (("test", self.clients[client_id].test), ("general", self.general)):
             if examples:
-                settings = self.config.evaluate
+                # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
+                settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
                 scores[split] = score(self.base.model, self.encoder, examples, settings)
                 self.on_event(
                     {
