@@ -83,7 +83,12 @@ class Job:
         self.steps_per_round, self.told = steps_per_round, (folder / "server").exists()
         self.setting, self.config, self.folder, self.log, self.bar = setting, config, folder, log, bar
         self.method, self.seed, self.started = method, seed, time.perf_counter()
-        self.header = {"base": setting.base.fingerprint, "method": method, "seed": seed}
+        self.header = {
+            "base": setting.base.fingerprint,
+            "method": method,
+            "seed": seed,
+            "strategy": config.train.strategy,
+        }
         self.exact: dict[str, float] = {}
         self.runtime = ClientRuntime(
             setting.base,

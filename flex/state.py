@@ -82,13 +82,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"flex": json.dumps(dict(header))})
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
+        _to_disk(part)
         part.replace(path)
+        _to_disk(path.parent)  # the rename too
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise FlexError(f"cannot write {path}: {error}") from None
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
