@@ -188,7 +188,7 @@ def openness_panel(rounds: Sequence[int], openings: Sequence[Sequence[float]], l
             axes.annotate(f" {layer}", (rounds[-1], height), va="center", ha="left", color=INK, annotation_clip=False)
         axes.set_ylim(0, limit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         axes.set_xlabel("round")
         return _svg(figure, alt)
 

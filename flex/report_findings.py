@@ -89,7 +89,7 @@ def findings(summary: list[Row]) -> list[str]:
     sentences += _controls(main, rows, measure)
     sentences += _groups(main, summary)
     sentences += _loss_disagrees(main, rows, measure)
-    sentences += _forgetting(summary)
+    sentences += _forgetting(summary, measure)
     sentences += _aggregation(summary, measure)
     sentences += _budget(rows)
     sentences += _choices(main)
@@ -195,10 +195,10 @@ def _loss_disagrees(main: Row, rows: dict[str, Row], measure: Measure) -> list[s
     ]
 
 
-def _forgetting(summary: list[Row]) -> list[str]:
-    names = [
-        name for name in ("exact_match", "rouge_l", "loss") if any(("general", "", name) in r[AFTER] for r in summary)
-    ]
+def _forgetting(summary: list[Row], like: Measure) -> list[str]:
+    """The general set, by the measure of the verdict where it was taken there."""
+    names = [like.name, "exact_match", "loss"]
+    names = [name for name in names if any(("general", "", name) in row[AFTER] for row in summary)]
     if not names:
         return []
     measure = Measure("general", "", names[0])

@@ -108,9 +108,10 @@ def _comparison(run: Run) -> str:
     several = any(len(row["seeds"]) > 1 for row in run.summary)
     spread = " ± is the standard deviation over seeds." if several else " One seed: no spread."
     note = (
-        "Scores after aggregation (the averaged weights plus what a client keeps to itself), each client on its own "
-        f"test questions, plain mean over clients.{spread} EM: share of answers that are right to the last token. "
-        "General: questions the base model could answer before; what is lost there was forgotten."
+        "Scores of the last round, after aggregation (the averaged weights plus what a client keeps to itself), each "
+        f"client on its own test questions, plain mean over clients.{spread} EM: share of answers that are right to the "
+        "last token. "
+        "General: questions that belong to no client; what is lost there against the base model was forgotten."
     )
     pictures = panels(_bars(run, m) for m in found)
     methods = "".join(f"<dt>{escape(r['label'])}</dt><dd>{escape(r['about'])}</dd>" for r in run.summary if r["about"])

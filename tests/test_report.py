@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import math
-import random
 import re
 import time
 from html.parser import HTMLParser
@@ -14,184 +12,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from synthetic_run import CLIENTS, DEMO, Event, scored, synthetic_events, write_run
 
 from flex import report_figures
 from flex.errors import FlexError
 from flex.report import findings, read_events, summarise, terminal_table, write_report
-from flex.report_findings import difference
 from flex.report_numbers import AFTER, BEFORE, Measure, format_bytes, format_count
 
-Event = dict[str, Any]
-
-METHODS = ("base", "local", "fedavg", "flex", "flex-random", "flex-fresh")
-CLIENTS = ("aurora", "birch", "cedar", "dune", "ember")
-
-# What the working experiment measured: exact match of shared skill, own conventions and general, then test loss.
-LEVELS = {
-    "base": (0.00, 0.05, 0.90, 9.81),
-    "local": (0.64, 0.32, 0.21, 0.92),
-    "fedavg": (0.93, 0.15, 0.11, 1.64),
-    "flex": (0.90, 0.44, 0.25, 0.81),
-    "flex-random": (0.88, 0.43, 0.28, 0.81),
-    "flex-fresh": (0.91, 0.42, 0.24, 0.75),
-}
-DEMO: dict[str, Any] = {"clients": CLIENTS, "rounds": 12, "layers": 4, "experts": 16}
-TEST, GROUP = Measure("test", "", "exact_match"), Measure("test", "own conventions", "exact_match")
-
-
-def synthetic_events(
-    methods: tuple[str, ...] = METHODS,
-    seeds: tuple[int, ...] = (0, 1),
-    clients: tuple[str, ...] = CLIENTS[:2],
-    rounds: int = 3,
-    layers: int = 2,
-    experts: int = 8,
-    groups: bool = True,
-    rouge: bool = False,
-    header: bool = True,
-) -> list[Event]:
-    """The events of a run like the demo's, with plausible numbers."""
-    dice = random.Random(7)
-    events: list[Event] = []
-    if header:
-        described = [
-            {"client_id": c, "num_train": 80 + 30 * i, "num_test": 150, "description": f"own code words, unit <kg{i}>"}
-            for i, c in enumerate(clients)
-        ]
-        events.append(
-            {
-                "event": "run",
-                "title": "FLEx demo: five clients with their own conventions",
-                "base_model": "flex/assets/demo_base (Qwen2-MoE, 2.7 M parameters)",
-                "template": "chat",
-                "clients": described,
-                "versions": {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "flwr": "1.41.0"},
-                "threads": 2,
-            }
-        )
-    for method in methods:
-        for seed in seeds:
-            job = _job(dice, method, clients, rounds, layers, experts, groups, rouge)
-            events += [{**event, "method": method, "seed": seed} for event in job]
-    return events
-
-
-def _job(
-    dice: random.Random,
-    method: str,
-    clients: tuple[str, ...],
-    rounds: int,
-    layers: int,
-    experts: int,
-    groups: bool,
-    rouge: bool,
-) -> list[Event]:
-    level = LEVELS.get(method, LEVELS["fedavg"])
-    shift = dice.gauss(0, 0.015)
-    if method == "base":
-        return [e for c in clients for e in _evaluate(dice, level, 0.0, 0, c, "after_aggregation", groups, rouge)]
-    sends, grafted = method != "local", method.startswith("flex")
-    events: list[Event] = [
-        {
-            "event": "job",
-            "num_rounds": rounds,
-            "num_clients": len(clients),
-            "trained_parameters": {"shared": 32768 * sends, "personal": 147972 * grafted + 32768 * (not sends)},
-            "started": "2026-03-01T10:00:00",
-        },
-        {"event": "truncated", "client_id": clients[0], "part": "train", "count": 3, "max_length": 512},
-    ]
-    tensors = [
-        {
-            "name": f"model.layers.{layer}.self_attn.{proj}.lora_{ab}.weight",
-            "shape": shape,
-            "dtype": "float32",
-            "bytes": 4096,
-        }
-        for layer in range(layers if sends else 0)
-        for proj in ("q_proj", "v_proj")
-        for ab, shape in (("A", [8, 128]), ("B", [128, 8]))
-    ]
-    events += [{"event": "sent", "direction": way, "tensors": tensors} for way in ("up", "down")]
-    if method in ("flex", "flex-random"):
-        events += [_graft(dice, method, c, layer, experts) for c in clients for layer in range(layers)]
-    size = sum(tensor["bytes"] for tensor in tensors)
-    for round_index in range(1, rounds + 1):
-        for client in clients:
-            end = level[3] * 0.35
-            loss = end + (8.5 - end) * 0.62**round_index * dice.uniform(0.85, 1.15)
-            opening = [0.12 + 0.08 * (layer + 1) / layers * round_index**0.5 for layer in range(layers)]
-            events.append(
-                {
-                    "event": "train",
-                    "round": round_index,
-                    "client_id": client,
-                    "num_examples": 80,
-                    "loss": loss,
-                    "bytes_down": size,
-                    "bytes_up": size,
-                    "seconds": 0.4,
-                    "opening": opening if grafted else None,
-                }
-            )
-    for client in clients:
-        worse = (level[0], level[1], level[2], level[3] * 0.7)
-        events += _evaluate(dice, worse, shift, rounds, client, "before_aggregation", groups, rouge)
-        events += _evaluate(dice, level, shift, rounds, client, "after_aggregation", groups, rouge)
-    return [*events, {"event": "done", "seconds": 28.0, "tokens": 180_000}]
-
-
-def _graft(dice: random.Random, method: str, client: str, layer: int, experts: int) -> Event:
-    candidates = [max(0.6, dice.gauss(0.9 + 0.3 * (layer > 0), 0.2)) for _ in range(experts)]
-    chosen = min(range(experts), key=candidates.__getitem__) if method == "flex" else dice.randrange(experts)
-    return {
-        "event": "graft",
-        "client_id": client,
-        "layer": layer,
-        "module": f"model.layers.{layer}.mlp.experts",
-        "criterion": "reconstruction" if method == "flex" else "random",
-        "candidates": candidates,
-        "chosen": chosen,
-        "residual": candidates[chosen],
-        "routed_mass": 0.15 if layer < 2 else 0.006,
-        "seconds": 0.1,
-    }
-
-
-def _evaluate(
-    dice: random.Random,
-    level: tuple[float, ...],
-    shift: float,
-    round_index: int,
-    client: str,
-    when: str,
-    groups: bool,
-    rouge: bool,
-) -> list[Event]:
-    shared, own = (min(1.0, max(0.0, value + shift + dice.gauss(0, 0.01))) for value in level[:2])
-    common = {"event": "evaluate", "round": round_index, "client_id": client, "when": when}
-    parts = {
-        "shared skill": {"num_examples": 45, "loss": level[3] * 0.5, "exact_match": shared},
-        "own conventions": {"num_examples": 105, "loss": level[3] * 1.2, "exact_match": own},
-    }
-    test = {"num_examples": 150, "loss": level[3] * dice.uniform(0.97, 1.03), "exact_match": 0.3 * shared + 0.7 * own}
-    general = {"num_examples": 200, "loss": 2.2 - 2.1 * (level[2] > 0.5), "exact_match": level[2]}
-    return [
-        {
-            **common,
-            "split": "test",
-            **test,
-            "rouge_l": 0.3 + 0.2 * own if rouge else None,
-            "groups": parts if groups else {},
-        },
-        {**common, "split": "general", **general, "rouge_l": None, "groups": {}},
-    ]
-
-
-def write_run(folder: Path, events: list[Event]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-    return folder
+TEST = Measure("test", "", "exact_match")
+GROUP = Measure("test", "own conventions", "exact_match")
 
 
 class _Reader(HTMLParser):
@@ -344,95 +173,6 @@ def test_means_and_spreads(demo: list[Event]) -> None:
     assert rows["base"]["grafts"] is None
     assert rows["flex"]["grafts"]["choices"] == 2 * 4 * len(CLIENTS)
     assert rows["flex"]["grafts"]["little_used"] == 2 * 2 * len(CLIENTS)
-
-
-def scored(method: str, exact: list[float], loss: float = 1.0, num_examples: int = 10_000) -> list[Event]:
-    """One client, one evaluation a seed."""
-    common = {"event": "evaluate", "method": method, "round": 0, "client_id": "a", "when": AFTER, "split": "test"}
-    return [
-        {**common, "seed": seed, "num_examples": num_examples, "loss": loss, "exact_match": value, "groups": {}}
-        for seed, value in enumerate(exact)
-    ]
-
-
-VERDICTS = {
-    "level: within the spread of the seeds": ([0.50, 0.60], [0.52, 0.56], "level"),
-    "better in every seed by far": ([0.50, 0.60], [0.30, 0.41], "better"),
-    "worse in every seed by far": ([0.30, 0.41], [0.50, 0.60], "worse"),
-    "ahead, by less than twice the spread": ([0.50, 0.60, 0.55], [0.48, 0.54, 0.54], "ahead"),
-    "behind, by less than twice the spread": ([0.48, 0.54, 0.54], [0.50, 0.60, 0.55], "behind"),
-    "one seed: the sampling error decides": ([0.505], [0.500], "level"),
-}
-
-
-@pytest.mark.parametrize("case", VERDICTS)
-def test_verdict_of_a_paired_difference(case: str) -> None:
-    first, second, verdict = VERDICTS[case]
-    flex, other = summarise(scored("fedavg", second) + scored("flex", first))[::-1]
-    found = difference(flex, other, TEST)
-    assert found is not None
-    assert found.verdict == verdict
-    mean = sum(a - b for a, b in zip(first, second, strict=True)) / len(first)
-    assert found.mean == pytest.approx(mean)
-
-
-def test_two_seeds_that_agree_by_chance_prove_nothing() -> None:
-    """The seeds differ by exactly +.03 both times, but 100 answers cannot tell .53 from .50."""
-    rows = summarise(scored("fedavg", [0.5, 0.5], num_examples=100) + scored("flex", [0.53, 0.53], num_examples=100))
-    found = difference(rows[1], rows[0], TEST)
-    assert found is not None
-    assert found.spread == pytest.approx(0.0)
-    assert found.verdict == "level"
-
-
-def test_loss_counts_downwards() -> None:
-    rows = summarise(scored("fedavg", [0.5, 0.5], loss=1.0) + scored("flex", [0.5, 0.5], loss=2.0))
-    found = difference(rows[1], rows[0], Measure("test", "", "loss"))
-    assert found is not None
-    assert found.mean == pytest.approx(1.0)
-    assert found.verdict == "worse"
-
-
-def test_only_common_seeds_are_compared() -> None:
-    rows = summarise(scored("fedavg", [0.1, 0.2, 0.3]) + scored("flex", [0.5]))
-    found = difference(rows[1], rows[0], TEST)
-    assert found is not None
-    assert (found.num_seeds, found.mean) == (1, pytest.approx(0.4))
-    lonely = [{**event, "seed": 9} for event in scored("flex", [0.5])]
-    rows = summarise(scored("fedavg", [0.1]) + lonely)
-    assert difference(rows[1], rows[0], TEST) is None
-    assert findings(rows)
-
-
-def test_findings_name_a_control_that_is_as_good() -> None:
-    events = scored("fedavg", [0.3, 0.3]) + scored("flex", [0.6, 0.6])
-    said = " ".join(findings(summarise(events + scored("flex-random", [0.6, 0.6]) + scored("flex-fresh", [0.7, 0.7]))))
-    assert "better than FedAvg (+30.0 ± 0.0)" in said
-    assert "a random expert does as well" in said
-    assert "a fresh module does better than FLEx (−10.0 ± 0.0)" in said
-    assert "this run does not show" in said
-    assert "the gain over FedAvg comes from having a private module" in said
-
-    said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.6, 0.6]))))
-    assert "a random expert does worse" in said
-    assert "does not show that starting from a pretrained expert matters" in said
-
-    said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.4, 0.4]))))
-    assert "earns its place" in said
-    assert "does not show" not in said
-
-    assert "cannot tell whether the choice" in " ".join(findings(summarise(events)))
-
-
-def test_findings_when_flex_loses() -> None:
-    said = findings(summarise(scored("local", [0.7, 0.7]) + scored("fedavg", [0.6, 0.6]) + scored("flex", [0.6, 0.6])))
-    assert "worse than local training" in said[0] or "worse than local training" in said[1]
-    assert "level with FedAvg" in said[0]
-
-
-def test_findings_tell_when_loss_disagrees() -> None:
-    events = scored("flex", [0.6, 0.6], loss=2.0) + scored("fedavg", [0.5, 0.5], loss=1.0)
-    assert any("FedAvg 1.000 ± 0.000 (lower in 2 of 2 seeds)" in said for said in findings(summarise(events)))
 
 
 @pytest.mark.usefixtures("no_pictures")
