@@ -1,0 +1,299 @@
+"""Compile every Triton kernel for GPUs that are not here, and read the machine code (`make aot`).
+
+The launchers themselves run, on tensors without memory (torch's meta device), for a forced target: what is compiled is
+exactly what a launch on that chip would compile. Nothing is launched. Of each kernel the table shows registers, spills,
+shared memory and matrix instructions; the exit code is 1 if a default configuration spills a register, asks for
+more shared memory than the chip has, or is a 16-bit GEMM for sm_90 without HGMMA.
+
+    python benchmarks/aot.py [--quick] [--targets sm90,gfx942] [--json FILE]
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("TRITON_INTERPRET is set: @triton.jit would make interpreted functions, which cannot be compiled")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where this is left open
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from flex_kernels.kernels import combine, experts, tiles
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304}
+SHARED_MEMORY = {
+    "sm80": 163 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may ask
+GEMM_KERNELS = ("_gate_up_fwd_kernel", "_grouped_rows_kernel", "_d_preactivations_kernel")
+GEMM_KERNELS += ("_score_experts_kernel", "_score_neurons_kernel")
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target: how it was specialised, and what came out."""
+
+    kernel: str
+    target: str
+    dtype: str
+    options: str
+    registers: int
+    spills: int  # loads and stores to local memory, or AMD's spilled registers
+    shared_bytes: int
+    matrix_instructions: int  # HGMMA, HMMA, UTC*MMA or MFMA, whatever the chip has
+    hgmma: int
+    tma: int
+    async_copies: int
+    compile_s: float
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared_bytes > SHARED_MEMORY[self.target]:
+            found.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_MEMORY[self.target]} are there")
+        if self.target == "sm90" and self.kernel in GEMM_KERNELS and self.dtype != "fp32" and not self.hgmma:
+            found.append("no HGMMA")
+        return found
+
+
+class CompileOnlyDriver(DriverBase):
+    """As much of a driver as `JITFunction.run(warmup=True)` asks for. The device's name is the target's."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, device: str | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Callable:
+        raise RuntimeError("there is no device to measure")
+
+
+@contextlib.contextmanager
+def compiling_for(target: str, found: dict[str, Compiled]) -> Iterator[None]:
+    """Inside, every kernel launch compiles for `target` and lands in `found` (by the hash of what was compiled)."""
+    jit_function = triton.runtime.JITFunction
+    original_run = jit_function.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        start = time.perf_counter()
+        kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        if kernel.hash not in found:
+            found[kernel.hash] = describe(kernel, self, args, kwargs, target, time.perf_counter() - start)
+        return kernel
+
+    triton.runtime.driver.set_active(CompileOnlyDriver(target))
+    tiles.force_target(tiles.Target(target, PROCESSORS[target]))
+    jit_function.run = compile_only
+    try:
+        yield
+    finally:
+        jit_function.run = original_run
+        tiles.force_target(None)
+
+
+def describe(kernel, function, args: tuple, kwargs: dict, target: str, seconds: float) -> Compiled:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    dtype = next((names[a.dtype] for a in args if isinstance(a, Tensor) and a.is_floating_point()), "int")
+    shown = {k: int(v) if isinstance(v, bool) else v for k, v in kwargs.items() if k != "num_warps" or v != 4}
+    return Compiled(
+        kernel=function.fn.__name__,
+        target=target,
+        dtype=dtype,
+        options=" ".join(f"{k.lower()}={v}" for k, v in shown.items()),
+        shared_bytes=kernel.metadata.shared,
+        compile_s=round(seconds, 2),
+        **(read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])),
+    )
+
+
+def read_cubin(cubin: bytes) -> dict[str, int]:
+    """Registers and instruction counts from the machine code, with the tools in Triton's own wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([NVIDIA_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+
+    def count(*prefixes: str) -> int:
+        return sum(operation.startswith(prefixes) for operation in operations)
+
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spills": count("LDL", "STL"),
+        "matrix_instructions": count("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
+        "hgmma": count("HGMMA"),
+        "tma": count("UTMALDG", "UTMASTG"),
+        "async_copies": count("LDGSTS"),
+    }
+
+
+def read_amdgcn(code: str) -> dict[str, int]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
+
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "matrix_instructions": len(re.findall(r"^\s+v_mfma", code, re.MULTILINE)),
+        "hgmma": 0,
+        "tma": 0,
+        "async_copies": 0,
+    }
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def layer_case(
+    dtype: torch.dtype = torch.bfloat16,
+    num_tokens: int = 8192,
+    hidden_size: int = 2048,
+    intermediate_size: int = 1408,
+    graft_size: int = 1408,
+    combine: str = "additive",
+    activation: str = "silu",
+    training: bool = True,
+    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+) -> None:
+    """One call of the layer (Qwen1.5-MoE-A2.7B unless said otherwise), forward and backward."""
+    num_experts, top_k = 60, 4
+    hidden_states = empty(num_tokens, hidden_size, dtype=dtype)
+    sorted_pairs = empty(num_tokens * top_k, dtype=torch.int32)
+    expert_offsets = empty(num_experts + 1, dtype=torch.int32)
+    routing_weights = empty(num_tokens, top_k, dtype=torch.float32)
+    gate_up_proj = empty(num_experts, 2 * intermediate_size, hidden_size, dtype=dtype)
+    down_proj = empty(num_experts, hidden_size, intermediate_size, dtype=dtype)
+    graft = (None, None, None)
+    if graft_size:
+        graft = (
+            empty(2 * graft_size, hidden_size, dtype=dtype),
+            empty(hidden_size, graft_size, dtype=dtype),
+            empty(num_tokens, dtype=torch.float32),
+        )
+    plan = (sorted_pairs, expert_offsets, routing_weights)
+    out, *saved = experts.experts_fwd(
+        hidden_states, *plan, gate_up_proj, down_proj, *graft, combine, activation, training
+    )
+    if training:
+        experts.experts_bwd(
+            out, hidden_states, *plan, gate_up_proj, down_proj, *graft, *saved, combine, activation, *needs
+        )
+
+
+def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:
+    """The combine on its own, forward and backward."""
+    expert_out, routing_weights = empty(512, 4, 2048, dtype=dtype), empty(512, 4, dtype=torch.float32)
+    graft = (empty(512, 2048, dtype=dtype), empty(512, dtype=torch.float32)) if has_graft else (None, None)
+    out = combine.combine_fwd(expert_out, routing_weights, *graft, form)
+    combine.combine_bwd(out, expert_out, routing_weights, *graft, form, True, True, has_graft, has_graft)
+
+
+def quick_cases() -> Iterator[Callable[[], None]]:
+    """Every kernel once in the form that training uses, in the dtype that training uses."""
+    yield lambda: layer_case(combine="convex")
+    yield lambda: layer_case(num_tokens=512)
+
+
+def all_cases() -> Iterator[Callable[[], None]]:
+    """dtype x tile height x alignment x graft; then every activation and form; then every set of wanted gradients."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    sizes = ({}, {"hidden_size": 2040, "intermediate_size": 1400}, {"hidden_size": 2047, "intermediate_size": 1407})
+    for dtype, num_tokens, size, graft_size in itertools.product(dtypes, (512, 8192), sizes, (0, 1408, 1000)):
+        for training in (True, False):
+            yield lambda d=dtype, t=num_tokens, s=size, g=graft_size, r=training: layer_case(
+                d, t, graft_size=g, training=r, **s
+            )
+    for activation, form, training in itertools.product(("gelu", "gelu_tanh"), ("additive", "convex"), (True, False)):
+        yield lambda a=activation, f=form, r=training: layer_case(activation=a, combine=f, training=r)
+    for needs, form in itertools.product(itertools.product((True, False), repeat=4), ("additive", "convex")):
+        if any(needs):
+            yield lambda n=needs, f=form: layer_case(needs=n, combine=f)
+    for dtype, has_graft, form in itertools.product(dtypes, (True, False), ("additive", "convex")):
+        yield lambda d=dtype, g=has_graft, f=form: combine_case(d, g, f)
+
+
+def compile_all(targets: list[str], quick: bool) -> list[Compiled]:
+    found: dict[str, Compiled] = {}
+    for target in targets:
+        with compiling_for(target, found):
+            for case in quick_cases() if quick else all_cases():
+                case()
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the forms that training uses only")
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--json", type=Path, help="also write every row to this file")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    compiled = compile_all(arguments.targets.split(","), arguments.quick)
+    print(f"{'kernel':26s} {'target':7s} dtype  regs spills  shared   mma hgmma  tma async  s     options")
+    for row in compiled:
+        numbers = (
+            f"{row.registers:4d} {row.spills:6d} {row.shared_bytes:7d} {row.matrix_instructions:5d} {row.hgmma:5d}"
+        )
+        numbers += f" {row.tma:4d} {row.async_copies:5d} {row.compile_s:5.2f}"
+        faults = "; ".join(row.faults())
+        print(
+            f"{row.kernel:26s} {row.target:7s} {row.dtype:5s}  {numbers}  {row.options}"
+            + f"  FAULT: {faults}" * bool(faults)
+        )
+    faulty = [row for row in compiled if row.faults()]
+    seconds = time.perf_counter() - start
+    print(f"Triton {triton.__version__}: {len(compiled)} kernels in {seconds:.0f} s, {len(faulty)} with a fault")
+    if arguments.json:
+        rows = [{**dataclasses.asdict(row), "faults": row.faults()} for row in compiled]
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

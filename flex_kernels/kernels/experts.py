@@ -1,0 +1,181 @@
+"""The layer after the router, forward: routed experts, the graft and their sum (paper: K + 1 experts a token).
+
+    Z_r = [G_e; U_e] x_t    A_r = act(Z_gate) * Z_up    Y_r = D_e A_r        for every row r = (t, k) with expert e
+    y_t = c_t sum_k w_tk Y_(t,k) + s_t Y_g,t            s = sigmoid(graft_logits), c = 1 (additive) or 1 - s (convex)
+
+Twin: `reference.grafted_experts`. Four launches: schedule, `[G; U]` with gathered rows and the activation in its
+epilogue, `D`, combine. The graft is expert number `E` of both GEMMs (rows = tokens in order, a width of its own).
+Fused away: the gathered copy of the input (2 R H elements of traffic), and `Z` between GEMM and activation (4 R I, of
+which 2 R I remain where the backward pass will need `Z`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flex_kernels.kernels.activations import pass_through
+from flex_kernels.kernels.combine import combine_rows
+from flex_kernels.kernels.experts_bwd import experts_bwd
+from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule
+from flex_kernels.kernels.tiles import Target, Tile, contiguous, expert_tiles, operand, target_of, use_tma
+
+__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd"]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
+def _gate_up_fwd_kernel(
+    hidden_states_ptr, sorted_pairs_ptr, gate_up, graft_gate_up,
+    activations_ptr, graft_activations_ptr, preactivations_ptr, graft_preactivations_ptr,
+    row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
+    num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
+    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    num_row_tiles = tl.load(num_row_tiles_ptr)
+    num_columns = (intermediate_size + BLOCK_N - 1) // BLOCK_N
+    graft_num_columns = (graft_size + BLOCK_N - 1) // BLOCK_N
+    num_tiles = num_row_tiles * num_columns + graft_row_tiles * graft_num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first_row, end_row, column = locate_tile(
+            tile, row_tiles_ptr, num_row_tiles, max_row_tiles, num_columns,
+            graft_row_tiles, graft_num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner_offsets = tl.arange(0, BLOCK_K)
+
+        weight = gate_up
+        width = intermediate_size
+        weight_row = expert * 2 * intermediate_size
+        a_ptr = activations_ptr
+        z_ptr = preactivations_ptr
+        tokens = tl.load(sorted_pairs_ptr + rows, mask=(rows < end_row) & (expert < num_experts), other=0) // top_k
+        if HAS_GRAFT and expert == num_experts:
+            weight = graft_gate_up
+            width = graft_size
+            weight_row = 0
+            a_ptr = graft_activations_ptr
+            z_ptr = graft_preactivations_ptr
+            tokens = tl.minimum(rows, num_tokens - 1)
+        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
+        if not TMA:
+            # Columns past the end repeat the last one: no mask here, and the store drops them.
+            weight_rows = (weight_row + tl.minimum(columns, width - 1)).to(tl.int64)
+            gate_ptrs = weight + weight_rows[None, :] * hidden_size + inner_offsets[:, None]
+            up_ptrs = gate_ptrs + tl.cast(width, tl.int64) * hidden_size
+
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, hidden_size, BLOCK_K):
+            if EVEN:
+                source = tl.load(source_ptrs + k)
+            else:
+                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
+            if TMA:
+                gate_matrix = weight.load([weight_row + column * BLOCK_N, k]).T
+                up_matrix = weight.load([weight_row + width + column * BLOCK_N, k]).T
+            elif EVEN:
+                gate_matrix = tl.load(gate_ptrs + k)
+                up_matrix = tl.load(up_ptrs + k)
+            else:
+                gate_matrix = tl.load(gate_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+                up_matrix = tl.load(up_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+            gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
+            up = tl.dot(source, up_matrix, up, input_precision="ieee")
+
+        kept = (rows < end_row)[:, None] & (columns < width)[None, :]
+        out_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        activations = gate * pass_through(gate, ACTIVATION) * up
+        tl.store(a_ptr + out_offsets, activations.to(activations_ptr.dtype.element_ty), mask=kept)
+        if SAVE:
+            z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+            tl.store(z_ptr + z_offsets, gate.to(activations_ptr.dtype.element_ty), mask=kept)
+            tl.store(z_ptr + z_offsets + width, up.to(activations_ptr.dtype.element_ty), mask=kept)
+
+
+def gate_up_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    top_k: int,
+    gate_up_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    schedule: Schedule,
+    target: Target,
+    tile: Tile,
+    activation: str,
+    save_preactivations: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """activations [R, I], graft_activations [T, I_g] or None, preactivations [R or 0, 2I], graft's [T or 0, 2I_g]."""
+    num_tokens, hidden_size = hidden_states.shape
+    num_experts, intermediate_size = gate_up_proj.shape[0], gate_up_proj.shape[1] // 2
+    has_graft = graft_gate_up_proj is not None
+    graft_size = graft_gate_up_proj.shape[0] // 2 if has_graft else 0
+    activations = hidden_states.new_empty(schedule.num_rows, intermediate_size)
+    graft_activations = hidden_states.new_empty(num_tokens, graft_size) if has_graft else None
+    saved_rows, saved_tokens = (schedule.num_rows, num_tokens) if save_preactivations else (0, 0)
+    # Rows of no expert here are never written nor read; deterministic mode promises them the same bits too.
+    new_rows = hidden_states.new_zeros if torch.are_deterministic_algorithms_enabled() else hidden_states.new_empty
+    preactivations = new_rows(saved_rows, 2 * intermediate_size)
+    graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
+    even = hidden_size % tile.block_k == 0
+    tma = use_tma(target, gate_up_proj, graft_gate_up_proj)
+    block_shape = [tile.block_n, tile.block_k]
+    graft_row_tiles = schedule.graft_row_tiles(has_graft)
+    max_tiles = schedule.max_row_tiles * triton.cdiv(intermediate_size, tile.block_n)
+    max_tiles += graft_row_tiles * triton.cdiv(graft_size, tile.block_n)
+    _gate_up_fwd_kernel[(min(max_tiles, target.num_processors),)](
+        hidden_states, sorted_pairs,
+        operand(gate_up_proj, tma, block_shape), operand(graft_gate_up_proj, tma, block_shape),
+        activations, graft_activations, preactivations, graft_preactivations,
+        schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
+        num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
+        ACTIVATION=activation, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return activations, graft_activations, preactivations, graft_preactivations
+
+
+def experts_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+    combine: str,
+    activation: str,
+    save_preactivations: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [T, H], preactivations [T*K, 2I] in plan order, graft_preactivations [T, 2I_g]; see the module's docstring.
+
+    Without `save_preactivations` the last two have no rows. fp32 products run in full precision (`ieee`), as PyTorch's
+    own default does.
+    """
+    hidden_states, sorted_pairs, expert_offsets = contiguous(hidden_states, sorted_pairs, expert_offsets)
+    routing_weights, gate_up_proj, down_proj = contiguous(routing_weights, gate_up_proj, down_proj)
+    graft_gate_up_proj, graft_down_proj, graft_logits = contiguous(graft_gate_up_proj, graft_down_proj, graft_logits)
+    has_graft = graft_gate_up_proj is not None
+    num_tokens, top_k = routing_weights.shape
+    if num_tokens == 0:
+        graft_width = graft_gate_up_proj.shape[0] if has_graft else 0
+        empty = hidden_states.new_empty
+        return torch.empty_like(hidden_states), empty(0, gate_up_proj.shape[1]), empty(0, graft_width)
+
+    target = target_of(hidden_states.device)
+    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0])
+    with torch.cuda.device_of(hidden_states):
+        schedule = make_schedule(sorted_pairs, expert_offsets, num_tokens, tiles.block_m)
+        activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(
+            hidden_states, sorted_pairs, top_k, gate_up_proj, graft_gate_up_proj,
+            schedule, target, tiles.gate_up, activation, save_preactivations,
+        )  # fmt: skip
+        expert_out = grouped_rows(
+            activations, graft_activations, down_proj, graft_down_proj, schedule, target, tiles.down, inner_last=True
+        )
+        out = combine_rows(expert_out, schedule.row_of_pair, routing_weights, graft_logits, combine, has_graft)
+    return out, preactivations, graft_preactivations

@@ -1,0 +1,197 @@
+"""Tile sizes: plain functions of chip, dtype and rows per expert. No autotuning, nothing measured at run time.
+
+A grouped GEMM covers the rows of each expert with tiles of `block_m` rows. All GEMMs of one call share `block_m`, since
+they share one schedule of row tiles; the other sizes belong to the single kernel. Every entry compiles without a spill
+and within the chip's shared memory (`tests/test_aot.py`); none was measured on a device, so they are safe defaults.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRET = triton.knobs.runtime.interpret
+# Below this many rows an expert's last row tile is mostly padding at 128 rows; 64 is the least a Hopper HGMMA takes.
+FEW_ROWS_PER_EXPERT = 192
+# The tensor memory accelerator wants bases and row strides in multiples of 16 bytes.
+TMA_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`block_m` rows by `block_n` columns of output, `block_k` of the sum at a time, `group_m` row tiles an L2 visit"""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """The tiles of one layer call; `block_m` is the same in all of them."""
+
+    gate_up: Tile  # two accumulators: gate and up columns
+    down: Tile
+    d_preactivations: Tile  # large epilogue
+    d_hidden: Tile
+
+    @property
+    def block_m(self) -> int:
+        return self.gate_up.block_m
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are shaped for: a family of chips and how many processors a persistent grid fills."""
+
+    chip: str
+    num_processors: int
+
+    @property
+    def has_tma(self) -> bool:
+        return self.chip in ("sm90", "sm100")
+
+
+_INTERPRETER = Target("interpreter", 3)  # three programs: persistent loops take several turns even at test sizes
+_forced_target: Target | None = None
+
+
+def target_of(device: torch.device) -> Target:
+    """The chip behind `device`; under `TRITON_INTERPRET=1` the interpreter."""
+    if _forced_target is not None:
+        return _forced_target
+    return _INTERPRETER if INTERPRET else _device_target(device.index or 0)
+
+
+def force_target(target: Target | None) -> None:
+    """Shape kernels for a chip that is not there (compile checks); None goes back to the device."""
+    global _forced_target
+    _forced_target = target
+
+
+@cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        chip = "gfx942" if properties.gcnArchName.startswith(("gfx942", "gfx950")) else "small"
+    else:
+        # 8.6, 8.9 and 12.x have 99 KB of shared memory a block; the chips named here have 163 KB and more.
+        chip = {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(
+            (properties.major, properties.minor), "small"
+        )
+    return Target(chip, properties.multi_processor_count)
+
+
+# chip -> block_m -> tiles of (gate_up, down, d_preactivations, d_hidden): block_n, block_k, num_warps, num_stages
+_TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "interpreter": {32: ((64, 32, 1, 1),) * 4},
+    "sm80": {
+        64: ((64, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3)),
+        128: ((64, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3), (128, 64, 8, 3)),
+    },
+    "sm90": {
+        64: ((128, 64, 8, 4), (256, 64, 8, 4), (128, 64, 8, 4), (256, 64, 8, 4)),
+        128: ((128, 64, 8, 4), (256, 64, 8, 4), (128, 64, 8, 4), (256, 64, 8, 4)),
+    },
+    "sm100": {
+        64: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+        128: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+    },
+    "gfx942": {
+        64: ((64, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2)),
+        128: ((64, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)),
+    },
+    "small": {
+        64: ((32, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+    },
+}
+# fp32 products run in full precision (`ieee`): on NVIDIA plain FMA, no tensor cores, so small tiles.
+_TILES_32_BIT = ((64, 16, 8, 2),) * 4
+
+
+def expert_tiles(target: Target, dtype: torch.dtype, num_rows: int, num_experts: int) -> ExpertTiles:
+    """The tiles for `num_rows` (token, slot) pairs spread over `num_experts`."""
+    if target.chip != "interpreter" and dtype == torch.float32:
+        table = {64: _TILES_32_BIT}
+    else:
+        table = _TABLE_16_BIT[target.chip]
+    small, large = min(table), max(table)
+    block_m = small if num_rows < FEW_ROWS_PER_EXPERT * num_experts else large
+    return ExpertTiles(*(Tile(block_m, *sizes) for sizes in table[block_m]))
+
+
+def score_tile(target: Target, dtype: torch.dtype) -> Tile:
+    """The tile of the scoring kernels: few accumulators stay alive over a long loop."""
+    if target.chip == "interpreter":
+        return Tile(16, 32, 32, 1, 1)
+    if dtype == torch.float32:
+        return Tile(64, 64, 16, 8, 2)
+    return {
+        "sm80": Tile(128, 64, 64, 8, 3),
+        "sm90": Tile(128, 128, 64, 8, 4),
+        "sm100": Tile(128, 128, 64, 8, 3),
+        "gfx942": Tile(64, 64, 64, 4, 2),
+        "small": Tile(64, 64, 32, 4, 2),
+    }[target.chip]
+
+
+def neuron_tile(target: Target, dtype: torch.dtype) -> Tile:
+    """The tile of `score_neurons`: three accumulators and five operand tiles a step."""
+    if target.chip == "interpreter":
+        return Tile(16, 32, 32, 1, 1)
+    if dtype == torch.float32:
+        return Tile(64, 32, 16, 8, 2)
+    return {
+        "sm80": Tile(64, 64, 32, 4, 3),
+        "sm90": Tile(128, 64, 64, 8, 3),
+        "sm100": Tile(128, 64, 64, 8, 3),
+        "gfx942": Tile(64, 32, 32, 4, 2),
+        "small": Tile(64, 32, 32, 4, 2),
+    }[target.chip]
+
+
+def use_tma(target: Target, *weights: Tensor | None) -> bool:
+    """Whether all weights can be read through tensor descriptors on this chip."""
+    if not (target.has_tma or target.chip == "interpreter"):
+        return False
+    return all(
+        weight is None
+        or (
+            weight.numel() > 0
+            and weight.data_ptr() % TMA_ALIGNMENT == 0
+            and weight.shape[-1] * weight.element_size() % TMA_ALIGNMENT == 0
+        )
+        for weight in weights
+    )
+
+
+def operand(weight: Tensor | None, tma: bool, block_shape: list[int]) -> Tensor | TensorDescriptor | None:
+    """A weight as a kernel takes it: a descriptor over all its rows, or the tensor (a pointer), or None."""
+    if weight is None or not tma:
+        return weight
+    rows = weight.view(-1, weight.shape[-1])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block_shape)
+
+
+def token_tile(device: torch.device, hidden_size: int) -> tuple[int, int, int]:
+    """(tokens, columns, warps) of a kernel that streams rows of `hidden_size`: one 16-byte load a thread."""
+    if target_of(device).chip == "interpreter":
+        return 16, 32, 1
+    columns = max(128, min(triton.next_power_of_2(hidden_size), 1024))
+    return 1, columns, columns // 256 if columns >= 512 else 1
+
+
+def reduction_tokens(device: torch.device) -> int:
+    """Tokens a program of the small per-token reductions takes."""
+    return 16 if target_of(device).chip == "interpreter" else 32
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What every launcher starts with: autograd hands over transposed and stride-0 tensors."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
