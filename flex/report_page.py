@@ -109,8 +109,8 @@ def _comparison(run: Run) -> str:
     spread = " ± is the standard deviation over seeds." if several else " One seed: no spread."
     note = (
         "Scores of the last round, after aggregation (the averaged weights plus what a client keeps to itself), each "
-        f"client on its own test questions, plain mean over clients.{spread} EM: share of answers that are right to the "
-        "last token. "
+        f"client on its own test questions, plain mean over clients.{spread} EM: share of answers that are right to "
+        "the last token. "
         "General: questions that belong to no client; what is lost there against the base model was forgotten."
     )
     pictures = panels(_bars(run, m) for m in found)
