@@ -12,7 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-STAGES: dict[str, tuple[torch.dtype, ...] | None] = {"routing_plan": None}  # stage -> dtypes, None: any
+DTYPES = (torch.float32, torch.bfloat16)
+# stage -> dtypes of hidden states and weights, None: any
+STAGES: dict[str, tuple[torch.dtype, ...] | None] = {"routing_plan": None, "experts": DTYPES, "score": DTYPES}
 
 
 @cache

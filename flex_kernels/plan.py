@@ -4,13 +4,14 @@
 |--------------|----------------------|----------------------------|---------------------------|
 | routing_plan | torch (no host sync) | native (C++), else torch   | native, else torch        |
 | experts      | triton, else torch   | native, else torch         | triton, else torch        |
-| score        | triton, else torch   | torch                      | triton, else torch        |
+| score        | triton, else torch   | native, else torch         | triton, else torch        |
 | route        | triton, else torch   | torch                      | triton, else torch        |
 | combine      | triton, else torch   | torch                      | triton, else torch        |
 
-A backend is a module: `torch_experts` (plain PyTorch), `native` (csrc), or one of `kernels/` (Triton); for the same
-stage all of them offer functions of the same names and signatures, those of `torch_experts`. "else torch" is when the
-faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64, weights of another dtype).
+A backend is a module: `torch_experts` (plain PyTorch), `native` and `native_experts` (csrc), or one of `kernels/`
+(Triton); for the same stage all of them offer functions of the same names and signatures, those of `torch_experts`.
+"else torch" is when the faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64; fp16 on
+the CPU; for Triton also weights of another dtype).
 
 The layer's own order is in `ops.py`: routing_plan -> experts (two grouped products, the graft, their sum).
 """
@@ -23,7 +24,7 @@ from types import ModuleType
 
 import torch
 
-from flex_kernels import native, torch_experts
+from flex_kernels import native, native_experts, torch_experts
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_STAGES = ("experts", "score", "route", "combine")
@@ -43,13 +44,13 @@ def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None
     if INTERPRET and stage in TRITON_STAGES:
         return cuda_backend(stage, dtype, weight_dtype)
     if native.covers(stage, dtype, weight_dtype or dtype):
-        return native
+        return native if stage == "routing_plan" else native_experts
     return torch_experts
 
 
 def backend_name(backend: ModuleType) -> str:
     """`torch`, `native` or `triton`, for messages."""
-    return {torch_experts: "torch", native: "native"}.get(backend, "triton")
+    return {torch_experts: "torch", native: "native", native_experts: "native"}.get(backend, "triton")
 
 
 @cache

@@ -1,0 +1,65 @@
+#include "cpu_features.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace flex {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool here;
+  const Kernels* kernels;
+  const Kernels* bf16_pairs;  // for bf16 times bf16, where that has an instruction of its own
+};
+
+std::vector<Isa> every_isa() {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // asks the operating system too: registers that it does not save do not count
+  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return {{"avx512_bf16", avx512_bf16, avx512_kernels(), avx512_bf16_kernels()},
+          {"avx512", avx512, avx512_kernels(), nullptr},
+          {"avx2", avx2, avx2_kernels(), nullptr},
+          {"portable", true, portable_kernels(), nullptr}};
+}
+
+const std::vector<Isa>& isas_here() {
+  static const std::vector<Isa> here = [] {
+    std::vector<Isa> list;
+    for (const Isa& isa : every_isa())
+      if (isa.here && isa.kernels != nullptr) list.push_back(isa);
+    return list;
+  }();
+  return here;
+}
+
+const Isa& chosen_isa() {
+  const char* wanted = std::getenv("FLEX_ISA");
+  if (wanted == nullptr || *wanted == '\0') return isas_here().front();
+  for (const Isa& isa : isas_here())
+    if (std::string(wanted) == isa.name) return isa;
+  std::string names;
+  for (const Isa& isa : isas_here()) names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  throw std::invalid_argument("FLEX_ISA is '" + std::string(wanted) + "', this machine has " + names);
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas_here()) names.emplace_back(isa.name);
+  return names;
+}
+
+const Kernels& kernels_for(Scalar activations, Scalar weights) {
+  const Isa& isa = chosen_isa();
+  const bool pairs = isa.bf16_pairs && activations == Scalar::kBfloat16 && weights == Scalar::kBfloat16;
+  return pairs ? *isa.bf16_pairs : *isa.kernels;
+}
+
+}  // namespace flex

@@ -1,0 +1,76 @@
+// The inner loops of the layer on a CPU, one table of them per instruction set.
+//
+// A matrix product is C [rows, columns] = A [rows, depth] B [depth, columns] on packed operands. Depth is counted in
+// 32-bit words: one fp32, or, where the machine multiplies bf16 pairs (AVX512-BF16), two neighbouring bf16.
+//
+//   A panel: kPanelRows rows,        [depth / 16][row][16 words]: a row keeps its 64-byte pieces, so that gathering a
+//                                    row is copying, and the loop reads memory in one direction
+//   B panel: kPanelColumns columns,  [depth][column]
+//
+// Every element of C is summed over the depth in one order that depends on nothing but the depth: tiles, tasks and
+// threads may be cut anyhow and the bits stay the same.
+#pragma once
+#include <cstdint>
+
+namespace flex {
+
+enum class Scalar : int { kFloat32 = 0, kBfloat16 = 1 };
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+constexpr int64_t kChunkWords = 16;  // of one row in an A panel: one cache line
+
+constexpr int64_t scalar_bytes(Scalar scalar) { return scalar == Scalar::kFloat32 ? 4 : 2; }
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Rows of a matrix in memory. `gather`: row i lies at memory row gather[i]; null: at row i.
+struct Rows {
+  const void* data;
+  int64_t stride;  // elements from one memory row to the next
+  const int32_t* gather;
+};
+
+struct Kernels {
+  const char* name;
+  int panel_rows, panel_columns;
+  int word_elements;  // 1: fp32 words, 2: pairs of bf16; then both operands are bf16 in memory
+
+  // Packing, by the scalar type in memory. `depth` elements from `begin` on; what fills a word up is zero.
+  // *_rows: memory rows run along the depth. *_depth: memory rows are depth steps, so the packing transposes A.
+  void (*pack_a_rows[2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
+  // depth_scale (or null): a factor per depth step. `begin` counts depth steps, `first` the matrix rows.
+  void (*pack_a_depth[2])(Rows source, int64_t first, int64_t rows, int64_t begin, int64_t depth,
+                          const float* depth_scale, float* panels);
+  void (*pack_b_rows[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
+  void (*pack_b_depth[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
+  // C (+)= A B; columns is a multiple of panel_columns.
+  void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
+                   int64_t c_stride, bool accumulate);
+
+  // One row of `n` elements each, by the scalar type of the untyped pointers.
+  // activations = act(gate) * up; the pre-activations are kept where d_* are not null.
+  void (*glu[2])(Activation activation, int64_t n, const float* gate, const float* up, void* kept_gate, void* kept_up,
+                 void* activations);
+  // d_gate, d_up = scale * d_activations through the gated unit; returns sum(d_activations * act(gate) * up).
+  // activations (or null) receives act(gate) * up; d_gate and d_up may both be null.
+  float (*d_glu[2])(Activation activation, int64_t n, const float* d_activations, const void* gate, const void* up,
+                    float scale, void* d_gate, void* d_up, void* activations);
+  // out = sum_i weights[i] * rows[i], in order.
+  void (*sum_rows[2])(int64_t n, int64_t count, const float* const* rows, const float* weights, void* out);
+  // sums += (sum (target - out)^2, sum target * out, sum out^2)
+  void (*residual_sums[2])(int64_t n, const float* out, const void* target, float* sums);
+  // energy += activations^2, correlation += activations * products
+  void (*neuron_sums[2])(int64_t n, const void* activations, const float* products, float* energy, float* correlation);
+  void (*add_squares[2])(int64_t n, const void* row, float* sums);
+};
+
+// Null where this build or this machine has not got them. bf16_pairs: the table for products of bf16 in memory.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace flex

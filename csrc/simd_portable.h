@@ -1,0 +1,37 @@
+// Four lanes by the compiler's vector extension: SSE2, NEON, or whatever the machine has.
+#pragma once
+#include <cstdint>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace flex {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  static constexpr int kPanelRows = 4, kPanelVectors = 2;  // 8 sums in 16 registers
+  typedef float Float __attribute__((vector_size(16)));
+  typedef uint32_t Word __attribute__((vector_size(16)));
+  typedef uint16_t Half __attribute__((vector_size(8)));
+
+  static Float broadcast(float x) { return Float{x, x, x, x}; }
+  static Float fma(Float a, Float b, Float c) {
+#if defined(__aarch64__)
+    return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+  }
+  static void transpose(Float (&rows)[4]) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float upper = rows[j][i];
+        rows[j][i] = rows[i][j];
+        rows[i][j] = upper;
+      }
+  }
+};
+
+}  // namespace
+}  // namespace flex
