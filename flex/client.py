@@ -76,6 +76,7 @@ class ClientRuntime:
         self.clients = {client.client_id: client for client in clients}
         self.general, self.on_event, self.on_step = general, on_event, on_step
         self.current = ""  # the client at work
+        self.tokens = 0  # trained on by this process
         self.method = METHODS[method]
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
@@ -224,6 +225,7 @@ class ClientRuntime:
             nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             optimizer.step()
             losses.append(loss.detach())
+            self.tokens += sum(len(example.input_ids) for example in examples)
             if self.method.graft:
                 openings.append(torch.stack([layer.graft.last_opening for layer in self.base.layers.values()]))
             self.on_step()

@@ -12,10 +12,9 @@ from flex.config import METHODS, RunConfig, read_config
 from flex.demo import demo_config, describe_clients, write_demo_data
 from flex.errors import FlexError
 from flex.evaluate import generate as greedy
-from flex.events import read_events
 from flex.job import Setting, latest_shared
 from flex.model import wrap
-from flex.report import findings, summarise, terminal_table, write_report
+from flex.report import findings, read_events, summarise, terminal_table, write_report
 from flex.run import prepare, run
 
 console = Console()
@@ -26,21 +25,22 @@ def demo(folder: Path, overrides: list[str]) -> int:
     config = demo_config(folder, overrides)
     for seed in config.train.seeds:
         write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
-    return _run_and_report(config, describe_clients(config.train.seeds[0]))
+    title = "FLEx demo: five clients, conventions of their own, one new skill in common"
+    return _run_and_report(config, title, describe_clients(config.train.seeds[0]))
 
 
 def train(path: Path | None, overrides: list[str], output: str | None) -> int:
     """Every method and seed of a configuration, from data to report; resumes what was stopped."""
     config = read_config(path, overrides + ([f"output={output}"] if output else []))
-    return _run_and_report(config, {})
+    return _run_and_report(config)
 
 
-def _run_and_report(config: RunConfig, descriptions: dict[str, str]) -> int:
-    folder = run(config, console, descriptions)
-    summary = summarise(read_events(folder / "metrics.jsonl"))
+def _run_and_report(config: RunConfig, title: str = "", descriptions: dict[str, str] | None = None) -> int:
+    folder = run(config, console, title, descriptions)
+    summary = summarise(read_events(folder))
     console.print(terminal_table(summary))
     for sentence in findings(summary):
-        console.print(f"- {sentence}")
+        console.print(f"- {sentence}", markup=False)
     console.print(f"\nreport: {write_report(folder)}")
     return 0
 

@@ -34,7 +34,7 @@ def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 def score(
     model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings
 ) -> dict[str, Any]:
-    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` (or None), and the first three by group."""
+    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` or None, and the first three by group."""
     device = next(model.parameters()).device
     model.eval()
     losses, tokens, exact = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
@@ -76,7 +76,7 @@ def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], set
 
 @torch.no_grad()
 def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of tokenised prompts, cut at the end token, as text. Padded on the left, as decoding needs."""
+    """Greedy continuations of tokenised prompts as text, cut at the end token. Padded on the left."""
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), encoder.pad_id)

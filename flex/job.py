@@ -7,6 +7,7 @@ JOB/clients/<client_id>/                that client's personal files, for nobody
 
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class Job:
                 evaluate_every=self.config.evaluate.every,
                 on_round=lambda index, arrays, report: self._save(index, arrays, strategy, report),
             )
-        self.log.write({"event": "done", "round": train.rounds, "seconds": time.perf_counter() - self.started})
+        seconds = time.perf_counter() - self.started
+        self.log.write({"event": "done", "round": train.rounds, "seconds": seconds, "tokens": self.runtime.tokens})
 
     def _resume(self, strategy: FedAvg) -> tuple[Arrays, int]:
         """(shared state, rounds done): from the newest server file, or the start. What came after it is forgotten."""
@@ -179,6 +181,7 @@ class Job:
             "num_rounds": 0 if self.method == "base" else self.config.train.rounds,
             "num_clients": len(self.setting.clients),
             "trained_parameters": {role: counts[role] for role in ("shared", "personal")},
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
     def _on_event(self, event: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def progress_bars(console: Console) -> Iterator[Progress]:
 def prepare(config: RunConfig, seed: int, base: Base | None = None) -> Setting:
     """Loads the base (unless it is there) and the data of a seed."""
     base = base or load_base(config.model)
+    unwrap(base)
     if any(METHODS[method].lora for method in config.train.methods):
         check_targets(base.model, config.lora.targets)
     encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
@@ -49,8 +50,11 @@ def prepare(config: RunConfig, seed: int, base: Base | None = None) -> Setting:
     return Setting(base, encoder, load_clients(data, encoder), load_general(data, encoder))
 
 
-def run(config: RunConfig, console: Console, descriptions: dict[str, str] | None = None) -> Path:
+def run(config: RunConfig, console: Console, title: str = "", descriptions: dict[str, str] | None = None) -> Path:
     """Trains and scores every job that is not finished, in order; returns the run's folder.
+
+    Args:
+        title, descriptions: of the run, and of each client in one line; for the report.
 
     Raises:
         FlexError: bad input, or the folder holds a run with other settings.
@@ -64,7 +68,7 @@ def run(config: RunConfig, console: Console, descriptions: dict[str, str] | None
     with progress_bars(console) as progress:
         for seed in config.train.seeds:
             setting = prepare(config, seed, setting.base if setting else None)
-            first = [_run_event(config, setting, descriptions or {}), *_truncation_events(config, setting)]
+            first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
             write_events(folder / "run.jsonl", first)
             for method in config.train.methods:
                 run_job(setting, config, method, seed, folder / f"{method}-seed{seed}", progress)
@@ -109,11 +113,11 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _run_event(config: RunConfig, setting: Setting, descriptions: dict[str, str]) -> Event:
+def _run_event(config: RunConfig, setting: Setting, title: str, descriptions: dict[str, str]) -> Event:
     """What the whole run has in common: whose data, which base, which versions."""
     return {
         "event": "run",
-        "title": config.output,
+        "title": title or config.output,
         "base_model": config.model.path,
         "fingerprint": setting.base.fingerprint,
         "template": config.data.template,

@@ -22,7 +22,7 @@ from flex.model import load_base
 from flex.run import run
 
 QUIET = Console(quiet=True)
-TIMES = ("seconds", "started")
+TIMES = ("seconds", "started", "tokens")  # of one process; a resumed job had two
 
 
 def without_times(events):
@@ -195,6 +195,18 @@ def test_resumes_from_every_round_to_the_same_bits(tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_seeds_share_one_base_in_memory(tmp_path):
+    """Two seeds in one run equal two runs of one seed: nothing of the first is left on the base."""
+    config = tiny_config(tmp_path, train={"rounds": 1, "steps": 1, "batch_size": 2, "methods": ("fedavg", "flex")})
+    run(config.with_values(train={"seeds": (0, 1)}), QUIET)
+    both = tensors(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "both")
+    run(config.with_values(train={"seeds": (1,)}), QUIET)
+    alone = tensors(tmp_path / "run")
+    assert alone
+    assert all(torch.equal(alone[k], both[k]) for k in alone)
+
+
 def test_command_line_from_data_to_answer(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     config = tiny_config(tmp_path, train={"rounds": 1, "steps": 1, "batch_size": 2, "methods": ("base", "flex")})
@@ -221,7 +233,7 @@ def test_command_line_from_data_to_answer(tmp_path, capsys, monkeypatch):
     ("arguments", "sentence"),
     [
         (["train", "nowhere.toml"], "no configuration at nowhere.toml"),
-        (["train", "--set", "model.path=nowhere/none", "--data", "DATA"], "no model can be loaded from model.path"),
+        (["train", "--set", "model.path=/nowhere/at/all", "--data", "DATA"], "no model can be loaded from model.path"),
         (["train", "--set", "model.path=MODEL", "--data", "missing.jsonl"], "no data file at missing.jsonl"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients-by", "ward"], "no column 'ward'"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients", "a", "z"], "no record has client = 'z'"),
