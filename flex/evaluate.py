@@ -34,7 +34,7 @@ def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 def score(
     model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings
 ) -> dict[str, Any]:
-    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` or None, and the first three by group."""
+    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` or None; all but the last by group."""
     device = next(model.parameters()).device
     model.eval()
     losses, tokens, exact = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -48,6 +49,8 @@ def load_base(config: ModelConfig) -> Base:
     """
     if not config.path:
         raise FlexError("model.path is empty; wanted a folder or a hub name of a Mixture-of-Experts model")
+    if config.path.startswith(("/", ".", "~")) and not Path(config.path).expanduser().is_dir():
+        raise FlexError(f"no folder at model.path = {config.path!r}; wanted a folder with a model, or a hub name")
     flex_kernels.register()
     transformers_logging.disable_progress_bar()
     device = torch.device(

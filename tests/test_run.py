@@ -233,7 +233,9 @@ def test_command_line_from_data_to_answer(tmp_path, capsys, monkeypatch):
     ("arguments", "sentence"),
     [
         (["train", "nowhere.toml"], "no configuration at nowhere.toml"),
-        (["train", "--set", "model.path=/nowhere/at/all", "--data", "DATA"], "no model can be loaded from model.path"),
+        (["train", "--set", "model.path=/nowhere/at/all", "--data", "DATA"], "no folder at model.path = '/nowhere"),
+        (["train", "--set", "model.path=DATA", "--data", "DATA"], "no folder at model.path"),
+        (["train", "--data", "DATA"], "model.path is empty"),
         (["train", "--set", "model.path=MODEL", "--data", "missing.jsonl"], "no data file at missing.jsonl"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients-by", "ward"], "no column 'ward'"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients", "a", "z"], "no record has client = 'z'"),
@@ -262,6 +264,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys, monkeypat
         arguments = [a.replace(word, str(path)) for a in arguments]
     if arguments[0] == "train":
         arguments = [*arguments, "--output", str(tmp_path / "out"), "--set", "data.template=chat"]
+    capsys.readouterr()
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("flex: ")
