@@ -17,10 +17,26 @@ from torch import Tensor
 from flex_kernels.kernels.activations import pass_through
 from flex_kernels.kernels.combine import combine_rows
 from flex_kernels.kernels.experts_bwd import experts_bwd
-from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule
+from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
 from flex_kernels.kernels.tiles import Target, Tile, contiguous, expert_tiles, operand, target_of, use_tma
 
 __all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd"]
+
+
+@triton.jit
+def _activate_columns(
+    gate, up, rows, end_row, first_column, width, a_ptr, z_ptr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr
+):
+    """The epilogue for a part of a tile's columns: stores A, and Z where the backward pass will want it."""
+    columns = first_column + tl.arange(0, gate.shape[1])
+    kept = (rows < end_row)[:, None] & (columns < width)[None, :]
+    a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    activations = gate * pass_through(gate, ACTIVATION) * up
+    tl.store(a_ptr + a_offsets, activations.to(a_ptr.dtype.element_ty), mask=kept)
+    if SAVE:
+        z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+        tl.store(z_ptr + z_offsets, gate.to(z_ptr.dtype.element_ty), mask=kept)
+        tl.store(z_ptr + z_offsets + width, up.to(z_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
@@ -84,14 +100,12 @@ def _gate_up_fwd_kernel(
             gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
             up = tl.dot(source, up_matrix, up, input_precision="ieee")
 
-        kept = (rows < end_row)[:, None] & (columns < width)[None, :]
-        out_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
-        activations = gate * pass_through(gate, ACTIVATION) * up
-        tl.store(a_ptr + out_offsets, activations.to(activations_ptr.dtype.element_ty), mask=kept)
-        if SAVE:
-            z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
-            tl.store(z_ptr + z_offsets, gate.to(activations_ptr.dtype.element_ty), mask=kept)
-            tl.store(z_ptr + z_offsets + width, up.to(activations_ptr.dtype.element_ty), mask=kept)
+        gate_parts, up_parts = quarter_columns(gate), quarter_columns(up)
+        for part in tl.static_range(4):
+            first_column = column * BLOCK_N + part * (BLOCK_N // 4)
+            _activate_columns(
+                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr, ACTIVATION, SAVE
+            )
 
 
 def gate_up_fwd(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flex_kernels.kernels.activations import activation_slope, pass_through
 from flex_kernels.kernels.combine import sum_rows
-from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule
+from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
 from flex_kernels.kernels.tiles import (
     Target,
     Tile,
@@ -35,22 +35,12 @@ from flex_kernels.kernels.tiles import (
 
 
 @triton.jit
-def halve_columns(x):
-    """[M, N] -> the left and the right [M, N / 2]; within each thread, nothing moves."""
-    left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-    return tl.split(tl.permute(left_right, (0, 2, 1)))
-
-
-@triton.jit
 def _finish_columns(
     d_activations, scale, rows, row_mask, first_column, width, is_graft,
     z_ptr, d_z_ptr, opened_activations_ptr,
     ACTIVATION: tl.constexpr, STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue for a part of a tile's columns: stores dZ (and s A for the graft), returns this part of `p`.
-
-    In parts because everything here is as large as the accumulator: at once it does not fit in registers.
-    """
+    """The epilogue for a part of a tile's columns: stores dZ (and s A for the graft), returns this part of `p`."""
     columns = first_column + tl.arange(0, d_activations.shape[1])
     kept = row_mask[:, None] & (columns < width)[None, :]
     z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
@@ -146,17 +136,13 @@ def _d_preactivations_kernel(
                 scale *= 1.0 - opening
             scale = tl.where(is_graft, opening, scale)
         products = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        first_column = column * BLOCK_N
-        halves = halve_columns(d_activations)
-        for half in tl.static_range(2):
-            quarters = halve_columns(halves[half])
-            for quarter in tl.static_range(2):
-                products += _finish_columns(
-                    quarters[quarter], scale, rows, row_mask, first_column, width, is_graft,
-                    z_ptr, d_z_ptr, opened_activations_ptr,
-                    ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
-                )  # fmt: skip
-                first_column += BLOCK_N // 4
+        parts = quarter_columns(d_activations)
+        for part in tl.static_range(4):
+            products += _finish_columns(
+                parts[part], scale, rows, row_mask, column * BLOCK_N + part * (BLOCK_N // 4), width, is_graft,
+                z_ptr, d_z_ptr, opened_activations_ptr,
+                ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
+            )  # fmt: skip
         if PRODUCTS:
             tl.store(p_ptr + rows.to(tl.int64) * p_width + column, products, mask=row_mask)
 

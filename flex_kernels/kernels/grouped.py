@@ -123,9 +123,28 @@ def locate_tile(
     return expert, first_row, end_row, column
 
 
+@triton.jit
+def _halve_columns(x):
+    left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(left_right, (0, 2, 1)))
+
+
+@triton.jit
+def quarter_columns(x):
+    """[M, N] -> four [M, N / 4], left to right; each thread keeps what it has.
+
+    For epilogues in parts: what an activation computes on the way is several times as large as the accumulator, and
+    all at once does not fit in registers.
+    """
+    left, right = _halve_columns(x)
+    far_left, middle_left = _halve_columns(left)
+    middle_right, far_right = _halve_columns(right)
+    return far_left, middle_left, middle_right, far_right
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "max_row_tiles", "graft_row_tiles"])
 def _grouped_rows_kernel(
-    rows_ptr, graft_rows_ptr, weights, graft_weights,
+    sources, graft_sources, weights, graft_weights,
     out_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_rows, num_experts, inner_size, graft_inner_size, out_size,
@@ -143,22 +162,21 @@ def _grouped_rows_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
         inner_offsets = tl.arange(0, BLOCK_K)
-        # Rows and columns past the end repeat the last one: loads need no mask, and the store drops them.
-        safe_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
-
-        source_ptr = rows_ptr
+        source = sources
         weight = weights
         inner = inner_size
         out_row = 0
         weight_row = expert * out_size if INNER_LAST else expert * inner_size
         if HAS_GRAFT and expert == num_experts:
-            source_ptr = graft_rows_ptr
+            source = graft_sources
             weight = graft_weights
             inner = graft_inner_size
             out_row = num_rows
             weight_row = 0
-        source_ptrs = source_ptr + safe_rows[:, None] * inner + inner_offsets[None, :]
         if not TMA:
+            # Rows and columns past the end repeat the last one: no mask for them, and the store drops them.
+            safe_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
+            source_ptrs = source + safe_rows[:, None] * inner + inner_offsets[None, :]
             if INNER_LAST:
                 safe_columns = tl.minimum(columns, out_size - 1)
                 weight_rows = (weight_row + safe_columns).to(tl.int64)
@@ -169,23 +187,24 @@ def _grouped_rows_kernel(
 
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, inner, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < inner - k)[None, :], other=0.0)
             if TMA:
+                left = source.load([first_row, k])
                 if INNER_LAST:
-                    matrix = weight.load([weight_row + column * BLOCK_N, k]).T
+                    right = weight.load([weight_row + column * BLOCK_N, k]).T
                 else:
-                    matrix = weight.load([weight_row + k, column * BLOCK_N])
+                    right = weight.load([weight_row + k, column * BLOCK_N])
             elif INNER_LAST and EVEN:
-                matrix = tl.load(weight_ptrs + k)
-            elif INNER_LAST:
-                matrix = tl.load(weight_ptrs + k, mask=(inner_offsets < inner - k)[:, None], other=0.0)
+                left = tl.load(source_ptrs + k)
+                right = tl.load(weight_ptrs + k)
             else:
-                in_range = (inner_offsets < inner - k)[:, None] & (columns < out_size)[None, :]
-                matrix = tl.load(weight_ptrs + tl.cast(k, tl.int64) * out_size, mask=in_range, other=0.0)
-            accumulator = tl.dot(source, matrix, accumulator, input_precision="ieee")
+                in_range = inner_offsets < inner - k
+                left = tl.load(source_ptrs + k, mask=in_range[None, :], other=0.0)
+                if INNER_LAST:
+                    right = tl.load(weight_ptrs + k, mask=in_range[:, None], other=0.0)
+                else:
+                    right_ptrs = weight_ptrs + tl.cast(k, tl.int64) * out_size
+                    right = tl.load(right_ptrs, mask=in_range[:, None] & (columns < out_size)[None, :], other=0.0)
+            accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
 
         out_rows = (out_row + rows).to(tl.int64)
         kept = (rows < end_row)[:, None] & (columns < out_size)[None, :]
@@ -210,17 +229,20 @@ def grouped_rows(
     graft_inner_size = graft_rows.shape[1] if has_graft else 0
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
     out = rows.new_empty(schedule.num_rows + (schedule.num_tokens if has_graft else 0), out_size)
-    # A descriptor pads with zeros past its last row only: where experts follow each other along K, K must be even.
-    tma = use_tma(target, weights, graft_weights) and inner_size % tile.block_k == 0
-    block_shape = [tile.block_n, tile.block_k] if inner_last else [tile.block_k, tile.block_n]
+    # A descriptor pads with zeros past its own end only: where experts follow each other along K, K must be even.
+    even = inner_size % tile.block_k == 0
+    tma = use_tma(target, rows, graft_rows, weights, graft_weights) and (inner_last or even)
+    source_block = [tile.block_m, tile.block_k]
+    weight_block = [tile.block_n, tile.block_k] if inner_last else [tile.block_k, tile.block_n]
     max_tiles = (schedule.max_row_tiles + graft_row_tiles) * triton.cdiv(out_size, tile.block_n)
     _grouped_rows_kernel[(min(max_tiles, target.num_processors),)](
-        rows, graft_rows, operand(weights, tma, block_shape), operand(graft_weights, tma, block_shape),
+        operand(rows, tma, source_block), operand(graft_rows, tma, source_block),
+        operand(weights, tma, weight_block), operand(graft_weights, tma, weight_block),
         out,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         schedule.num_tokens, schedule.num_rows, num_experts, inner_size, graft_inner_size, out_size,
         HAS_GRAFT=has_graft, INNER_LAST=inner_last, TMA=tma,
-        EVEN=inner_size % tile.block_k == 0 and graft_inner_size % tile.block_k == 0,
+        EVEN=even and graft_inner_size % tile.block_k == 0,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
