@@ -269,7 +269,7 @@ def grafted_experts(
         [T, H] in the dtype of `hidden_states`. No tokens: [0, H]. An idle expert's weights are not touched.
 
     Raises:
-        ValueError: a shape, device or name that does not fit, part of a graft, a negative id.
+        ValueError: a shape, device or name that does not fit, part of a graft, a negative id (on CUDA: skipped).
         TypeError: a dtype that does not fit.
     """
     graft = (graft_gate_up_proj, graft_down_proj, graft_logits)

@@ -128,7 +128,7 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
     Raises:
         ValueError: `expert_indices` is not [T, K] or holds a negative id (on CUDA, where looking would cost a
-            synchronisation, a negative id trips a device-side assertion instead).
+            synchronisation, a negative id is skipped like one `>= num_experts`).
         TypeError: `expert_indices` is not int64 or int32.
     """
     check_integer("expert_indices", expert_indices)

@@ -2,7 +2,7 @@
 
 | stage        | CUDA                 | CPU                        | CPU, `TRITON_INTERPRET=1` |
 |--------------|----------------------|----------------------------|---------------------------|
-| routing_plan | torch (no host sync) | native (C++), else torch   | native, else torch        |
+| routing_plan | triton, else torch   | native (C++), else torch   | native, else torch        |
 | experts      | triton, else torch   | native, else torch         | triton, else torch        |
 | score        | triton, else torch   | native, else torch         | triton, else torch        |
 | route        | triton, else torch   | torch                      | triton, else torch        |
@@ -27,7 +27,7 @@ import torch
 from flex_kernels import native, native_experts, torch_experts
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_STAGES = ("experts", "score", "route", "combine")
+TRITON_STAGES = ("routing_plan", "experts", "score", "route", "combine")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +41,7 @@ def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | Non
 
 def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> ModuleType:
     """The module that computes `stage` on the CPU, for hidden states and weights of these dtypes."""
-    if INTERPRET and stage in TRITON_STAGES:
+    if INTERPRET and stage != "routing_plan":  # on the CPU the plan refuses negative ids, on a GPU it cannot look
         return cuda_backend(stage, dtype, weight_dtype)
     if native.covers(stage, dtype, weight_dtype or dtype):
         return native if stage == "routing_plan" else native_experts
