@@ -1,5 +1,6 @@
 """Experts in every layout that transformers' experts interface knows, and the reason why flex does not fuse it."""
 
+import inspect
 from types import SimpleNamespace
 
 import torch
@@ -38,7 +39,7 @@ class Experts(nn.Module):
             rows = rows + getattr(self, f"{name}_bias")[index] if self.has_bias else rows
             rows = (self._apply_gate(rows) if self.has_gate else self.act_fn(rows)) @ second
             rows = rows + self.down_proj_bias[index] if self.has_bias else rows
-            rows = self.post_expert_norm(rows) if self.has_post_expert_norm else rows
+            rows = self.post_expert_norm(rows) if hasattr(self, "post_expert_norm") else rows
             out = out.index_add(0, token, rows * top_k_weights[token, slot, None])
         return out
 
@@ -76,10 +77,16 @@ LAYOUTS = {
 }
 
 
+FLAGS = inspect.signature(use_experts_implementation).parameters
+if "has_post_expert_norm" not in FLAGS:  # transformers 5.17
+    del LAYOUTS["post norm"]
+
+
 def experts_of(name: str) -> tuple[nn.Module, str | None]:
     flags, act, gate, reason = LAYOUTS[name]
     own = {"__init__": Experts.__init__, "forward": Experts.forward} | ({"_apply_gate": gate} if gate else {})
-    experts_class = use_experts_implementation(**DEFAULT | flags)(type("Experts", (nn.Module,), own))
+    known = {flag: value for flag, value in (DEFAULT | flags).items() if flag in FLAGS}
+    experts_class = use_experts_implementation(**known)(type("Experts", (nn.Module,), own))
     # `super()` inside the copied __init__ belongs to Experts
     experts_class.__bases__ = (Experts,)
     config = SimpleNamespace(act=act, _experts_implementation="flex", **DEFAULT | flags)
