@@ -71,14 +71,14 @@ def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def why_not_fused(experts: nn.Module) -> str | None:
     """None where the fused path computes this experts module, else the reason in a few words."""
-    for attribute, wanted, reason in (
-        ("has_gate", True, "the experts have no gate"),
-        ("has_bias", False, "the experts have biases"),
-        ("is_transposed", False, "the weights are stored transposed"),
-        ("is_concatenated", True, "gate and up rows are interleaved"),
-        ("has_post_expert_norm", False, "a norm follows each expert"),
+    for attribute, wanted, default, reason in (
+        ("has_gate", True, None, "the experts have no gate"),
+        ("has_bias", False, None, "the experts have biases"),
+        ("is_transposed", False, None, "the weights are stored transposed"),
+        ("is_concatenated", True, None, "gate and up rows are interleaved"),
+        ("has_post_expert_norm", False, False, "a norm follows each expert"),  # transformers before 5.23 has no such
     ):
-        if getattr(experts, attribute, None) is not wanted:
+        if getattr(experts, attribute, default) is not wanted:
             return reason
     if not _has_default_gate(experts):
         return f"{type(experts).__name__} has a gate function of its own"
@@ -101,7 +101,7 @@ def why_not_fused(experts: nn.Module) -> str | None:
 def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the name "flex" stands for in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
     graft: Graft | None = getattr(self, "graft", None)
-    if graft is not None and self._is_expert_parallel:
+    if graft is not None and _is_expert_parallel(self):
         raise ValueError("this experts module is split over ranks, whose sum would count its graft several times")
     if why_not_fused(self) is not None:
         routed = _general_experts(self, hidden_states, top_k_index, top_k_weights)
@@ -157,7 +157,7 @@ def attach_graft(
     for name, experts in chosen:
         if getattr(experts, "graft", None) is not None:
             raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
-        if experts._is_expert_parallel or _is_distributed(experts.down_proj, ("tp", "ep")):
+        if _is_expert_parallel(experts) or _is_distributed(experts.down_proj, ("tp", "ep")):
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
     _switch_on(model, [experts for _, experts in chosen])
     grafts = {}
@@ -251,6 +251,13 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _has_default_gate(experts: nn.Module) -> bool:
     return type(experts)._apply_gate.__name__ == "_default_apply_gate" and "_apply_gate" not in experts.__dict__
+
+
+def _is_expert_parallel(experts: nn.Module) -> bool:
+    """Marked so since transformers 5.23; before that, `num_experts` is what this rank holds of a distributed weight."""
+    num_experts = experts.down_proj.shape[0]
+    split = getattr(experts, "num_experts", num_experts) != num_experts
+    return getattr(experts, "_is_expert_parallel", split)
 
 
 def _is_distributed(weight: Tensor, mesh_names: tuple[str, ...] | None = None) -> bool:
