@@ -15,7 +15,8 @@ from flex.evaluate import generate as greedy
 from flex.job import Setting, latest_shared
 from flex.model import wrap
 from flex.report import findings, read_events, summarise, terminal_table, write_report
-from flex.run import prepare, run
+from flex.run import run
+from flex.workers import prepare
 
 console = Console()
 

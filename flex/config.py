@@ -183,7 +183,12 @@ class RunConfig:
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     output: str = "runs/flex"
-    threads: int = 0  # of torch; 0: torch's own choice
+    threads: int = 0  # of torch, in each process; 0: torch's own choice
+    workers: int = 1  # jobs at once, each in a process of its own with a base of its own
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, f"threads is {self.threads}; wanted 0 (torch's choice) or more")
+        require(self.workers >= 1, f"workers is {self.workers}; wanted 1 or more")
 
     def with_values(self, **sections: dict[str, Any]) -> "RunConfig":
         """A copy with some fields of some sections replaced: `config.with_values(train={"rounds": 3})`."""

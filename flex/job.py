@@ -9,9 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from rich.progress import Progress, TaskID
+from typing import Any, Protocol
 
 from flex import engine
 from flex.client import ClientRuntime
@@ -36,35 +34,30 @@ class Setting:
     general: list[Example]
 
 
-class Bar:
-    """The progress of one job: rounds x clients x steps, and what is going on."""
+class Bar(Protocol):
+    """Where a job shows its progress."""
 
-    def __init__(self, progress: Progress, title: str, total: int):
-        self.progress = progress
-        self.task: TaskID = progress.add_task(title, total=total, what="")
-
-    def step(self) -> None:
-        self.progress.advance(self.task)
-
-    def skip(self, steps: int) -> None:
-        self.progress.update(self.task, completed=steps)
-
-    def say(self, what: str) -> None:
-        self.progress.update(self.task, what=what)
+    def begin(self, total: int) -> None: ...
+    def step(self, steps: int = 1) -> None: ...
+    def say(self, what: str) -> None: ...
+    def end(self) -> None: ...
 
 
-def run_job(setting: Setting, config: RunConfig, method: str, seed: int, folder: Path, progress: Progress) -> None:
+def run_job(setting: Setting, config: RunConfig, method: str, seed: int, folder: Path, bar: Bar) -> None:
+    """Does what is left of a job: nothing where it is finished, all of it where it is new."""
     rounds = 0 if method == "base" else config.train.rounds
     steps_per_round = (config.train.clients_per_round or len(setting.clients)) * config.train.steps
-    bar = Bar(progress, f"{method} seed {seed}", max(1, rounds * steps_per_round))
+    total = max(1, rounds * steps_per_round)
+    bar.begin(total)
     log = EventLog(folder / METRICS, method=method, seed=seed)
     if any(event["event"] == "done" for event in read_events(log.path)):
-        bar.skip(max(1, rounds * steps_per_round))
+        bar.step(total)
         bar.say("done before")
-        return
-    job = Job(setting, config, method, seed, folder, log, bar, steps_per_round)
-    job.run()
-    bar.say(f"done, {job.verdict}")
+    else:
+        job = Job(setting, config, method, seed, folder, log, bar, steps_per_round)
+        job.run()
+        bar.say(f"done, {job.verdict}")
+    bar.end()
 
 
 class Job:
@@ -151,7 +144,7 @@ class Job:
         self.log.rewind(done)
         for store in self.runtime.stores.values():
             store.forget(after=done)
-        self.bar.skip(done * self.steps_per_round)
+        self.bar.step(done * self.steps_per_round)
         return shared, done
 
     def _save(self, round_index: int, shared: Arrays, strategy: FedAvg, report: engine.RoundReport) -> None:

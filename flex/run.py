@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flex.config import METHODS, RunConfig, read_config, write_config
-from flex.data import Encoder, load_clients, load_general
 from flex.errors import FlexError
 from flex.events import METRICS, Event, read_events, write_events
-from flex.job import Setting, run_job
-from flex.model import Base, check_targets, load_base, unwrap
+from flex.job import Setting
+from flex.model import check_targets
+from flex.workers import Bar, prepare, run_apart, run_here
 
 
 @contextmanager
@@ -39,41 +39,32 @@ def progress_bars(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-def prepare(config: RunConfig, seed: int, base: Base | None = None) -> Setting:
-    """Loads the base (unless it is there) and the data of a seed."""
-    base = base or load_base(config.model)
-    unwrap(base)
-    if any(METHODS[method].lora for method in config.train.methods):
-        check_targets(base.model, config.lora.targets)
-    encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
-    data = config.data.for_seed(seed)
-    return Setting(base, encoder, load_clients(data, encoder), load_general(data, encoder))
-
-
 def run(config: RunConfig, console: Console, title: str = "", descriptions: dict[str, str] | None = None) -> Path:
-    """Trains and scores every job that is not finished, in order; returns the run's folder.
+    """Trains and scores every job that is not finished; returns the run's folder.
 
     Args:
         title, descriptions: of the run, and of each client in one line; for the report.
 
     Raises:
-        FlexError: bad input, or the folder holds a run with other settings.
+        FlexError: bad input (nothing has been written then), or the folder holds a run with other settings.
     """
     folder = Path(config.output)
-    _claim(folder, config)
+    _check_free(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
     console.print(f"[dim]loading {config.model.path} ...[/dim]")
-    setting = None
+    setting = prepare(config, config.train.seeds[0])
+    if any(METHODS[method].lora for method in config.train.methods):
+        check_targets(setting.base.model, config.lora.targets)
+    _claim(folder, config)
+    first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
+    write_events(folder / "run.jsonl", first)
+    jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     with progress_bars(console) as progress:
-        for seed in config.train.seeds:
-            setting = prepare(config, seed, setting.base if setting else None)
-            first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
-            write_events(folder / "run.jsonl", first)
-            for method in config.train.methods:
-                run_job(setting, config, method, seed, folder / f"{method}-seed{seed}", progress)
-                collect(folder)
-    unwrap(setting.base)
+        bars = {(seed, method): Bar(progress, f"{method} seed {seed}") for seed, method in jobs}
+        finished = run_here(config, jobs, bars, setting) if config.workers == 1 else run_apart(config, jobs, bars)
+        for _ in finished:
+            collect(folder)
     return folder
 
 
@@ -83,8 +74,8 @@ def collect(folder: Path) -> None:
     write_events(folder / METRICS, [event for file in files for event in read_events(file)])
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Writes RUN/config.toml, or finds there the same settings."""
+def _check_free(folder: Path, config: RunConfig) -> None:
+    """Nobody's run lies in `folder`, or one with the same settings."""
     path = folder / "config.toml"
     if path.exists():
         here, there = (_comparable(c) for c in (config, read_config(path)))
@@ -95,9 +86,12 @@ def _claim(folder: Path, config: RunConfig) -> None:
                 f"{folder} holds a run with other settings ({key} = {there[key]!r} there, {here[key]!r} here); "
                 "wanted the same settings to resume it, or another --output"
             )
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, path)
+        write_config(config, folder / "config.toml")
     except OSError as error:
         raise FlexError(f"cannot write the run's folder {folder}: {error}") from None
 
@@ -105,7 +99,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """Every setting that decides a job's numbers, flat."""
     train = dataclasses.replace(config.train, methods=("base",), seeds=(0,))
-    tree = dataclasses.asdict(dataclasses.replace(config, output="", train=train))
+    tree = dataclasses.asdict(dataclasses.replace(config, output="", workers=1, train=train))
     return {
         f"{section}.{key}" if isinstance(values, dict) else section: value
         for section, values in tree.items()

@@ -7,7 +7,7 @@ from tiny import records, tiny_config
 from flex.client import ClientRuntime
 from flex.config import EvaluateSettings
 from flex.evaluate import generate, score
-from flex.run import prepare
+from flex.workers import prepare
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from flex import graft as grafting
 from flex.config import METHODS
 from flex.errors import FlexError
 from flex.model import wrap
-from flex.run import prepare
+from flex.workers import prepare
 
 
 @pytest.fixture(scope="module")
