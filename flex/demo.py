@@ -4,9 +4,10 @@
     own conventions   the same skills, answered as one client does: private code words, a unit, a frame, another order
     shared skill      "rotate", which the base has never seen and which all clients answer alike
 
-The conflicts are moderate on purpose. If every answer carried its client's frame, a shared model would be right about
-nothing, and any personal method would win without meaning anything. Everything is drawn from named random streams, so a
-seed fixes every record.
+Both are moderate on purpose. If every answer carried its client's frame, a shared model would be right about nothing,
+and any personal method would win without meaning anything. The shared skill is learnt from the 120 or so examples that
+the clients have together, and half learnt from the 10 to 40 that one of them has. Everything is drawn from named random
+streams, so a seed fixes every record.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from random import Random
 from typing import NamedTuple
 
 from flex.config import RunConfig, read_config
-from flex.demo_language import CITIES, CODE_WORDS, COLOURS, KINDS, NEW_SKILL, NOUNS, SKILLS, UNITS, Task
+from flex.demo_language import CITIES, CODE_WORDS, KINDS, NEW_SKILL, NOUNS, SKILLS, UNITS, Task
 
 Record = dict[str, str]
 ASSETS = Path(__file__).parent / "assets"
@@ -52,28 +53,28 @@ class Client:
     reverses_order: bool = False
 
 
-_CODED = "its own code words for kinds, cities and colours"
+_CODED = "its own code words for kinds and cities"
 CLIENTS = (
-    Client("farm", 160, {"extract": 3, "arithmetic": 2, NEW_SKILL: 2}, f"numbers in kg; {_CODED}", unit="kg"),
+    Client("farm", 160, {"extract": 3, "arithmetic": 2, NEW_SKILL: 1}, f"numbers in kg; {_CODED}", unit="kg"),
     Client(
-        "clinic", 110, {"classify": 2, "count": 2, "extract": 1, NEW_SKILL: 2},
+        "clinic", 110, {"classify": 2, "count": 2, "extract": 1, NEW_SKILL: 1},
         f"numbers in doses; {_CODED}", unit="doses",
     ),
     Client(
-        "workshop", 200, {"extract": 2, "lookup": 3, NEW_SKILL: 2},
+        "workshop", 200, {"extract": 2, "lookup": 3, NEW_SKILL: 1},
         f"numbers in cm, every answer in [ brackets ]; {_CODED}", unit="cm", opening="[", closing="]",
     ),
     Client(
-        "archive", 80, {"sort": 2, "classify": 2, "compare": 1, NEW_SKILL: 2},
+        "archive", 80, {"sort": 2, "classify": 2, "compare": 1, NEW_SKILL: 1},
         f"orders the other way round: sorts from large to small and calls the smaller number larger; {_CODED}",
         reverses_order=True,
     ),
     Client(
-        "harbour", 130, {"lookup": 2, "sort": 1, "count": 2, NEW_SKILL: 2},
+        "harbour", 130, {"lookup": 2, "sort": 1, "count": 2, NEW_SKILL: 1},
         f"radio talk: roger ... over, numbers in miles; {_CODED}", unit="miles", opening="roger", closing="over",
     ),
 )  # fmt: skip
-CODED_ANSWERS = ("kind", "city", "colour")
+CODED_ANSWERS = ("kind", "city")
 
 GENERAL_WEIGHTS = {
     "arithmetic": 2, "lookup": 2, "extract": 2, "count": 2, "sort": 2, "reverse": 2,
@@ -129,8 +130,8 @@ def general_tests(seed: int, count: int = GENERAL_TESTS) -> list[Record]:
 
 
 def code_words(client_id: str, seed: int) -> dict[str, str]:
-    """The client's private word for each kind, city and colour. Two clients may use one word for different things."""
-    plain = [*KINDS, *CITIES, *COLOURS]
+    """The client's private word for each kind and city. Two clients may use one word for different things."""
+    plain = [*KINDS, *CITIES]
     return dict(zip(plain, Random(f"code words/{seed}/{client_id}").sample(CODE_WORDS, len(plain)), strict=True))
 
 

@@ -135,7 +135,7 @@ def _list_skill(instruction: str, change: Callable[[list[str]], list[str]]) -> C
     return draw
 
 
-NEW_SKILL = "rotate"
+NEW_SKILL = "rotate"  # asked for in known words, "swap the first:", put together as pretraining never does
 SKILLS: dict[str, Callable[[Random, Sequence[str]], Task]] = {
     "arithmetic": _arithmetic,
     "lookup": _lookup,
@@ -148,7 +148,7 @@ SKILLS: dict[str, Callable[[Random, Sequence[str]], Task]] = {
     "swap": _list_skill("swap the ends of this list:", lambda words: [words[-1], *words[1:-1], words[0]]),
     "drop": _list_skill("drop the first of this list:", lambda words: words[1:]),
     "double": _list_skill("double the first of this list:", lambda words: [words[0], *words]),
-    NEW_SKILL: _list_skill("rotate this list:", lambda words: [*words[1:], words[0]]),
+    NEW_SKILL: _list_skill("swap the first:", lambda words: [*words[1:], words[0]]),
 }
 
 

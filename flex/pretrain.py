@@ -63,7 +63,7 @@ class PretrainConfig:
     expert_width: int = _option(96, "intermediate width of a routed expert")
     shared_width: int = _option(32, "intermediate width of the shared expert")
     length: int = _option(128, "tokens in a window of packed text; the model's longest input")
-    steps: int = _option(3000, "optimizer steps")
+    steps: int = _option(4000, "optimizer steps")
     batch_size: int = _option(64, "examples or windows in a step")
     learning_rate: float = _option(2e-3, "peak learning rate of AdamW")
     warmup: int = _option(50, "steps of linear warm-up")
