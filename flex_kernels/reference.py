@@ -122,7 +122,9 @@ def grafted_experts(
     graft_out = None
     if graft_gate_up_proj is not None:
         graft_out = expert(hidden_states, graft_gate_up_proj, graft_down_proj, activation)
-    return _combine(expert_out.view(num_tokens, top_k, -1), routing_weights, graft_out, graft_logits, combine)
+    return _combine(
+        expert_out.view(num_tokens, top_k, hidden_states.shape[1]), routing_weights, graft_out, graft_logits, combine
+    )
 
 
 def score_experts(
