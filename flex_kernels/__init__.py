@@ -1,6 +1,7 @@
 """Kernels for Mixture-of-Experts layers whose experts are frozen and that carry one extra, trained, gated expert."""
 
-from flex_kernels.layer import Graft, GraftedMoE
+from flex_kernels.grafts import attach_graft, detach_graft
+from flex_kernels.layer import Graft, GraftedMoE, LoraGraft
 from flex_kernels.ops import grafted_experts
 from flex_kernels.ops_router import combine, route, routing_plan
 from flex_kernels.ops_score import score_experts, score_neurons
@@ -17,8 +18,6 @@ from flex_kernels.selection import (
 from flex_kernels.transformers_plug import (
     ExpertWeights,
     LayerPath,
-    attach_graft,
-    detach_graft,
     expert_weights,
     explain,
     moe_layers,
@@ -30,6 +29,7 @@ __all__ = [
     "Graft",
     "GraftedMoE",
     "LayerPath",
+    "LoraGraft",
     "attach_graft",
     "choose",
     "combine",

@@ -1,10 +1,11 @@
-"""The layer as plain modules: `Graft`, the personal expert with its gate, and `GraftedMoE`, a whole MoE layer.
+"""The layer as plain modules: `Graft`, the personal expert with its gate, `LoraGraft`, which trains less of it, and
+`GraftedMoE`, a whole MoE layer.
 
 Each module declares whose its own parameters are: `parameter_roles` maps a name to "shared", "personal" or "frozen";
 what nobody declares is frozen.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,10 @@ class Graft(nn.Module):
         self.gate_up_proj.normal_(std=self.hidden_size**-0.5, generator=generator)
         self.down_proj.zero_()
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """What the layer computes with: [2I_g, H] and [H, I_g]."""
+        return self.gate_up_proj, self.down_proj
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The gate before the sigmoid, `g.x + b`: [T, H] -> [T], in fp32 also under autocast."""
         wide = wide_dtype(hidden_states.dtype)
@@ -87,11 +92,124 @@ class Graft(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The expert alone, without its gate: [T, H] -> [T, H]."""
         dtype = hidden_states.dtype
-        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
-        return reference.expert(hidden_states, gate_up_proj, down_proj, self.activation)
+        gate_up_proj, down_proj = self.weights()
+        return reference.expert(hidden_states, gate_up_proj.to(dtype), down_proj.to(dtype), self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.width}, combine={self.combine!r}, activation={self.activation!r}"
+
+
+class LoraGraft(Graft):
+    """A graft with few trained numbers: a frozen copy of pretrained weights and a low-rank part, `W + (alpha / r) B A`.
+
+    It computes what a `Graft` of these weights computes; autograd carries their gradient on to `A` and `B`. The copy
+    starts at zero and is to be filled (`copy_`): the factors of a zero copy get no gradient. `merge` adds the low-rank
+    part to the copy, for inference; `state_dict` always holds the copy without it.
+
+    Args:
+        rank: r of both matrices.
+        alpha: scale of the low-rank part, `2 r` if not given.
+        copy_dtype: of the frozen copy; `dtype` is that of all that is trained.
+        The rest: as in `Graft`.
+
+    Parameters: those of `Graft`, of which gate_up_proj and down_proj are the frozen copy, and the factors
+    gate_up_lora_a [r, H], gate_up_lora_b [2I_g, r], down_lora_a [r, I_g], down_lora_b [H, r].
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {
+        "gate_up_proj": "frozen",
+        "down_proj": "frozen",
+        "gate_up_lora_a": "personal",
+        "gate_up_lora_b": "personal",
+        "down_lora_a": "personal",
+        "down_lora_b": "personal",
+        "logit_weight": "personal",
+        "logit_bias": "personal",
+    }
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        copy_dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(hidden_size, width, device=device, dtype=dtype, **options)
+        if rank < 1:
+            raise ValueError(f"rank is {rank}, want at least 1")
+        factory, copy_dtype = {"device": device, "dtype": dtype}, copy_dtype or self.gate_up_proj.dtype
+        self.rank, self.alpha, self.merged = rank, float(2 * rank if alpha is None else alpha), False
+        self.gate_up_proj = nn.Parameter(self.gate_up_proj.data.to(copy_dtype), requires_grad=False)
+        self.down_proj = nn.Parameter(self.down_proj.data.to(copy_dtype), requires_grad=False)
+        self.gate_up_lora_a = nn.Parameter(torch.empty(rank, hidden_size, **factory))
+        self.gate_up_lora_b = nn.Parameter(torch.empty(2 * width, rank, **factory))
+        self.down_lora_a = nn.Parameter(torch.empty(rank, width, **factory))
+        self.down_lora_b = nn.Parameter(torch.empty(hidden_size, rank, **factory))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The low-rank part at its start, where it is zero: normal `A` (std `1/sqrt(columns)`), zero `B`."""
+        for a, b in ((self.gate_up_lora_a, self.gate_up_lora_b), (self.down_lora_a, self.down_lora_b)):
+            a.normal_(std=a.shape[1] ** -0.5, generator=generator)
+            b.zero_()
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """`W + (alpha / r) B A` of both matrices, in fp32 also under autocast: [2I_g, H] and [H, I_g].
+
+        Raises:
+            RuntimeError: the low-rank part is merged and would get no gradient, although gradients are on.
+        """
+        if self.merged:
+            if torch.is_grad_enabled() and self.gate_up_lora_b.requires_grad:
+                raise RuntimeError("the graft's LoRA is merged and would not train; unmerge() it or use torch.no_grad")
+            return self.gate_up_proj, self.down_proj
+        gate_up, down = self._low_rank()
+        return self.gate_up_proj.to(gate_up.dtype) + gate_up, self.down_proj.to(down.dtype) + down
+
+    def merge(self) -> None:
+        """Adds the low-rank part to the copy, which costs nothing more in a forward then. Rounded to its dtype."""
+        self._set_merged(True)
+
+    def unmerge(self) -> None:
+        """Takes the low-rank part out of the copy again: what was there before `merge`, to rounding."""
+        self._set_merged(False)
+
+    @torch.no_grad()
+    def _set_merged(self, merged: bool) -> None:
+        if merged == self.merged:
+            raise ValueError(f"the graft's LoRA is {'already' if merged else 'not'} merged")
+        for weight, low_rank in zip((self.gate_up_proj, self.down_proj), self._low_rank(), strict=True):
+            weight.copy_(weight.to(low_rank.dtype) + (low_rank if merged else -low_rank))
+        self.merged = merged
+
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        wide = wide_dtype(self.gate_up_lora_a.dtype)
+        with autocast_off(self.gate_up_lora_a):
+            gate_up = self.gate_up_lora_b.to(wide) @ self.gate_up_lora_a.to(wide)
+            down = self.down_lora_b.to(wide) @ self.down_lora_a.to(wide)
+        return gate_up * (self.alpha / self.rank), down * (self.alpha / self.rank)
+
+    @torch.no_grad()
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name, low_rank in zip(("gate_up_proj", "down_proj"), self._low_rank(), strict=True):
+                weight = destination[prefix + name]
+                destination[prefix + name] = (weight.to(low_rank.dtype) - low_rank).to(weight.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
 
 
 class GraftedMoE(nn.Module):
@@ -160,7 +278,7 @@ class GraftedMoE(nn.Module):
         routing_weights, expert_indices = route(F.linear(flat, self.router.weight), self.top_k, self.renormalize)
         graft = ()
         if self.graft is not None:
-            graft = (self.graft.gate_up_proj, self.graft.down_proj, self.graft.logits(flat))
+            graft = (*self.graft.weights(), self.graft.logits(flat))
         out = grafted_experts(
             flat,
             expert_indices,

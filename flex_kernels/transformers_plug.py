@@ -1,26 +1,25 @@
-"""One line in other people's MoE code: the experts implementation "flex" for transformers, and grafts on any model.
+"""One line in other people's MoE code: the experts implementation "flex" for transformers.
 
     flex_kernels.register()
     model.set_experts_implementation("flex")      # or from_pretrained(..., experts_implementation="flex")
-    grafts = flex_kernels.attach_graft(model)     # optional
 
-transformers is imported by `register` alone, and only when it is called. The graft hangs on the experts module under
-the name `graft`; its state-dict keys are `<...>.experts.graft.{gate_up_proj,down_proj,logit_weight,logit_bias}`.
+transformers is imported by `register` alone, and only when it is called. An experts module may carry a graft under
+the name `graft`; `grafts.py` puts it there.
 
 Two paths, chosen per layer by `why_not_fused`, shown by `explain`:
     fused     plain gated experts ([E, 2I, H], gate rows first, no biases): `grafted_experts`
-    general   every other layout: transformers' own grouped_mm (its eager code for weights that grouped_mm cannot
-              take) computes the routed experts, then `combine` joins the graft
+    general   every other layout: transformers' own grouped_mm (its eager code for weights that grouped_mm does not
+              take: quantized, distributed, rows not aligned) computes the experts, then `combine` joins the graft
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flex_kernels import plan
-from flex_kernels.layer import Device, Graft
+from flex_kernels.layer import Graft
 from flex_kernels.ops import grafted_experts
 from flex_kernels.ops_router import combine as combine_op
 
@@ -101,7 +100,7 @@ def why_not_fused(experts: nn.Module) -> str | None:
 def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the name "flex" stands for in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
     graft: Graft | None = getattr(self, "graft", None)
-    if graft is not None and _is_expert_parallel(self):
+    if graft is not None and is_split(self):
         raise ValueError("this experts module is split over ranks, whose sum would count its graft several times")
     if why_not_fused(self) is not None:
         routed = _general_experts(self, hidden_states, top_k_index, top_k_weights)
@@ -118,78 +117,8 @@ def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
         out = grafted_experts(*experts, activation=activation)
         weights = torch.ones_like(out[:, :1])
         return combine_op(out[:, None], weights, graft(hidden_states), graft.logits(hidden_states), graft.combine)
-    own = (graft.gate_up_proj, graft.down_proj, graft.logits(hidden_states))
+    own = (*graft.weights(), graft.logits(hidden_states))
     return grafted_experts(*experts, *own, combine=graft.combine, activation=activation)
-
-
-def attach_graft(
-    model: nn.Module,
-    width: int | None = None,
-    combine: str = "additive",
-    logit_bias: float = -4.0,
-    layers: list[int] | None = None,
-    *,
-    device: Device = None,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Graft]:
-    """Puts a graft and its gate on the experts modules of a transformers model, and switches it to "flex".
-
-    The output stays what it was: a graft's weights start at zero (fill them, see `Graft`).
-
-    Args:
-        width: I_g; None takes each layer's own intermediate size.
-        combine, logit_bias: as in `Graft`.
-        layers: positions in `moe_layers(model)`; None takes all.
-        device, dtype: of the new parameters; None takes those of the layer's experts.
-
-    Returns:
-        The grafts by the name of the experts module they hang on.
-
-    Raises:
-        ValueError: no MoE layers, a position that is not there, a graft already there, experts split over ranks.
-    """
-    found = list(moe_layers(model).items())
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no MoE layers with transformers' experts interface")
-    if layers is not None and (wrong := [index for index in layers if not 0 <= index < len(found)]):
-        raise ValueError(f"layers has {wrong}, want positions from 0 to {len(found) - 1}")
-    chosen = found if layers is None else [found[index] for index in layers]
-    for name, experts in chosen:
-        if getattr(experts, "graft", None) is not None:
-            raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
-        if _is_expert_parallel(experts) or _is_distributed(experts.down_proj, ("tp", "ep")):
-            raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
-    _switch_on(model, [experts for _, experts in chosen])
-    grafts = {}
-    for name, experts in chosen:
-        hidden_size, intermediate_size = _sizes(experts)
-        graft = Graft(
-            hidden_size,
-            intermediate_size if width is None else width,
-            combine=combine,
-            activation=activation_name(experts) or "silu",
-            logit_bias=logit_bias,
-            device=experts.down_proj.device if device is None else device,
-            dtype=experts.down_proj.dtype if dtype is None else dtype,
-        )
-        experts.graft = grafts[name] = graft
-        experts._graft_guard = experts.register_forward_pre_hook(_refuse_other_implementations)
-    return grafts
-
-
-def detach_graft(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Takes every graft off again. Returns their state dicts by the name of the experts module."""
-    states = {}
-    for name, experts in moe_layers(model).items():
-        graft = getattr(experts, "graft", None)
-        if hasattr(experts, "_graft_guard"):
-            experts._graft_guard.remove()
-            del experts._graft_guard
-        if graft is not None:
-            states[name] = graft.state_dict()
-        if hasattr(experts, "graft"):
-            del experts.graft
-    return states
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:
@@ -226,6 +155,18 @@ def explain(model: nn.Module) -> list[LayerPath]:
     return paths
 
 
+def is_split(experts: nn.Module) -> bool:
+    """Whether every rank holds a part of these experts and the parts' outputs are summed (tensor, expert parallelism).
+
+    Expert parallelism marks the module since transformers 5.23; before, `num_experts` is what one rank holds.
+    """
+    num_experts = experts.down_proj.shape[0]
+    fewer = getattr(experts, "num_experts", num_experts) != num_experts
+    mesh = getattr(experts.down_proj, "device_mesh", None)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    return getattr(experts, "_is_expert_parallel", fewer) or "tp" in names or "ep" in names
+
+
 def activation_name(experts: nn.Module) -> str | None:
     """The name of a module's activation in `reference.ACTIVATIONS`, or None where it is not among them."""
     act_fn = getattr(experts, "act_fn", None)
@@ -239,10 +180,16 @@ def activation_name(experts: nn.Module) -> str | None:
 def _general_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    weight = self.down_proj
-    if isinstance(weight, Tensor) and weight.dtype in DTYPES and not _is_distributed(weight):
+    names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
+    if all(_grouped_mm_takes(getattr(self, name, None)) for name in names):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     return type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _grouped_mm_takes(weight: Tensor | None) -> bool:
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES or _is_distributed(weight):
+        return False
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])  # what its rows must be aligned to
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -253,35 +200,5 @@ def _has_default_gate(experts: nn.Module) -> bool:
     return type(experts)._apply_gate.__name__ == "_default_apply_gate" and "_apply_gate" not in experts.__dict__
 
 
-def _is_expert_parallel(experts: nn.Module) -> bool:
-    """Marked so since transformers 5.23; before that, `num_experts` is what this rank holds of a distributed weight."""
-    num_experts = experts.down_proj.shape[0]
-    split = getattr(experts, "num_experts", num_experts) != num_experts
-    return getattr(experts, "_is_expert_parallel", split)
-
-
-def _is_distributed(weight: Tensor, mesh_names: tuple[str, ...] | None = None) -> bool:
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None or mesh_names is None:
-        return mesh is not None
-    return any(name in mesh_names for name in mesh.mesh_dim_names or ())
-
-
-def _sizes(experts: nn.Module) -> tuple[int, int]:
-    _, rows, columns = experts.down_proj.shape
-    return (columns, rows) if experts.is_transposed else (rows, columns)
-
-
-def _switch_on(model: nn.Module, chosen: list[nn.Module]) -> None:
-    if all(experts.config._experts_implementation == NAME for experts in chosen):
-        return
-    register()
-    if not hasattr(model, "set_experts_implementation"):
-        raise ValueError(f"{type(model).__name__} has no set_experts_implementation; switch its model to 'flex' first")
-    model.set_experts_implementation(NAME)
-
-
-def _refuse_other_implementations(experts: nn.Module, _: Any) -> None:
-    implementation = experts.config._experts_implementation
-    if getattr(experts, "graft", None) is not None and implementation != NAME:
-        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, want 'flex'")
+def _is_distributed(weight: Tensor) -> bool:
+    return getattr(weight, "device_mesh", None) is not None

@@ -3,9 +3,12 @@
 Nothing here names the families that work: they are found in the package, so a new one is tested the day it is there.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import build, experts_classes, inputs_of, run
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -89,6 +92,28 @@ def test_takes_a_graft_and_gives_it_back(family: str) -> None:
     flex_kernels.detach_graft(model)
     assert list(model.state_dict()) == keys
     assert_same(run(model, "eager", inputs), want)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_graft_leaves_what_is_saved_of_the_base_as_it_is(family: str, tmp_path: Path) -> None:
+    model = build(family, FAMILIES[family])
+    model.save_pretrained(tmp_path / "bare")
+    grafts = flex_kernels.attach_graft(model, width=6)
+    for graft in grafts.values():
+        nn.init.normal_(graft.down_proj)
+    model.save_pretrained(tmp_path / "grafted")
+    bare, grafted = (load_file(tmp_path / name / "model.safetensors") for name in ("bare", "grafted"))
+    assert all(torch.equal(grafted[key], tensor) for key, tensor in bare.items())
+    added = grafted.keys() - bare.keys()
+    assert len(added) == 4 * len(grafts)
+    assert all(".graft." in key for key in added)
+    assert (tmp_path / "bare/config.json").read_text() == (tmp_path / "grafted/config.json").read_text()
+    want = {name: graft.down_proj.clone() for name, graft in grafts.items()}
+    for graft in grafts.values():
+        nn.init.zeros_(graft.down_proj)
+    model.load_state_dict(grafted, strict=False)  # as the Trainer does when it resumes
+    for name, graft in grafts.items():
+        assert torch.equal(graft.down_proj, want[name])
 
 
 def test_there_are_families_to_test() -> None:
