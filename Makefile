@@ -11,11 +11,13 @@ demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a tab
 
 test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's interpreter
 	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" $(KERNEL_TESTS)
 
 check: test
 
-INTERPRETED := tests/test_experts.py tests/test_route.py tests/test_combine.py tests/test_score.py
+# The operations' own tests: the same files serve the plain run, the interpreter and a device.
+KERNEL_TESTS := tests/test_experts.py tests/test_route.py tests/test_combine.py tests/test_score.py \
+                tests/test_routing_plan.py $(wildcard tests/test_kernels_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -31,6 +33,19 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
+
+bench: $(STAMP)  ## the layer on this CPU beside transformers' own; writes benchmarks/RESULTS.md
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; prints the table
+	$(BIN)/python benchmarks/aot.py
+
+test-gpu:  ## on a machine with a device whose torch, triton and transformers are installed and that needs no network
+	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py
+
+test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own
+	bash tests/matrix.sh
 
 clean:
 	rm -rf build *.egg-info flex_kernels/*.so
