@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -32,21 +33,29 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from flex_kernels.kernels import combine, experts, tiles
+from flex_kernels.kernels import combine, experts, route, score, tiles
+from flex_kernels.kernels.routing_plan import routing_plan
 
-TARGETS = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+KIB = 1 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What to compile for, how `tiles.py` sees it, and the shared memory one program may ask for."""
+
+    gpu: GPUTarget
+    target: tiles.Target
+    shared_bytes: int
+
+
+CHIPS = {
+    "sm80": Chip(GPUTarget("cuda", 80, 32), tiles.Target("sm80", 108), 163 * KIB),
+    "sm86": Chip(GPUTarget("cuda", 86, 32), tiles.Target("small", 84), 99 * KIB),
+    "sm90": Chip(GPUTarget("cuda", 90, 32), tiles.Target("sm90", 132), 227 * KIB),
+    "sm100": Chip(GPUTarget("cuda", 100, 32), tiles.Target("sm100", 148), 227 * KIB),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), tiles.Target("gfx942", 304), 64 * KIB),
 }
-PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304}
-SHARED_MEMORY = {
-    "sm80": 163 << 10,
-    "sm90": 227 << 10,
-    "sm100": 227 << 10,
-    "gfx942": 64 << 10,
-}  # bytes a program may ask
+QUICK_CHIPS = ("sm80", "sm90", "sm100", "gfx942")
 GEMM_KERNELS = ("_gate_up_fwd_kernel", "_grouped_rows_kernel", "_d_preactivations_kernel")
 GEMM_KERNELS += ("_score_experts_kernel", "_score_neurons_kernel")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -73,8 +82,8 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
-        if self.shared_bytes > SHARED_MEMORY[self.target]:
-            found.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_MEMORY[self.target]} are there")
+        if self.shared_bytes > CHIPS[self.target].shared_bytes:
+            found.append(f"{self.shared_bytes} bytes of shared memory, {CHIPS[self.target].shared_bytes} are there")
         if self.target == "sm90" and self.kernel in GEMM_KERNELS and self.dtype != "fp32" and not self.hgmma:
             found.append("no HGMMA")
         return found
@@ -94,7 +103,7 @@ class CompileOnlyDriver(DriverBase):
         return ty
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
+        return CHIPS[self.name].gpu
 
     def get_current_device(self) -> str:
         return self.name
@@ -124,7 +133,7 @@ def compiling_for(target: str, found: dict[str, Compiled]) -> Iterator[None]:
         return kernel
 
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
-    tiles.force_target(tiles.Target(target, PROCESSORS[target]))
+    tiles.force_target(CHIPS[target].target)
     jit_function.run = compile_only
     try:
         yield
@@ -154,8 +163,10 @@ def read_cubin(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([NVIDIA_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            subprocess.run(
+                [NVIDIA_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-ndf", "-c"))
         )
     operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
 
@@ -178,7 +189,7 @@ def read_amdgcn(code: str) -> dict[str, int]:
 
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("vgpr_spill_count"),  # scalar registers spill into vector registers, not into memory
         "matrix_instructions": len(re.findall(r"^\s+v_mfma", code, re.MULTILINE)),
         "hgmma": 0,
         "tma": 0,
@@ -234,10 +245,35 @@ def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:
     combine.combine_bwd(out, expert_out, routing_weights, *graft, form, True, True, has_graft, has_graft)
 
 
+def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renormalize: bool = True) -> None:
+    """The routing plan, and the router with and without the graft's logit, forward and backward."""
+    logits, hidden_states = empty(512, num_experts, dtype=dtype), empty(512, 2048, dtype=dtype)
+    weight, bias = empty(2048, dtype=dtype), empty(1, dtype=dtype)
+    weights, indices = route.route_fwd(logits, top_k, renormalize)
+    route.route_bwd(weights, logits, indices, renormalize)
+    *_, graft_logits = route.route_grafted_fwd(logits, hidden_states, weight, bias, top_k, renormalize)
+    route.graft_logits_bwd(graft_logits, hidden_states, weight)
+    routing_plan(indices, num_experts)
+
+
+def score_case(dtype: torch.dtype, hidden_size: int = 2048, intermediate_size: int = 1408) -> None:
+    """Scoring of experts and neurons."""
+    hidden_states = empty(512, hidden_size, dtype=dtype)
+    gate_up_proj = empty(60, 2 * intermediate_size, hidden_size, dtype=dtype)
+    down_proj = empty(60, hidden_size, intermediate_size, dtype=dtype)
+    batch_offsets = empty(9, dtype=torch.int32)
+    score.score_experts(hidden_states, hidden_states, gate_up_proj, down_proj, batch_offsets, "silu")
+    score.score_neurons(hidden_states, hidden_states, gate_up_proj, down_proj, "silu")
+
+
 def quick_cases() -> Iterator[Callable[[], None]]:
-    """Every kernel once in the form that training uses, in the dtype that training uses."""
-    yield lambda: layer_case(combine="convex")
-    yield lambda: layer_case(num_tokens=512)
+    """Every kernel in the forms that training uses most."""
+    yield partial(layer_case, combine="convex")
+    yield partial(layer_case, num_tokens=512)
+    yield partial(layer_case, dtype=torch.float32)
+    yield partial(combine_case, torch.bfloat16, True, "convex")
+    yield partial(route_case, torch.bfloat16)
+    yield partial(score_case, torch.bfloat16)
 
 
 def all_cases() -> Iterator[Callable[[], None]]:
@@ -246,19 +282,22 @@ def all_cases() -> Iterator[Callable[[], None]]:
     sizes = ({}, {"hidden_size": 2040, "intermediate_size": 1400}, {"hidden_size": 2047, "intermediate_size": 1407})
     for dtype, num_tokens, size, graft_size in itertools.product(dtypes, (512, 8192), sizes, (0, 1408, 1000)):
         for training in (True, False):
-            yield lambda d=dtype, t=num_tokens, s=size, g=graft_size, r=training: layer_case(
-                d, t, graft_size=g, training=r, **s
-            )
+            yield partial(layer_case, dtype, num_tokens, **size, graft_size=graft_size, training=training)
     for activation, form, training in itertools.product(("gelu", "gelu_tanh"), ("additive", "convex"), (True, False)):
-        yield lambda a=activation, f=form, r=training: layer_case(activation=a, combine=f, training=r)
+        yield partial(layer_case, activation=activation, combine=form, training=training)
     for needs, form in itertools.product(itertools.product((True, False), repeat=4), ("additive", "convex")):
         if any(needs):
-            yield lambda n=needs, f=form: layer_case(needs=n, combine=f)
-    for dtype, has_graft, form in itertools.product(dtypes, (True, False), ("additive", "convex")):
-        yield lambda d=dtype, g=has_graft, f=form: combine_case(d, g, f)
+            yield partial(layer_case, needs=needs, combine=form)
+    for dtype in dtypes:
+        for has_graft, form in ((False, "additive"), (True, "additive"), (True, "convex")):
+            yield partial(combine_case, dtype, has_graft, form)
+        for (num_experts, top_k), renormalize in itertools.product(((60, 4), (128, 8), (8, 2)), (True, False)):
+            yield partial(route_case, dtype, num_experts, top_k, renormalize)
+        for size in sizes:
+            yield partial(score_case, dtype, **size)
 
 
-def compile_all(targets: list[str], quick: bool) -> list[Compiled]:
+def compile_all(targets: Iterable[str], quick: bool) -> list[Compiled]:
     found: dict[str, Compiled] = {}
     for target in targets:
         with compiling_for(target, found):
@@ -270,11 +309,12 @@ def compile_all(targets: list[str], quick: bool) -> list[Compiled]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the forms that training uses only")
-    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--targets", help=f"some of {','.join(CHIPS)}")
     parser.add_argument("--json", type=Path, help="also write every row to this file")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    compiled = compile_all(arguments.targets.split(","), arguments.quick)
+    targets = arguments.targets.split(",") if arguments.targets else QUICK_CHIPS if arguments.quick else CHIPS
+    compiled = compile_all(targets, arguments.quick)
     print(f"{'kernel':26s} {'target':7s} dtype  regs spills  shared   mma hgmma  tma async  s     options")
     for row in compiled:
         numbers = (

@@ -128,9 +128,7 @@ def gate_up_fwd(
     activations = hidden_states.new_empty(schedule.num_rows, intermediate_size)
     graft_activations = hidden_states.new_empty(num_tokens, graft_size) if has_graft else None
     saved_rows, saved_tokens = (schedule.num_rows, num_tokens) if save_preactivations else (0, 0)
-    # Rows of no expert here are never written nor read; deterministic mode promises them the same bits too.
-    new_rows = hidden_states.new_zeros if torch.are_deterministic_algorithms_enabled() else hidden_states.new_empty
-    preactivations = new_rows(saved_rows, 2 * intermediate_size)
+    preactivations = hidden_states.new_empty(saved_rows, 2 * intermediate_size)
     graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
     even = hidden_size % tile.block_k == 0
     tma = use_tma(target, gate_up_proj, graft_gate_up_proj)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flex_kernels.kernels.tiles import INTERPRET, contiguous
 
 # Pairs ranked at once times experts: the comparison table [pairs, experts] that stays in registers.
-RANK_TABLE = 8192
+RANK_TABLE = 4096
 # Pairs of one program, while there are few; with many, programs grow so that no more than MAX_BLOCKS count rows exist.
 MIN_PAIRS_PER_PROGRAM = 64 if INTERPRET else 256
 MAX_BLOCKS = 256

@@ -32,9 +32,10 @@ from flex_kernels.kernels.tiles import (
 
 # Memory for the activations of the experts scored in one launch. Enough rows to fill a GPU, little beside the weights.
 ACTIVATION_BYTES = 256 << 20
+MIN_TOKENS_AT_ONCE = 1024  # however wide an expert is: fewer would not fill a GPU
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_token", "num_rows", "first_expert"])
+@triton.jit(do_not_specialize=["num_tokens", "first_token", "num_rows", "first_expert", "plane"])
 def _score_experts_kernel(
     activations_ptr, down, target_ptr, token_sums_ptr,
     num_tokens, first_token, num_rows, first_expert, hidden_size, intermediate_size, plane,
@@ -86,7 +87,7 @@ def _score_experts_kernel(
     tl.store(sums_ptrs + 2 * plane, energy, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "plane"])
 def _sum_batches_kernel(
     token_sums_ptr, batch_offsets_ptr, scores_ptr, num_tokens, num_experts, plane, BLOCK_T: tl.constexpr
 ):
@@ -116,13 +117,13 @@ def score_experts(
     num_experts, _, intermediate_size = down_proj.shape
     num_batches = batch_offsets.numel() - 1
     scores = target.new_empty(num_batches, num_experts, 3, dtype=torch.float32)
-    if scores.numel() == 0:
-        return scores
+    if num_tokens == 0 or scores.numel() == 0:
+        return scores.zero_()
     token_sums = target.new_empty(3, num_experts, num_tokens, dtype=torch.float32)
     chip = target_of(hidden_states.device)
     row_bytes = intermediate_size * hidden_states.element_size()
-    tokens_at_once = min(num_tokens, max(1024, ACTIVATION_BYTES // row_bytes))
-    experts_at_once = min(num_experts, max(1, ACTIVATION_BYTES // (row_bytes * max(1, tokens_at_once))))
+    tokens_at_once = min(num_tokens, max(MIN_TOKENS_AT_ONCE, ACTIVATION_BYTES // row_bytes))
+    experts_at_once = min(num_experts, max(1, ACTIVATION_BYTES // (row_bytes * tokens_at_once)))
     with torch.cuda.device_of(hidden_states):
         for first_token in range(0, num_tokens, tokens_at_once):
             tokens = slice(first_token, min(first_token + tokens_at_once, num_tokens))

@@ -112,7 +112,7 @@ _TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     },
 }
 # fp32 products run in full precision (`ieee`): on NVIDIA plain FMA, no tensor cores, so small tiles.
-_TILES_32_BIT = ((64, 16, 8, 2),) * 4
+_TILES_32_BIT = ((64, 16, 8, 3),) * 4
 
 
 def expert_tiles(target: Target, dtype: torch.dtype, num_rows: int, num_experts: int) -> ExpertTiles:
@@ -131,7 +131,7 @@ def score_tile(target: Target, dtype: torch.dtype) -> Tile:
     if target.chip == "interpreter":
         return Tile(16, 32, 32, 1, 1)
     if dtype == torch.float32:
-        return Tile(64, 64, 16, 8, 2)
+        return Tile(64, 64, 16, 8, 3)
     return {
         "sm80": Tile(128, 64, 64, 8, 3),
         "sm90": Tile(128, 128, 64, 8, 4),
@@ -146,9 +146,9 @@ def neuron_tile(target: Target, dtype: torch.dtype) -> Tile:
     if target.chip == "interpreter":
         return Tile(16, 32, 32, 1, 1)
     if dtype == torch.float32:
-        return Tile(64, 32, 16, 8, 2)
+        return Tile(64, 32, 16, 8, 3)
     return {
-        "sm80": Tile(64, 64, 32, 4, 3),
+        "sm80": Tile(64, 32, 32, 4, 3),
         "sm90": Tile(128, 64, 64, 8, 3),
         "sm100": Tile(128, 64, 64, 8, 3),
         "gfx942": Tile(64, 32, 32, 4, 2),

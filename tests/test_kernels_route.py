@@ -1,0 +1,69 @@
+"""The Triton routing plan, and what the fused router gives beside `flex::route`: graft logits and the histogram."""
+
+import pytest
+import torch
+from cases import DEVICE
+
+from flex_kernels import plan, reference
+from flex_kernels.kernels import route
+from flex_kernels.kernels.routing_plan import routing_plan
+
+pytestmark = pytest.mark.skipif(
+    not (plan.INTERPRET or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
+)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "highest_id"),
+    [
+        pytest.param(33, 2, 4, 3, id="one-block"),
+        pytest.param(300, 2, 60, 59, id="several-blocks"),
+        pytest.param(300, 2, 60, 63, id="sentinels"),
+        pytest.param(40, 8, 128, 127, id="more-experts-than-a-rank-table-is-wide"),
+        pytest.param(5, 1, 1, 0, id="one-expert"),
+        pytest.param(100, 1, 3, 0, id="all-to-one"),
+        pytest.param(0, 2, 4, 3, id="no-tokens"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_routing_plan(num_tokens: int, top_k: int, num_experts: int, highest_id: int, dtype: torch.dtype) -> None:
+    indices = torch.randint(0, highest_id + 1, (num_tokens, top_k), dtype=dtype, device=DEVICE)
+    for ours, wanted in zip(
+        routing_plan(indices, num_experts), reference.routing_plan(indices, num_experts), strict=True
+    ):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_route_with_the_graft(hidden_dtype: torch.dtype) -> None:
+    logits, hidden_states = torch.randn(40, 12, device=DEVICE), torch.randn(40, 100, device=DEVICE).to(hidden_dtype)
+    weight, bias = torch.randn(100, device=DEVICE) / 10, torch.tensor(-4.0, device=DEVICE)
+    weights, indices, counts, graft_logits = route.route_grafted_fwd(logits, hidden_states, weight, bias, 3, True)
+    wanted_weights, wanted_indices = reference.route(logits, 3, True)
+    torch.testing.assert_close(weights, wanted_weights)
+    assert torch.equal(indices, wanted_indices)
+    assert torch.equal(counts, torch.bincount(indices.flatten(), minlength=12).int())
+    torch.testing.assert_close(graft_logits, hidden_states.float() @ weight + bias)
+
+
+def test_backward_of_the_graft_logits() -> None:
+    hidden_states = torch.randn(40, 100, device=DEVICE, requires_grad=True)
+    weight, bias = torch.randn(100, device=DEVICE, requires_grad=True), torch.zeros((), requires_grad=True)
+    d_logits = torch.randn(40, device=DEVICE)
+    (hidden_states @ weight + bias.to(DEVICE)).backward(d_logits)
+    d_hidden_states, d_weight, d_bias = route.graft_logits_bwd(d_logits, hidden_states.detach(), weight.detach())
+    torch.testing.assert_close(d_hidden_states, hidden_states.grad)
+    torch.testing.assert_close(d_weight, weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_bias.cpu(), bias.grad)
+
+
+def test_indices_stay_in_range_whatever_the_logits() -> None:
+    logits = torch.randn(4, 6, device=DEVICE)
+    logits[0] = float("nan")
+    logits[1] = -float("inf")
+    logits[2, 1:] = -float("inf")
+    _, indices = route.route_fwd(logits, 3, False)
+    assert indices.min() >= 0
+    assert indices.max() < 6
+    assert indices[2].tolist() == [0, 1, 2]
