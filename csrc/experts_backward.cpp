@@ -17,8 +17,7 @@ namespace flex {
 namespace {
 
 constexpr int64_t kTokensPerTask = 64;
-// Product::index: of an expert its first row, else
-constexpr int64_t kGraft = -1, kGraftGateUp = -2, kGraftDown = -3;
+enum Kind { kRows, kGraftGateUp, kGraftDown };  // Product::kind
 
 struct Backward {
   const Layer& layer;
@@ -26,13 +25,16 @@ struct Backward {
   const void* const d_out;
   const Gradients gradients;
   const int threads;
-  const bool routed, grafted;        // whose rows are needed
+  const int64_t bytes;         // of an activation
+  const bool routed, grafted;  // whose rows are needed
   const bool d_graft_weights;
-  const int64_t dot_blocks, graft_dot_blocks;  // partial sums of <dA', A> per row
+  const int64_t graft_width;
+  const int64_t dot_units, graft_dot_units;  // partial sums of <dA', A> per row
   Workspace memory;
   Workspace::Piece<int32_t> token_of_row, row_of_pair;
-  Workspace::Piece<char> d_z, graft_d_z, graft_activations;
-  Workspace::Piece<float> dots, graft_dots, d_rows, graft_d_rows, openings, slot_weights, scratch;
+  Workspace::Piece<char> d_z, activations;  // of a wave; activations of its graft rows
+  Workspace::Piece<float> dots, graft_dots, d_rows, graft_d_rows, openings, ones, scratch;
+  Workspace::Piece<float> d_gate_up, d_down;  // of the graft, summed over the waves
   Workspace::Piece<const float*> slot_rows;
 
   Backward(const Layer& layer, const void* d_out, const Gradients& gradients, int threads)
@@ -41,87 +43,86 @@ struct Backward {
         d_out(d_out),
         gradients(gradients),
         threads(usable_threads(threads)),
+        bytes(scalar_bytes(layer.scalar)),
         routed(gradients.hidden_states || gradients.routing_weights || (gradients.graft_logits && layer.convex)),
         grafted(layer.has_graft() &&
                 (gradients.hidden_states || gradients.graft_gate_up_proj || gradients.graft_logits)),
         d_graft_weights(grafted && gradients.graft_gate_up_proj),
-        dot_blocks(column_blocks(layer.intermediate_size, false)),
-        graft_dot_blocks(column_blocks(std::max<int64_t>(layer.graft_width, 0), false)) {
-    const int64_t num_pairs = checked_product(layer.num_tokens, layer.top_k), slots = layer.top_k + 1;
+        graft_width(std::max<int64_t>(layer.graft_width, 0)),
+        dot_units(column_units(layer.intermediate_size)),
+        graft_dot_units(column_units(graft_width)) {
+    const int64_t num_pairs = checked_product(layer.num_tokens, layer.top_k), hidden = layer.hidden_size;
     const int64_t rows = routed ? num_pairs : 0, graft_rows = grafted ? layer.num_tokens : 0;
-    const int64_t graft_width = std::max<int64_t>(layer.graft_width, 0), bytes = scalar_bytes(layer.scalar);
-    const bool hidden = gradients.hidden_states != nullptr;
+    const bool d_hidden = gradients.hidden_states != nullptr;
     token_of_row = memory.reserve<int32_t>(num_pairs);
     row_of_pair = memory.reserve<int32_t>(num_pairs);
     openings = memory.reserve<float>(layer.has_graft() ? layer.num_tokens : 0);
-    dots = memory.reserve<float>(checked_product(rows, dot_blocks));
-    graft_dots = memory.reserve<float>(checked_product(graft_rows, graft_dot_blocks));
-    d_z = memory.reserve<char>(hidden ? checked_product(rows, checked_product(layer.intermediate_size, 2 * bytes)) : 0);
-    graft_d_z = memory.reserve<char>(checked_product(graft_rows, checked_product(graft_width, 2 * bytes)));
-    graft_activations =
-        memory.reserve<char>(d_graft_weights ? checked_product(graft_rows, checked_product(graft_width, bytes)) : 0);
-    d_rows = memory.reserve<float>(hidden ? checked_product(rows, layer.hidden_size) : 0);
-    graft_d_rows = memory.reserve<float>(hidden ? checked_product(graft_rows, layer.hidden_size) : 0);
-    slot_weights = memory.reserve<float>(slots);
-    slot_rows = memory.reserve<const float*>(checked_product(this->threads, slots));
-    scratch = memory.reserve<float>(checked_product(this->threads, most_scratch()));
+    dots = memory.reserve<float>(checked_product(rows, dot_units));
+    graft_dots = memory.reserve<float>(checked_product(graft_rows, graft_dot_units));
+    const int64_t wave = most_wave_elements(layer, routed, grafted);
+    const int64_t graft_wave = d_graft_weights ? most_wave_elements(layer, false, true) : 0;
+    d_z = memory.reserve<char>(d_hidden || d_graft_weights ? checked_product(wave, 2 * bytes) : 0);
+    activations = memory.reserve<char>(checked_product(graft_wave, bytes));
+    d_gate_up = memory.reserve<float>(d_graft_weights ? checked_product(2 * graft_width, hidden) : 0);
+    d_down = memory.reserve<float>(d_graft_weights ? checked_product(graft_width, hidden) : 0);
+    d_rows = memory.reserve<float>(d_hidden ? checked_product(rows, hidden) : 0);
+    graft_d_rows = memory.reserve<float>(d_hidden ? checked_product(graft_rows, hidden) : 0);
+    ones = memory.reserve<float>(std::max<int64_t>(layer.top_k + 1, 2));
+    slot_rows = memory.reserve<const float*>(checked_product(this->threads, layer.top_k + 1));
+    // Any expert may get all the rows.
+    std::vector<Product> products{down_product({0, 0, num_pairs, 0}), up_product({0, 0, num_pairs, 0})};
+    if (grafted) {
+      const Segment whole{kGraft, 0, graft_rows, 0};
+      products.insert(products.end(), {down_product(whole), up_product(whole)});
+      if (d_graft_weights) add_weight_products(whole, products);
+    }
+    scratch = memory.reserve<float>(checked_product(this->threads, scratch_floats(kernels, products)));
   }
 
-  // Every expert may get every pair; only the shapes matter.
-  int64_t most_scratch() const {
-    const int64_t num_pairs = layer.num_tokens * layer.top_k;
-    std::vector<Product> products{down_product(0, num_pairs, 0), up_product(0, num_pairs, 0)};
-    if (grafted) products.insert(products.end(), {graft_down_product(), graft_up_product()});
-    if (d_graft_weights) add_graft_weight_products(products);
-    return scratch_floats(kernels, products);
+  int64_t width_of(const Segment& segment) const {
+    return segment.expert == kGraft ? graft_width : layer.intermediate_size;
+  }
+  char* d_z_rows(const Segment& segment) const { return row_of(memory[d_z], 2 * segment.place, 1, layer.scalar); }
+  // The graft's segment comes first in its wave.
+  char* activation_rows(const Segment& segment) const {
+    return row_of(memory[activations], segment.place, 1, layer.scalar);
   }
 
   // dA' = dY D
-  Product down_product(int64_t expert, int64_t rows, int64_t first) const {
-    const int32_t* gather = memory[token_of_row];
-    const int64_t width = layer.intermediate_size;
-    const void* weights = row_of(layer.down_proj, expert * layer.hidden_size, width, layer.weight_scalar);
-    const Operand a{{d_out, layer.hidden_size, gather + first}, layer.scalar, true};
-    const Operand b{{weights, width, nullptr}, layer.weight_scalar, false};
-    return {a, b, rows, width, layer.hidden_size, 0, first};
-  }
-  Product graft_down_product() const {
-    const Operand a{{d_out, layer.hidden_size, nullptr}, layer.scalar, true};
-    const Operand b{{layer.graft_down_proj, layer.graft_width, nullptr}, layer.scalar, false};
-    return {a, b, layer.num_tokens, layer.graft_width, layer.hidden_size, 0, kGraft};
+  Product down_product(const Segment& segment) const {
+    const bool graft = segment.expert == kGraft;
+    const int64_t width = width_of(segment), hidden = layer.hidden_size;
+    const int32_t* const gather = memory[token_of_row];
+    const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
+    const void* const d_y = graft ? row_of(d_out, segment.first, hidden, layer.scalar) : d_out;
+    const void* const weights =
+        graft ? layer.graft_down_proj : row_of(layer.down_proj, segment.expert * hidden, width, scalar);
+    const Operand a{{d_y, hidden, graft || !gather ? nullptr : gather + segment.first}, layer.scalar, true};
+    return {a, {{weights, width, nullptr}, scalar, false}, segment.rows, width, hidden};
   }
   // dX = dZ [G; U]
-  Product up_product(int64_t expert, int64_t rows, int64_t first) const {
-    const int64_t width = 2 * layer.intermediate_size, hidden = layer.hidden_size;
-    const void* weights = row_of(layer.gate_up_proj, expert * width, hidden, layer.weight_scalar);
-    const Operand a{{row_of(memory[d_z], first, width, layer.scalar), width, nullptr}, layer.scalar, true};
-    const Operand b{{weights, hidden, nullptr}, layer.weight_scalar, false};
-    return {a, b, rows, hidden, width, 0, first};
-  }
-  Product graft_up_product() const {
-    const int64_t width = 2 * layer.graft_width, hidden = layer.hidden_size;
-    const Operand a{{memory[graft_d_z], width, nullptr}, layer.scalar, true};
-    const Operand b{{layer.graft_gate_up_proj, hidden, nullptr}, layer.scalar, false};
-    return {a, b, layer.num_tokens, hidden, width, 0, kGraft};
+  Product up_product(const Segment& segment) const {
+    const bool graft = segment.expert == kGraft;
+    const int64_t width = 2 * width_of(segment), hidden = layer.hidden_size;
+    const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
+    const void* const weights =
+        graft ? layer.graft_gate_up_proj : row_of(layer.gate_up_proj, segment.expert * width, hidden, scalar);
+    const Operand a{{d_z_rows(segment), width, nullptr}, layer.scalar, true};
+    return {a, {{weights, hidden, nullptr}, scalar, false}, segment.rows, hidden, width};
   }
   // d[G_g; U_g] = dZ^T X,  dD_g = (s dY)^T A: the tokens are the depth
-  void add_graft_weight_products(std::vector<Product>& products) const {
-    const int64_t width = layer.graft_width, hidden = layer.hidden_size, tokens = layer.num_tokens;
-    const Operand d_z_t{{memory[graft_d_z], 2 * width, nullptr}, layer.scalar, false};
-    const Operand x{{layer.hidden_states, hidden, nullptr}, layer.scalar, false};
-    products.push_back({d_z_t, x, 2 * width, hidden, tokens, 0, kGraftGateUp});
-    const Operand d_out_t{{d_out, hidden, nullptr}, layer.scalar, false, memory[openings]};
-    const Operand activations{{memory[graft_activations], width, nullptr}, layer.scalar, false};
-    products.push_back({d_out_t, activations, hidden, width, tokens, 0, kGraftDown});
-  }
-
-  template <class OfExpert>
-  void add_expert_products(std::vector<Product>& products, const OfExpert& of_expert) const {
-    if (!routed) return;
-    for (int64_t expert = 0; expert < layer.num_experts; ++expert) {
-      const int64_t first = layer.expert_offsets[expert], rows = layer.expert_offsets[expert + 1] - first;
-      if (rows > 0) products.push_back(of_expert(expert, rows, first));
-    }
+  void add_weight_products(const Segment& segment, std::vector<Product>& products) const {
+    const int64_t hidden = layer.hidden_size;
+    const float* const scale = memory[openings];
+    const Operand d_z_t{{d_z_rows(segment), 2 * graft_width, nullptr}, layer.scalar, false};
+    const Operand x{{row_of(layer.hidden_states, segment.first, hidden, layer.scalar), hidden, nullptr}, layer.scalar, false};
+    products.push_back({d_z_t, x, 2 * graft_width, hidden, segment.rows, 0, 0, kGraftGateUp});
+    const Operand d_out_t{{row_of(d_out, segment.first, hidden, layer.scalar), hidden, nullptr},
+                          layer.scalar,
+                          false,
+                          scale ? scale + segment.first : nullptr};
+    const Operand a{{activation_rows(segment), graft_width, nullptr}, layer.scalar, false};
+    products.push_back({d_out_t, a, hidden, graft_width, segment.rows, 0, 0, kGraftDown});
   }
 
   float closing(int64_t token) const {
@@ -129,61 +130,70 @@ struct Backward {
   }
 
   // dA', <dA', A>, dZ, and the graft's A
-  void through_activations(const void* preactivations, const void* graft_preactivations) {
+  void through_activations(const Wave& wave, const void* preactivations, const void* graft_preactivations) {
     std::vector<Product> products;
-    if (grafted) products.push_back(graft_down_product());
-    add_expert_products(products, [this](int64_t expert, int64_t rows, int64_t first) {
-      return down_product(expert, rows, first);
-    });
+    for (const Segment& segment : wave) {
+      products.push_back(down_product(segment));
+      products.back().index = static_cast<int64_t>(products.size()) - 1;
+    }
     const auto d_glu = kernels.d_glu[static_cast<int>(layer.scalar)];
+    const bool d_z_wanted = gradients.hidden_states || d_graft_weights;
     grouped_gemm(kernels, products, threads, memory[scratch], [&](const Block& block) {
-      const bool graft = block.product.index == kGraft;
-      const int64_t width = block.product.columns, first = block.row + (graft ? 0 : block.product.index);
-      const int64_t up = width * scalar_bytes(layer.scalar), begin = block.column * scalar_bytes(layer.scalar);
-      const int64_t blocks = graft ? graft_dot_blocks : dot_blocks;
-      for (int64_t row = first; row < first + block.rows; ++row) {
-        const char* const gate = row_of(graft ? graft_preactivations : preactivations, row, 2 * width, layer.scalar);
-        char* const d_z_rows = graft ? memory[graft_d_z] : memory[d_z];
-        char* const d_gate = d_z_rows ? row_of(d_z_rows, row, 2 * width, layer.scalar) + begin : nullptr;
-        char* const kept = graft && d_graft_weights
-                               ? row_of(memory[graft_activations], row, width, layer.scalar) + begin
-                               : nullptr;
+      const Segment& segment = wave[block.product.index];
+      const bool graft = segment.expert == kGraft;
+      const int64_t width = block.product.columns, up = width * bytes;
+      for (int64_t i = 0; i < block.rows; ++i) {
+        const int64_t row = segment.first + block.row + i;
         const float weight = graft ? memory[openings][row]
                                    : layer.routing_weights[layer.sorted_pairs[row]] * closing(memory[token_of_row][row]);
-        const float dot = d_glu(layer.activation, block.columns, block.c + (row - first) * block.stride, gate + begin,
-                                gate + begin + up, weight, d_gate, d_gate ? d_gate + up : nullptr, kept);
-        (graft ? memory[graft_dots] : memory[dots])[row * blocks + block.column / column_block(block.product)] = dot;
+        float* const row_dots = graft ? memory[graft_dots] + row * graft_dot_units : memory[dots] + row * dot_units;
+        const char* const z = row_of(graft ? graft_preactivations : preactivations, row, 2 * width, layer.scalar);
+        char* const d_z_row = row_of(d_z_rows(segment), block.row + i, 2 * width, layer.scalar);
+        char* const a_row = row_of(activation_rows(segment), block.row + i, width, layer.scalar);
+        for (int64_t j = 0; j < block.columns; j += kColumnUnit) {
+          const int64_t column = block.column + j, at = column * bytes;
+          row_dots[column / kColumnUnit] =
+              d_glu(layer.activation, std::min(kColumnUnit, block.columns - j), block.c + i * block.stride + j, z + at,
+                    z + at + up, weight, d_z_wanted ? d_z_row + at : nullptr, d_z_wanted ? d_z_row + at + up : nullptr,
+                    graft && d_graft_weights ? a_row + at : nullptr);
+        }
       }
     });
   }
 
   // dX by row, and the graft's weight gradients
-  void through_projections() {
+  void through_projections(const Wave& wave) {
     std::vector<Product> products;
-    if (gradients.hidden_states) {
-      if (grafted) products.push_back(graft_up_product());
-      add_expert_products(products, [this](int64_t expert, int64_t rows, int64_t first) {
-        return up_product(expert, rows, first);
-      });
-    }
-    if (d_graft_weights) add_graft_weight_products(products);
-    const auto convert = kernels.sum_rows[static_cast<int>(layer.scalar)];
-    grouped_gemm(kernels, products, threads, memory[scratch], [&](const Block& block) {
-      const int64_t kind = block.product.index, width = block.product.columns;
-      const int64_t first = block.row + std::max<int64_t>(kind, 0);
-      for (int64_t i = 0; i < block.rows; ++i) {
-        const float* const c = block.c + i * block.stride;
-        if (kind >= kGraft) {
-          float* const target = kind == kGraft ? memory[graft_d_rows] : memory[d_rows];
-          std::memcpy(target + (first + i) * width + block.column, c, block.columns * sizeof(float));
-        } else {
-          void* const target = kind == kGraftGateUp ? gradients.graft_gate_up_proj : gradients.graft_down_proj;
-          const float one = 1.f;
-          convert(block.columns, 1, &c, &one,
-                  row_of(target, first + i, width, layer.scalar) + block.column * scalar_bytes(layer.scalar));
-        }
+    for (const Segment& segment : wave) {
+      if (d_graft_weights && segment.expert == kGraft) add_weight_products(segment, products);
+      if (gradients.hidden_states) {
+        products.push_back(up_product(segment));
+        products.back().index = &segment - wave.data();
       }
+    }
+    grouped_gemm(kernels, products, threads, memory[scratch], [&](const Block& block) {
+      if (block.product.kind != kRows) return add_weight_block(block, wave.front());
+      const Segment& segment = wave[block.product.index];
+      float* const target = segment.expert == kGraft ? memory[graft_d_rows] : memory[d_rows];
+      for (int64_t i = 0; i < block.rows; ++i)
+        std::memcpy(target + (segment.first + block.row + i) * layer.hidden_size + block.column,
+                    block.c + i * block.stride, block.columns * sizeof(float));
     });
+  }
+
+  // Sums over the waves in fp32; the last one writes the gradient.
+  void add_weight_block(const Block& block, const Segment& segment) {
+    const bool gate_up = block.product.kind == kGraftGateUp, last = segment.first + segment.rows == layer.num_tokens;
+    const int64_t width = block.product.columns, count = segment.first > 0 ? 2 : 1;
+    void* const gradient = gate_up ? gradients.graft_gate_up_proj : gradients.graft_down_proj;
+    float* const sums = gate_up ? memory[d_gate_up] : memory[d_down];
+    const Scalar scalar = last ? layer.scalar : Scalar::kFloat32;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const int64_t row = block.row + i;
+      const float* const rows[] = {block.c + i * block.stride, sums + row * width + block.column};
+      char* const target = row_of(last ? gradient : sums, row, width, scalar) + block.column * scalar_bytes(scalar);
+      kernels.sum_rows[static_cast<int>(scalar)](block.columns, count, rows, memory[ones], target);
+    }
   }
 
   static float sum(const float* values, int64_t count) {
@@ -198,7 +208,7 @@ struct Backward {
     float d_opening = 0.f;
     for (int64_t pair = token * layer.top_k; pair < (token + 1) * layer.top_k; ++pair) {
       const int64_t row = memory[row_of_pair][pair];
-      const float dot = row < 0 || !routed ? 0.f : sum(memory[dots] + row * dot_blocks, dot_blocks);
+      const float dot = row < 0 || !routed ? 0.f : sum(memory[dots] + row * dot_units, dot_units);
       if (layer.convex) d_opening -= layer.routing_weights[pair] * dot;
       if (gradients.routing_weights) gradients.routing_weights[pair] = dot * closing(token);
       if (row >= 0 && gradients.hidden_states) rows[count++] = memory[d_rows] + row * layer.hidden_size;
@@ -206,18 +216,29 @@ struct Backward {
     if (gradients.hidden_states) {
       if (grafted) rows[count++] = memory[graft_d_rows] + token * layer.hidden_size;
       kernels.sum_rows[static_cast<int>(layer.scalar)](
-          layer.hidden_size, count, rows, memory[slot_weights],
+          layer.hidden_size, count, rows, memory[ones],
           row_of(gradients.hidden_states, token, layer.hidden_size, layer.scalar));
     }
     if (gradients.graft_logits) {
       const float opening = memory[openings][token];
-      d_opening += sum(memory[graft_dots] + token * graft_dot_blocks, graft_dot_blocks);
+      d_opening += sum(memory[graft_dots] + token * graft_dot_units, graft_dot_units);
       gradients.graft_logits[token] = opening * (1.f - opening) * d_opening;
     }
   }
 
-  void gather() {
-    std::fill_n(memory[slot_weights], layer.top_k + 1, 1.f);
+  void run(const void* preactivations, const void* graft_preactivations) {
+    memory.allocate();
+    fill_row_plan(layer, {memory[token_of_row], memory[row_of_pair]});
+    if (layer.has_graft()) fill_openings(layer, memory[openings]);
+    std::fill_n(memory[ones], std::max<int64_t>(layer.top_k + 1, 2), 1.f);
+    if (d_graft_weights && layer.num_tokens == 0) {  // nothing to sum, and no wave to write it
+      std::memset(gradients.graft_gate_up_proj, 0, 2 * graft_width * layer.hidden_size * bytes);
+      std::memset(gradients.graft_down_proj, 0, graft_width * layer.hidden_size * bytes);
+    }
+    for (const Wave& wave : waves_of(layer, routed, grafted)) {
+      through_activations(wave, preactivations, graft_preactivations);
+      through_projections(wave);
+    }
     const int64_t tasks = (layer.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
       const int64_t end = std::min((task + 1) * kTokensPerTask, layer.num_tokens);
@@ -231,13 +252,7 @@ struct Backward {
 
 void experts_backward(const Layer& layer, const void* d_out, const void* preactivations,
                       const void* graft_preactivations, const Gradients& gradients, int threads) {
-  Backward backward(layer, d_out, gradients, threads);
-  backward.memory.allocate();
-  fill_row_plan(layer, {backward.memory[backward.token_of_row], backward.memory[backward.row_of_pair]});
-  if (layer.has_graft()) fill_openings(layer, backward.memory[backward.openings]);
-  backward.through_activations(preactivations, graft_preactivations);
-  backward.through_projections();
-  backward.gather();
+  Backward(layer, d_out, gradients, threads).run(preactivations, graft_preactivations);
 }
 
 int64_t backward_workspace_bytes(const Layer& layer, const Gradients& gradients, int threads) {

@@ -7,63 +7,69 @@
 namespace flex {
 namespace {
 
-// Words of the depth per slice: a slice of a B panel (32 columns) is 32 KiB, of 96 rows of A 96 KiB, of B 256 KiB.
+// A slice of the depth: of a B panel (16 columns of AVX2) 16 KiB, of 96 rows of A 96 KiB, of 512 columns of B 512 KiB.
 constexpr int64_t kSliceWords = 256;
-// Rows per task: packing B costs about as much as multiplying it with 6 rows, here it serves up to a thousand.
-constexpr int64_t kSpanRows = 10 * kBlockRows;
-// Enough tasks per thread that the last ones to finish do not matter.
+// A task packs its rows of A once, its columns of B once: the longer both, the better they pay. Packing a row costs about
+// as much as multiplying it with 6 columns. Few tasks, however, do not go round evenly.
+constexpr int64_t kSpanRows = 10 * kBlockRows, kMostColumns = 4 * kColumnUnit;
 constexpr int64_t kTasksPerThread = 6;
 
 struct Task {
-  int64_t product, row, rows, column;
+  int64_t product, row, rows, column, columns;
 };
 
 struct Scratch {
   int64_t a, b, c;  // floats
 };
 
-Scratch scratch_for(const Kernels& kernels, const Product& product, int64_t span) {
-  const int64_t depth_words = (product.depth + kernels.word_elements - 1) / kernels.word_elements;
-  const int64_t words = std::min(round_up(depth_words, kChunkWords), kSliceWords);
-  const int64_t half = round_up(std::min(product.columns, column_block(product)), kernels.panel_columns);
-  const int64_t columns = product.twin ? 2 * half : half;
-  const int64_t c_rows = depth_words <= kSliceWords ? std::min(span, kBlockRows) : span;
-  const int64_t a_rows = round_up(std::min(product.rows, kBlockRows), kernels.panel_rows);
-  const int64_t c_floats = std::min(c_rows, product.rows) * columns;
-  return {a_rows * words, columns * words, round_up(c_floats, kChunkWords)};  // whole cache lines
+int64_t total_columns(const Product& product) { return product.twin ? 2 * product.columns : product.columns; }
+
+int64_t padded(const Kernels& kernels, const Product& product, int64_t columns) {
+  return round_up(columns, kernels.panel_columns) * (product.twin ? 2 : 1);
 }
 
 Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products) {
   Scratch most{0, 0, 0};
   for (const Product& product : products) {
-    const Scratch own = scratch_for(kernels, product, kSpanRows);
-    most = {std::max(most.a, own.a), std::max(most.b, own.b), std::max(most.c, own.c)};
+    const int64_t depth_words = (product.depth + kernels.word_elements - 1) / kernels.word_elements;
+    const int64_t words = std::min(round_up(depth_words, kChunkWords), kSliceWords);
+    const int64_t columns = padded(kernels, product, std::min(product.columns, kMostColumns / (product.twin ? 2 : 1)));
+    const int64_t rows = std::min(product.rows, depth_words <= kSliceWords ? kBlockRows : kSpanRows);
+    most.a = std::max(most.a, round_up(std::min(product.rows, kBlockRows), kernels.panel_rows) * words);
+    most.b = std::max(most.b, columns * words);
+    most.c = std::max(most.c, round_up(rows * columns, kChunkWords));
   }
   return most;
 }
 
-// Spans of rows as long as the work still goes round: B is packed once per span.
-std::vector<Task> tasks_of(const std::vector<Product>& products, int threads) {
+// Cuts every product into columns of at most `most_columns`, and rows so that there are tasks enough.
+std::vector<Task> cut(const std::vector<Product>& products, int threads, int64_t most_columns) {
   double work = 0;
-  for (const Product& p : products) work += double(p.rows) * p.columns * (p.twin ? 2 : 1) * p.depth;
+  for (const Product& p : products) work += double(p.rows) * total_columns(p) * p.depth;
   const double share = work / (threads == 1 ? 1 : threads * kTasksPerThread);
   std::vector<Task> tasks;
   for (size_t index = 0; index < products.size(); ++index) {
     const Product& p = products[index];
     if (p.rows == 0) continue;
-    const double row_work = double(std::min(p.columns * (p.twin ? 2 : 1), kBlockColumns)) * p.depth;
-    const int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(share / std::max(row_work * kBlockRows, 1.)));
-    const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
-    const int64_t spans = (blocks + std::min(wanted, kSpanRows / kBlockRows) - 1) / std::min(wanted, kSpanRows / kBlockRows);
-    const int64_t span = (blocks + spans - 1) / spans * kBlockRows;
+    const int64_t width = most_columns / (p.twin ? 2 : 1);
+    const double block_work = double(kBlockRows) * std::min(total_columns(p), most_columns) * p.depth;
+    const int64_t wanted = std::max<int64_t>(1, static_cast<int64_t>(share / std::max(block_work, 1.)));
+    const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows, most = std::min(wanted, kSpanRows / kBlockRows);
+    const int64_t spans = (blocks + most - 1) / most, span = (blocks + spans - 1) / spans * kBlockRows;
     for (int64_t row = 0; row < p.rows; row += span)
-      for (int64_t column = 0; column < p.columns; column += column_block(p))
-        tasks.push_back({static_cast<int64_t>(index), row, std::min(span, p.rows - row), column});
+      for (int64_t column = 0; column < p.columns; column += width)
+        tasks.push_back({static_cast<int64_t>(index), row, std::min(span, p.rows - row), column,
+                         std::min(width, p.columns - column)});
   }
-  const auto cost = [&](const Task& task) {
-    const Product& p = products[task.product];
-    return task.rows * std::min(column_block(p), p.columns - task.column) * p.depth;
-  };
+  return tasks;
+}
+
+std::vector<Task> tasks_of(const std::vector<Product>& products, int threads) {
+  int64_t columns = kMostColumns;
+  std::vector<Task> tasks = cut(products, threads, columns);
+  while (threads > 1 && static_cast<int64_t>(tasks.size()) < threads * kTasksPerThread && columns > kColumnUnit)
+    tasks = cut(products, threads, columns /= 2);
+  const auto cost = [&](const Task& task) { return task.rows * task.columns * products[task.product].depth; };
   std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
   return tasks;
 }
@@ -92,22 +98,21 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
   float* const a = scratch;
   float* const b = a + sizes.a;
   float* const c = b + sizes.b;
-  const int64_t columns = std::min(column_block(product), product.columns - task.column);
-  const int64_t half = round_up(columns, kernels.panel_columns), stride = product.twin ? 2 * half : half;
+  const int64_t stride = padded(kernels, product, task.columns), half = product.twin ? stride / 2 : stride;
   const int64_t slice = kSliceWords * kernels.word_elements;
-  const bool one_slice = product.depth <= slice;
   for (int64_t begin = 0; begin < product.depth || begin == 0; begin += slice) {
     const int64_t depth = std::min(slice, product.depth - begin);
     const int64_t words = (depth + kernels.word_elements - 1) / kernels.word_elements;
-    pack_b(kernels, product.b, task.column, columns, begin, depth, b);
-    if (product.twin) pack_b(kernels, product.b, product.twin + task.column, columns, begin, depth, b + half * words);
+    pack_b(kernels, product.b, task.column, task.columns, begin, depth, b);
+    if (product.twin) pack_b(kernels, product.b, product.twin + task.column, task.columns, begin, depth, b + half * words);
     for (int64_t row = 0; row < task.rows; row += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, task.rows - row);
-      float* const block = one_slice ? c : c + row * stride;
+      float* const block = product.depth <= slice ? c : c + row * stride;  // a single slice is done with its block
       pack_a(kernels, product.a, task.row + row, rows, begin, depth, a);
       kernels.multiply(rows, stride, words, a, b, block, stride, begin > 0);
       if (begin + depth >= product.depth)
-        epilogue({product, task.row + row, rows, task.column, columns, block, product.twin ? block + half : nullptr, stride});
+        epilogue({product, task.row + row, rows, task.column, task.columns, block,
+                  product.twin ? block + half : nullptr, stride});
     }
   }
 }

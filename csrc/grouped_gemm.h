@@ -22,8 +22,9 @@ struct Operand {
 struct Product {
   Operand a, b;
   int64_t rows, columns, depth;
-  int64_t twin = 0;   // not 0: columns j and twin + j of B are computed side by side (gate and up)
-  int64_t index = 0;  // the caller's
+  int64_t twin = 0;  // not 0: columns j and twin + j of B are computed side by side (gate and up)
+  int64_t index = 0;  // the caller's, as is kind
+  int kind = 0;
 };
 
 // A finished block of C: `rows` x `columns` from (`row`, `column`); `twin` are the columns twin + j, or null.
@@ -36,15 +37,12 @@ struct Block {
 };
 using Epilogue = std::function<void(const Block&)>;
 
-// Blocks are cut alike whatever the threads: kBlockRows rows and kBlockColumns columns (with a twin: half as many).
-constexpr int64_t kBlockRows = 96, kBlockColumns = 256;
-inline int64_t column_block(const Product& product) { return product.twin ? kBlockColumns / 2 : kBlockColumns; }
-inline int64_t column_blocks(int64_t columns, bool twin) {
-  const int64_t block = twin ? kBlockColumns / 2 : kBlockColumns;
-  return (columns + block - 1) / block;
-}
+// `row` is a multiple of kBlockRows, `rows` at most that many. `column` is a multiple of kColumnUnit (with a twin: of half
+// of it): a sum over columns that is kept per unit does not depend on how the columns were cut.
+constexpr int64_t kBlockRows = 96, kColumnUnit = 128;
+inline int64_t column_units(int64_t columns) { return (columns + kColumnUnit - 1) / kColumnUnit; }
 
-// Floats of scratch memory that each thread needs for these products.
+// Floats of scratch memory that each thread needs for these products, whatever their number of rows.
 int64_t scratch_floats(const Kernels& kernels, const std::vector<Product>& products);
 
 void grouped_gemm(const Kernels& kernels, const std::vector<Product>& products, int threads, float* scratch,

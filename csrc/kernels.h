@@ -7,10 +7,12 @@
 //                                    row is copying, and the loop reads memory in one direction
 //   B panel: kPanelColumns columns,  [depth][column]
 //
-// Every element of C is summed over the depth in one order that depends on nothing but the depth: tiles, tasks and
-// threads may be cut anyhow and the bits stay the same.
+// Every element of C is summed over a slice of the depth in order, then over the slices: an order that depends on nothing
+// but the depth. Tiles, tasks and threads may be cut anyhow and the bits stay the same.
 #pragma once
 #include <cstdint>
+
+#define FLEX_INLINE inline __attribute__((always_inline))
 
 namespace flex {
 

@@ -38,6 +38,12 @@ FLEX_INLINE Float load_across(const T* source, int64_t stride, int64_t steps, in
   return (Float)(((Word)first >> 16) | (Word)second);
 }
 
+// Weights come from main memory in pieces too short for the processor to see the pattern.
+constexpr int64_t kRowsAhead = 16;
+FLEX_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
+}
+
 template <bool kPairs, class T>
 void pack_a_rows(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels) {
   constexpr int64_t kVectors = kChunkWords / kLanes, kStep = kPairs ? 2 * kLanes : kLanes;
@@ -101,6 +107,8 @@ void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int
       Float block[kLanes];
       if (count == kLanes && left >= kLanes * kStep) {
         for (int64_t i = 0; i < kLanes; ++i)
+          __builtin_prefetch(from + (i + kRowsAhead) * source.stride + word * kStep, 0, 2);
+        for (int64_t i = 0; i < kLanes; ++i)
           block[i] = load_words<kPairs>(from + i * source.stride + word * kStep, kLanes * kStep);
         Simd::transpose(block);
         for (int64_t i = 0; i < kLanes; ++i) store(to + (word + i) * kPanelColumns, block[i]);
@@ -118,24 +126,27 @@ void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int
       store(panels + (used - used % kPanelColumns) * words + word * kPanelColumns + column % kPanelColumns, zeros());
 }
 
+// Four panels at a time: reads of a few cache lines, and four places to write that do not share a set of the cache.
 template <bool kPairs, class T>
 void pack_b_depth(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels) {
-  constexpr int64_t kStep = kPairs ? 2 : 1;
+  constexpr int64_t kStep = kPairs ? 2 : 1, kGroup = 4 * kPanelColumns;
   const int64_t words = word_count<kPairs>(depth);
-  for (int64_t column = 0; column < columns; column += kPanelColumns) {
-    const T* from = static_cast<const T*>(source.data) + begin * source.stride + first + column;
-    float* to = panels + column * words;
-    if (columns - column >= kPanelColumns) {
-      for (int64_t word = 0; word < words; ++word, from += kStep * source.stride)
-        for (int64_t v = 0; v < kPanelColumns; v += kLanes, to += kLanes)
-          store(to, load_across<kPairs>(from + v, source.stride, depth - word * kStep, kLanes));
-      continue;
-    }
-    for (int64_t word = 0; word < words; ++word, from += kStep * source.stride)
-      for (int64_t v = 0; v < kPanelColumns; v += kLanes, to += kLanes) {
-        const int64_t left = columns - column - v, count = left < 0 ? 0 : left < kLanes ? left : kLanes;
-        store(to, count ? load_across<kPairs>(from + v, source.stride, depth - word * kStep, count) : zeros());
+  for (int64_t group = 0; group < columns; group += kGroup) {
+    const int64_t count = columns - group < kGroup ? columns - group : kGroup, whole = count / kPanelColumns;
+    for (int64_t word = 0; word < words; ++word) {
+      const T* from = static_cast<const T*>(source.data) + (begin + word * kStep) * source.stride + first + group;
+      const int64_t steps = depth - word * kStep;
+      float* to = panels + group * words + word * kPanelColumns;
+      for (int64_t step = 0; step < kStep; ++step)
+        prefetch_row(from + (kRowsAhead + step) * source.stride, count * sizeof(T));
+      for (int64_t panel = 0; panel < whole; ++panel, from += kPanelColumns, to += kPanelColumns * words)
+        for (int64_t v = 0; v < kPanelColumns; v += kLanes)
+          store(to + v, load_across<kPairs>(from + v, source.stride, steps, kLanes));
+      for (int64_t v = 0; whole * kPanelColumns < count && v < kPanelColumns; v += kLanes) {
+        const int64_t left = count - whole * kPanelColumns - v, lanes = left < 0 ? 0 : left < kLanes ? left : kLanes;
+        store(to + v, lanes ? load_across<kPairs>(from + v, source.stride, steps, lanes) : zeros());
       }
+    }
   }
 }
 

@@ -30,7 +30,7 @@ FLEX_INLINE void tile_step(Float (&sums)[sizeof...(kRow)][kPanelVectors], const 
   (row(sums[kRow], a + kRow * kChunkWords), ...);
 }
 
-// C tile of kRows x kPanelColumns.
+// C tile of kRows x kPanelColumns. What was in C is added at the end: nobody waits for it.
 template <bool kPairs, int kRows>
 void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate) {
   constexpr std::make_integer_sequence<int, kRows> kEveryRow{};
@@ -38,7 +38,7 @@ void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_str
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = accumulate ? load(c + i * c_stride + v * kLanes) : zeros();
+    for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = zeros();
   for (; words >= kChunkWords; words -= kChunkWords, a += kPanelRows * kChunkWords)
 #pragma GCC unroll 4
     for (int k = 0; k < kChunkWords; ++k, b += kPanelColumns) tile_step<kPairs>(sums, a + k, b, kEveryRow);
@@ -46,7 +46,10 @@ void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_str
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v) store(c + i * c_stride + v * kLanes, sums[i][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* const place = c + i * c_stride + v * kLanes;
+      store(place, accumulate ? load(place) + sums[i][v] : sums[i][v]);
+    }
 }
 
 template <bool kPairs, int... kRow>

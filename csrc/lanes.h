@@ -6,8 +6,6 @@
 
 #include "kernels.h"
 
-#define FLEX_INLINE inline __attribute__((always_inline))
-
 namespace flex {
 namespace {
 
@@ -27,18 +25,21 @@ FLEX_INLINE Float load(const float* source) {
 FLEX_INLINE Float load(const Bfloat16* source) {
   Simd::Half half;
   std::memcpy(&half, source, sizeof(half));
-  return (Float)(__builtin_convertvector(half, Word) << 16);
+  return (Float)(Simd::widen(half) << 16);
 }
 FLEX_INLINE void store(float* target, Float value) { std::memcpy(target, &value, sizeof(value)); }
-// Round to nearest even; a NaN stays a NaN.
+// Round to nearest even; a NaN stays a NaN. In the low half of each word.
 FLEX_INLINE Word bfloat16_bits(Float value) {
   const Word bits = (Word)value;
   const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Word is_number = (Word)(value == value);
-  return (rounded & is_number) | (0x7fc0u & ~is_number);
+  return value == value ? rounded : (rounded & 0u) + 0x7fc0u;
 }
 FLEX_INLINE void store(Bfloat16* target, Float value) {
-  const Simd::Half half = __builtin_convertvector(bfloat16_bits(value), Simd::Half);
+#if defined(FLEX_BF16_PAIRS)
+  const Simd::Half half = Simd::to_bfloat16(value);
+#else
+  const Simd::Half half = Simd::low_halves(bfloat16_bits(value));
+#endif
   std::memcpy(target, &half, sizeof(half));
 }
 
@@ -74,15 +75,9 @@ FLEX_INLINE float sum_lanes(Float value) {
   return sum;
 }
 
-FLEX_INLINE Float select(Word mask, Float yes, Float no) { return (Float)(((Word)yes & mask) | ((Word)no & ~mask)); }
-// A NaN stays a NaN: every comparison with it is false.
-FLEX_INLINE Float clamp(Float x, float low, float high) {
-  const Float floor = Simd::broadcast(low), ceiling = Simd::broadcast(high);
-  x = select((Word)(x < floor), floor, x);
-  return select((Word)(x > ceiling), ceiling, x);
-}
+FLEX_INLINE Float clamp(Float x, float low, float high) { return Simd::at_most(Simd::at_least(x, low), high); }
 
-// e^x to about 1 ulp: 2^n e^r with |r| <= ln(2) / 2, degree 7 (Cephes' expf).
+// e^x to about 1 ulp: 2^n e^r with |r| <= ln(2) / 2 (Cephes' expf).
 FLEX_INLINE Float exponential(Float x) {
   x = clamp(x, -87.f, 88.f);
   const Float to_integer = Simd::broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer

@@ -5,7 +5,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "grouped_gemm.h"
+#include "workspace.h"
+
 namespace flex {
+
+// 16 MiB of fp32: half of a common last-level cache.
+constexpr int64_t kWaveElements = int64_t{4} << 20;
 
 void fill_row_plan(const Layer& layer, const RowPlan& plan) {
   const int64_t num_pairs = layer.num_tokens * layer.top_k;
@@ -33,6 +39,38 @@ void fill_row_plan(const Layer& layer, const RowPlan& plan) {
 void fill_openings(const Layer& layer, float* openings) {
   for (int64_t token = 0; token < layer.num_tokens; ++token)
     openings[token] = 1.f / (1.f + std::exp(-layer.graft_logits[token]));
+}
+
+int64_t most_wave_elements(const Layer& layer, bool routed, bool grafted) {
+  const int64_t width = std::max(layer.intermediate_size, layer.graft_width);
+  int64_t all = routed ? checked_product(checked_product(layer.num_tokens, layer.top_k), layer.intermediate_size) : 0;
+  if (grafted) all = checked_sum(all, checked_product(layer.num_tokens, layer.graft_width));
+  return std::min(all, checked_sum(kWaveElements, checked_product(kBlockRows, width)));
+}
+
+std::vector<Wave> waves_of(const Layer& layer, bool routed, bool grafted) {
+  std::vector<Wave> waves(1);
+  int64_t place = 0;
+  const auto add = [&](int64_t expert, int64_t first, int64_t rows, int64_t width) {
+    while (rows > 0) {
+      if (place >= kWaveElements) {
+        waves.emplace_back();
+        place = 0;
+      }
+      const int64_t room = round_up((kWaveElements - place) / std::max<int64_t>(width, 1) + 1, kBlockRows);
+      const int64_t taken = std::min(rows, room);
+      waves.back().push_back({expert, first, taken, place});
+      place += taken * width;
+      first += taken;
+      rows -= taken;
+    }
+  };
+  if (grafted) add(kGraft, 0, layer.num_tokens, layer.graft_width);
+  for (int64_t expert = 0; routed && expert < layer.num_experts; ++expert) {
+    const int64_t first = layer.expert_offsets[expert];
+    add(expert, first, layer.expert_offsets[expert + 1] - first, layer.intermediate_size);
+  }
+  return waves;
 }
 
 }  // namespace flex

@@ -1,6 +1,7 @@
-// From the routing plan to rows: which token a row reads, which row holds a pair.
+// From the routing plan to rows: which token a row reads, which row holds a pair, and in which order they are computed.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "experts.h"
 
@@ -18,11 +19,27 @@ void fill_row_plan(const Layer& layer, const RowPlan& plan);
 // sigmoid of the graft's logits, [T].
 void fill_openings(const Layer& layer, float* openings);
 
+// Rows of one expert, or of the graft, that are computed together.
+struct Segment {
+  int64_t expert;  // kGraft: the graft, whose rows are the tokens
+  int64_t first, rows;
+  int64_t place;  // of its first activation in the wave's buffer, in elements
+};
+constexpr int64_t kGraft = -1;
+// What lies between the two projections exists for one wave of rows at a time, so that it stays in cache and costs the
+// same memory for any number of tokens.
+using Wave = std::vector<Segment>;
+// Depends on nothing but the layer. The experts' rows and the graft's are taken where `routed` and `grafted`.
+std::vector<Wave> waves_of(const Layer& layer, bool routed, bool grafted);
+// The activations of a wave are at most so many elements.
+int64_t most_wave_elements(const Layer& layer, bool routed, bool grafted);
+
+// Memory row `row` of a matrix with rows of `width`; null of null.
 inline const char* row_of(const void* data, int64_t row, int64_t width, Scalar scalar) {
-  return static_cast<const char*>(data) + row * width * scalar_bytes(scalar);
+  return data ? static_cast<const char*>(data) + row * width * scalar_bytes(scalar) : nullptr;
 }
 inline char* row_of(void* data, int64_t row, int64_t width, Scalar scalar) {
-  return static_cast<char*>(data) + row * width * scalar_bytes(scalar);
+  return data ? static_cast<char*>(data) + row * width * scalar_bytes(scalar) : nullptr;
 }
 
 }  // namespace flex

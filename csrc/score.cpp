@@ -119,21 +119,23 @@ void check_offsets(const int64_t* offsets, int64_t num_batches, int64_t num_toke
 void score_experts(const Scoring& scoring, const int64_t* batch_offsets, int64_t num_batches, float* scores,
                    int threads) {
   check_offsets(batch_offsets, num_batches, scoring.num_tokens);
-  const int64_t blocks = column_blocks(scoring.hidden_size, false);
+  const int64_t units = column_units(scoring.hidden_size);
   std::vector<double> sums(checked_product(num_batches, checked_product(scoring.num_experts, 3)), 0.);
-  Step step(scoring, threads, 3 * blocks, 0);
-  float* const partial = step.memory[step.partial];  // [group, chunk, blocks, 3]
+  Step step(scoring, threads, 3 * units, 0);
+  float* const partial = step.memory[step.partial];  // [group, chunk, units, 3]
   const auto residual_sums = step.kernels.residual_sums[static_cast<int>(scoring.scalar)];
   step.walk([&] {
     step.multiply(&Step::down_product, [&](const Block& block) {
       for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t token = block.row + i, place = block.column / column_block(block.product);
-        float* const own = partial + ((block.product.index * step.chunk + token) * blocks + place) * 3;
-        std::fill_n(own, 3, 0.f);
-        residual_sums(block.columns, block.c + i * block.stride,
-                      row_of(scoring.target, step.first_token + token, scoring.hidden_size, scoring.scalar) +
-                          block.column * scalar_bytes(scoring.scalar),
-                      own);
+        const int64_t token = block.row + i;
+        const char* const target = row_of(scoring.target, step.first_token + token, scoring.hidden_size, scoring.scalar);
+        float* const own = partial + (block.product.index * step.chunk + token) * units * 3;
+        for (int64_t j = 0; j < block.columns; j += kColumnUnit) {
+          const int64_t column = block.column + j, unit = column / kColumnUnit;
+          std::fill_n(own + unit * 3, 3, 0.f);
+          residual_sums(std::min(kColumnUnit, block.columns - j), block.c + i * block.stride + j,
+                        target + column * scalar_bytes(scoring.scalar), own + unit * 3);
+        }
       }
     });
     parallel_for(step.experts, step.threads, [&](int64_t expert, int) {
@@ -141,8 +143,8 @@ void score_experts(const Scoring& scoring, const int64_t* batch_offsets, int64_t
       for (int64_t token = 0; token < step.tokens; ++token) {
         while (batch_offsets[batch + 1] <= step.first_token + token) ++batch;
         double* const own = sums.data() + (batch * scoring.num_experts + step.first_expert + expert) * 3;
-        const float* const row = partial + (expert * step.chunk + token) * blocks * 3;
-        for (int64_t i = 0; i < blocks * 3; ++i) own[i % 3] += row[i];
+        const float* const row = partial + (expert * step.chunk + token) * units * 3;
+        for (int64_t i = 0; i < units * 3; ++i) own[i % 3] += row[i];
       }
     });
   });

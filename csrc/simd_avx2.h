@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace flex {
 namespace {
 
@@ -12,11 +14,25 @@ struct Simd {
   typedef uint32_t Word __attribute__((vector_size(32)));
   typedef uint16_t Half __attribute__((vector_size(16)));
 
-  static inline __attribute__((always_inline)) Float broadcast(float x) { return _mm256_set1_ps(x); }
-  static inline __attribute__((always_inline)) Float fma(Float a, Float b, Float c) {
+  static FLEX_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
+  static FLEX_INLINE Float fma(Float a, Float b, Float c) {
     return _mm256_fmadd_ps(a, b, c);
   }
-  static inline __attribute__((always_inline)) void transpose(Float (&rows)[8]) {
+  static FLEX_INLINE Word widen(Half halves) {
+    return (Word)_mm256_cvtepu16_epi32((__m128i)halves);
+  }
+  static FLEX_INLINE Half low_halves(Word words) {  // each below 2^16
+    const __m256i halves = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+    return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8));
+  }
+  // A NaN in x stays a NaN: these instructions then return their second operand.
+  static FLEX_INLINE Float at_least(Float x, float low) {
+    return _mm256_max_ps(broadcast(low), x);
+  }
+  static FLEX_INLINE Float at_most(Float x, float high) {
+    return _mm256_min_ps(broadcast(high), x);
+  }
+  static FLEX_INLINE void transpose(Float (&rows)[8]) {
     Float pairs[8], quads[8];
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);

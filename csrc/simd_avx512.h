@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace flex {
 namespace {
 
@@ -12,17 +14,33 @@ struct Simd {
   typedef uint32_t Word __attribute__((vector_size(64)));
   typedef uint16_t Half __attribute__((vector_size(32)));
 
-  static inline __attribute__((always_inline)) Float broadcast(float x) { return _mm512_set1_ps(x); }
-  static inline __attribute__((always_inline)) Float fma(Float a, Float b, Float c) {
+  static FLEX_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
+  static FLEX_INLINE Float fma(Float a, Float b, Float c) {
     return _mm512_fmadd_ps(a, b, c);
   }
 #if defined(FLEX_BF16_PAIRS)
   // c + a.low * b.low + a.high * b.high, the words of a and b being pairs of bf16
-  static inline __attribute__((always_inline)) Float dot_pairs(Float a, Float b, Float c) {
+  static FLEX_INLINE Float dot_pairs(Float a, Float b, Float c) {
     return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
   }
+  static FLEX_INLINE Half to_bfloat16(Float value) {
+    return (Half)_mm512_cvtneps_pbh(value);
+  }
 #endif
-  static inline __attribute__((always_inline)) void transpose(Float (&rows)[16]) {
+  static FLEX_INLINE Word widen(Half halves) {
+    return (Word)_mm512_cvtepu16_epi32((__m256i)halves);
+  }
+  static FLEX_INLINE Half low_halves(Word words) {
+    return (Half)_mm512_cvtepi32_epi16((__m512i)words);
+  }
+  // A NaN in x stays a NaN: these instructions then return their second operand.
+  static FLEX_INLINE Float at_least(Float x, float low) {
+    return _mm512_max_ps(broadcast(low), x);
+  }
+  static FLEX_INLINE Float at_most(Float x, float high) {
+    return _mm512_min_ps(broadcast(high), x);
+  }
+  static FLEX_INLINE void transpose(Float (&rows)[16]) {
     Float pairs[16], quads[16], halves[16];
     for (int i = 0; i < 16; i += 2) {
       pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);

@@ -23,6 +23,17 @@ struct Simd {
     return a * b + c;
 #endif
   }
+  static Word widen(Half halves) { return __builtin_convertvector(halves, Word); }
+  static Half low_halves(Word words) { return __builtin_convertvector(words, Half); }
+  // A NaN in x stays a NaN.
+  static Float at_least(Float x, float low) {
+    for (int i = 0; i < 4; ++i) x[i] = x[i] < low ? low : x[i];
+    return x;
+  }
+  static Float at_most(Float x, float high) {
+    for (int i = 0; i < 4; ++i) x[i] = x[i] > high ? high : x[i];
+    return x;
+  }
   static void transpose(Float (&rows)[4]) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < i; ++j) {

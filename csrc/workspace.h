@@ -1,13 +1,7 @@
 // One block of memory for a whole call: reserve every piece, then allocate once.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace flex {
 
@@ -18,6 +12,21 @@ inline int64_t checked_product(int64_t a, int64_t b) {
     throw std::length_error("a size beyond 2^63 elements was asked for");
   return product;
 }
+
+inline int64_t checked_sum(int64_t a, int64_t b) {
+  int64_t sum;
+  if (__builtin_add_overflow(a, b, &sum)) throw std::length_error("a size beyond 2^63 elements was asked for");
+  return sum;
+}
+
+struct MemoryBlock {
+  char* data;
+  int64_t bytes;
+};
+// At least `bytes`, aligned to 64, contents undefined. One block of moderate size outlives its call and serves the next:
+// its pages are there already and perhaps still in cache. Throws std::bad_alloc.
+MemoryBlock take_block(int64_t bytes);
+void give_block(MemoryBlock block);
 
 class Workspace {
  public:
@@ -32,36 +41,26 @@ class Workspace {
     const int64_t bytes = checked_product(count, sizeof(T));
     if (bytes == 0) return {};
     const Piece<T> piece{size_};
-    if (__builtin_add_overflow(size_, bytes, &size_) || __builtin_add_overflow(size_, kAlignment, &size_))
-      throw std::length_error("a workspace beyond 2^63 bytes was asked for");
-    size_ = size_ / kAlignment * kAlignment;
+    size_ = checked_sum(size_, checked_sum(bytes, kAlignment - 1)) / kAlignment * kAlignment;
     return piece;
   }
 
-  void allocate() {
-    // Fresh pages cost 0.25 us each; large blocks ask for large pages.
-    const int64_t alignment = size_ >= 2 * kHugePage ? kHugePage : kAlignment;
-    const int64_t bytes = (size_ / alignment + 1) * alignment;
-    memory_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
-    if (!memory_) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);  // advice: no matter if refused
-#endif
-  }
+  void allocate() { memory_ = take_block(size_); }
+  ~Workspace() { give_block(memory_); }
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
 
   template <class T>
   T* operator[](Piece<T> piece) const {
-    return piece.offset < 0 || !memory_ ? nullptr : reinterpret_cast<T*>(memory_.get() + piece.offset);
+    return piece.offset < 0 || !memory_.data ? nullptr : reinterpret_cast<T*>(memory_.data + piece.offset);
   }
   int64_t bytes() const { return size_; }
 
  private:
-  static constexpr int64_t kAlignment = 64, kHugePage = int64_t{1} << 21;
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
+  static constexpr int64_t kAlignment = 64;
   int64_t size_ = 0;
-  std::unique_ptr<char, Free> memory_;
+  MemoryBlock memory_{nullptr, 0};
 };
 
 }  // namespace flex
