@@ -39,7 +39,7 @@ def train(path: Path | None, overrides: list[str], output: str | None) -> int:
 def _run_and_report(config: RunConfig, title: str = "", descriptions: dict[str, str] | None = None) -> int:
     folder = run(config, console, title, descriptions)
     summary = summarise(read_events(folder))
-    console.print(terminal_table(summary))
+    console.print(terminal_table(summary, console.width))
     for sentence in findings(summary):
         console.print(f"- {sentence}", markup=False)
     console.print(f"\nreport: {write_report(folder)}")

@@ -27,14 +27,15 @@ __all__ = ["findings", "read_events", "summarise", "terminal_table", "write_repo
 TABLE_WIDTH = 100
 
 
-def terminal_table(summary: list[dict[str, Any]]) -> Table:
-    """Methods x measures after aggregation; measures that do not fit into 100 columns stay for the report."""
+def terminal_table(summary: list[dict[str, Any]], columns: int = TABLE_WIDTH) -> Table:
+    """Methods x measures after aggregation; what does not fit into `columns` (at most 100) stays for the report."""
+    columns = min(columns, TABLE_WIDTH)
     shown = measures(summary)
     while True:
         table = _table(summary, shown, left_out=len(measures(summary)) - len(shown))
         width = Console(width=10_000).measure(table).maximum
-        if width <= TABLE_WIDTH or len(shown) <= 1:
-            table.width = min(width, TABLE_WIDTH)
+        if width <= columns or len(shown) <= 1:
+            table.width = min(width, columns)
             return table
         shown.remove(max(reversed(shown), key=_dispensable))
 
@@ -65,9 +66,10 @@ def _table(summary: list[dict[str, Any]], shown: list[Measure], left_out: int) -
 
 
 def _dispensable(measure: Measure) -> int:
-    """What a narrow table can do without first: the loss and the groups of the general set, then other groups."""
+    """What a narrow table can do without first: losses, general groups, ROUGE-L (exact match says most of it)."""
     general = measure.split == "general"
-    return 3 * (general and measure.name == "loss") or 2 * (general and bool(measure.group)) or bool(measure.group)
+    secondary = measure.name != "exact_match"
+    return 4 * (general and measure.name == "loss") or 3 * (general and bool(measure.group)) or 2 * secondary
 
 
 def _heading(measure: Measure) -> str:
