@@ -29,7 +29,7 @@ struct Forward {
   Forward(const Layer& layer, int threads)
       : layer(layer),
         kernels(kernels_for(layer.scalar, layer.weight_scalar)),
-        threads(usable_threads(threads)),
+        threads(usable_threads(threads, operations_of(layer))),
         bytes(scalar_bytes(layer.scalar)) {
     const int64_t num_pairs = checked_product(layer.num_tokens, layer.top_k), slots = layer.top_k + 1;
     const int64_t graft_rows = layer.has_graft() ? layer.num_tokens : 0;
@@ -136,6 +136,7 @@ struct Forward {
 
   void run(void* out, void* preactivations, void* graft_preactivations) {
     memory.allocate();
+    if (preactivations) expect_writes(preactivations, layer.num_tokens * layer.top_k * 2 * layer.intermediate_size * bytes);
     fill_row_plan(layer, {memory[token_of_row], memory[row_of_pair]});
     if (layer.has_graft()) fill_openings(layer, memory[openings]);
     for (const Wave& wave : waves_of(layer, true, layer.has_graft())) {

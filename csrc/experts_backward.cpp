@@ -42,7 +42,7 @@ struct Backward {
         kernels(kernels_for(layer.scalar, layer.weight_scalar)),
         d_out(d_out),
         gradients(gradients),
-        threads(usable_threads(threads)),
+        threads(usable_threads(threads, operations_of(layer))),
         bytes(scalar_bytes(layer.scalar)),
         routed(gradients.hidden_states || gradients.routing_weights || (gradients.graft_logits && layer.convex)),
         grafted(layer.has_graft() &&

@@ -27,6 +27,11 @@ const int watches_forks = pthread_atfork(nullptr, nullptr, [] { in_forked_child 
 
 int usable_threads(int requested) { return in_forked_child ? 1 : std::max(requested, 1); }
 
+int usable_threads(int requested, double operations) {
+  constexpr double kOperationsPerThread = 5e5;  // some 10 us; waking a thread and waiting for it costs 5
+  return static_cast<int>(std::clamp(operations / kOperationsPerThread, 1., double(usable_threads(requested))));
+}
+
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t, int)>& body) {
   threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
   if (threads <= 1) {

@@ -10,8 +10,8 @@
 
 namespace flex {
 
-// 16 MiB of fp32: half of a common last-level cache.
-constexpr int64_t kWaveElements = int64_t{4} << 20;
+// 8 MiB of fp32, 16 with its gradient: within a common last-level cache.
+constexpr int64_t kWaveElements = int64_t{2} << 20;
 
 void fill_row_plan(const Layer& layer, const RowPlan& plan) {
   const int64_t num_pairs = layer.num_tokens * layer.top_k;

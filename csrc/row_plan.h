@@ -34,6 +34,12 @@ std::vector<Wave> waves_of(const Layer& layer, bool routed, bool grafted);
 // The activations of a wave are at most so many elements.
 int64_t most_wave_elements(const Layer& layer, bool routed, bool grafted);
 
+// Multiply-adds of the forward, about those of either half of the backward.
+inline double operations_of(const Layer& layer) {
+  const double width = double(layer.top_k) * layer.intermediate_size + (layer.has_graft() ? layer.graft_width : 0);
+  return 3. * layer.num_tokens * layer.hidden_size * width;
+}
+
 // Memory row `row` of a matrix with rows of `width`; null of null.
 inline const char* row_of(const void* data, int64_t row, int64_t width, Scalar scalar) {
   return data ? static_cast<const char*>(data) + row * width * scalar_bytes(scalar) : nullptr;

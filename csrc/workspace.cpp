@@ -19,19 +19,16 @@ std::atomic<char*> kept{nullptr};
 }  // namespace
 
 MemoryBlock take_block(int64_t bytes) {
-  if (char* data = kept.exchange(nullptr)) {
+  if (char* data = bytes <= kMostKept ? kept.exchange(nullptr) : nullptr) {
     const int64_t size = *reinterpret_cast<int64_t*>(data);
     if (size >= bytes) return {data, size};
     std::free(data);
   }
-  // A fresh page costs a quarter of a microsecond; a large block asks for large pages.
   const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
   const int64_t size = (bytes / alignment + 1) * alignment;
   char* const data = static_cast<char*>(std::aligned_alloc(alignment, size));
   if (data == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);  // advice: no matter if refused
-#endif
+  expect_writes(data, size);
   return {data, size};
 }
 
@@ -40,6 +37,17 @@ void give_block(MemoryBlock block) {
   if (block.bytes > kMostKept) return std::free(block.data);
   *reinterpret_cast<int64_t*>(block.data) = block.bytes;
   std::free(kept.exchange(block.data));
+}
+
+void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__)
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data), page = 65536;  // of whatever page size
+  const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: no matter if refused
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace flex

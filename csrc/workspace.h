@@ -27,6 +27,8 @@ struct MemoryBlock {
 // its pages are there already and perhaps still in cache. Throws std::bad_alloc.
 MemoryBlock take_block(int64_t bytes);
 void give_block(MemoryBlock block);
+// Memory about to be written for the first time: large blocks ask for large pages, which arrive faster.
+void expect_writes(void* data, int64_t bytes);
 
 class Workspace {
  public:
