@@ -5,7 +5,7 @@ exactly what a launch on that chip would compile. Nothing is launched. Of each k
 shared memory and matrix instructions; the exit code is 1 if a default configuration spills a register, asks for
 more shared memory than the chip has, or is a 16-bit GEMM for sm_90 without HGMMA.
 
-    python benchmarks/aot.py [--quick] [--targets sm90,gfx942] [--json FILE]
+    python benchmarks/aot.py [--quick] [--targets sm90,gfx942] [--jobs N] [--json FILE]
 """
 
 import argparse
@@ -13,13 +13,15 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -277,32 +279,40 @@ def quick_cases() -> Iterator[Callable[[], None]]:
 
 
 def all_cases() -> Iterator[Callable[[], None]]:
-    """dtype x tile height x alignment x graft; then every activation and form; then every set of wanted gradients."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    sizes = ({}, {"hidden_size": 2040, "intermediate_size": 1400}, {"hidden_size": 2047, "intermediate_size": 1407})
-    for dtype, num_tokens, size, graft_size in itertools.product(dtypes, (512, 8192), sizes, (0, 1408, 1000)):
-        for training in (True, False):
-            yield partial(layer_case, dtype, num_tokens, **size, graft_size=graft_size, training=training)
+    """dtype x tile height x alignment x graft; then every activation and form; then every set of wanted gradients.
+
+    fp16 compiles to the same code as bf16 but for the names of its instructions: it comes in the main form only.
+    """
+    aligned, descriptors_only, odd = (
+        {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for hidden_size, intermediate_size in ((2048, 1408), (2040, 1400), (2047, 1407))
+    )
+    wide = (torch.bfloat16, torch.float32)
+    for dtype, num_tokens, size, graft_size, training in itertools.product(
+        wide, (512, 8192), (aligned, descriptors_only, odd), (0, 1408, 1000), (True, False)
+    ):
+        yield partial(layer_case, dtype, num_tokens, **size, graft_size=graft_size, training=training)
     for activation, form, training in itertools.product(("gelu", "gelu_tanh"), ("additive", "convex"), (True, False)):
         yield partial(layer_case, activation=activation, combine=form, training=training)
     for needs, form in itertools.product(itertools.product((True, False), repeat=4), ("additive", "convex")):
         if any(needs):
             yield partial(layer_case, needs=needs, combine=form)
-    for dtype in dtypes:
+    yield partial(layer_case, torch.float16, combine="convex")
+    yield partial(layer_case, torch.float16, num_tokens=512)
+    for dtype in (*wide, torch.float16):
         for has_graft, form in ((False, "additive"), (True, "additive"), (True, "convex")):
             yield partial(combine_case, dtype, has_graft, form)
         for (num_experts, top_k), renormalize in itertools.product(((60, 4), (128, 8), (8, 2)), (True, False)):
             yield partial(route_case, dtype, num_experts, top_k, renormalize)
-        for size in sizes:
+        for size in (aligned, descriptors_only, odd):
             yield partial(score_case, dtype, **size)
 
 
-def compile_all(targets: Iterable[str], quick: bool) -> list[Compiled]:
+def compile_all(target: str, quick: bool) -> list[Compiled]:
     found: dict[str, Compiled] = {}
-    for target in targets:
-        with compiling_for(target, found):
-            for case in quick_cases() if quick else all_cases():
-                case()
+    with compiling_for(target, found):
+        for case in quick_cases() if quick else all_cases():
+            case()
     return list(found.values())
 
 
@@ -310,11 +320,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the forms that training uses only")
     parser.add_argument("--targets", help=f"some of {','.join(CHIPS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets compiled at a time")
     parser.add_argument("--json", type=Path, help="also write every row to this file")
     arguments = parser.parse_args()
     start = time.perf_counter()
     targets = arguments.targets.split(",") if arguments.targets else QUICK_CHIPS if arguments.quick else CHIPS
-    compiled = compile_all(targets, arguments.quick)
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        compiled = [row for rows in pool.map(compile_all, targets, itertools.repeat(arguments.quick)) for row in rows]
     print(f"{'kernel':26s} {'target':7s} dtype  regs spills  shared   mma hgmma  tma async  s     options")
     for row in compiled:
         numbers = (

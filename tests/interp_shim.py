@@ -5,9 +5,10 @@ uint16. Unmended, a `tl.dot` multiplies the patterns, arithmetic and comparisons
 instead of rounding to nearest even: all silent. Here casts and dots are mended, and arithmetic is refused: a kernel of
 this house upcasts right after the load, and one that forgets should fail, not be helped.
 
-Three smaller things: floating-point warnings of numpy are switched off inside a launch (a GPU gives infinity without
-a word, and the tests turn warnings into errors); the interpreter prepares a device function once a launch, not at every
-call (a third of the time); and Triton 3.6 with numpy >= 2.4 learns `range` over a loaded number.
+Smaller things: floating-point warnings of numpy are switched off inside a launch (a GPU gives infinity without a word,
+and the tests turn warnings into errors); the interpreter prepares a device function once a launch, not at every call (a
+third of the time); a comparison is an int1 in all versions (in 3.9, a scalar one joined to a block became int32); and
+Triton 3.6 with numpy >= 2.4 learns `range` over a loaded number.
 
 `install()` once, before the first launch. Compiled kernels are not touched.
 """
@@ -41,6 +42,7 @@ def install() -> None:
     builder._mended = True
     _mend_casts(builder, interpreter.TensorHandle)
     _mend_dot(builder, interpreter.TensorHandle)
+    _mend_comparisons(builder)
     for name in ("binary_op", "unary_op"):
         _refuse_arithmetic(builder, name)
     for scan_or_reduce in (interpreter.ReduceOps, interpreter.ScanOps):
@@ -80,6 +82,19 @@ def _mend_dot(builder, handle_type) -> None:
         return original(self, a, b, accumulator, *rest)
 
     builder.create_dot = create_dot
+
+
+def _mend_comparisons(builder) -> None:
+    comparisons = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
+    original = builder.binary_op
+
+    def binary_op(self, left, right, operation):
+        result = original(self, left, right, operation)
+        if operation in comparisons:
+            result.dtype = tl.int1
+        return result
+
+    builder.binary_op = binary_op
 
 
 def _refuse_arithmetic(builder, name: str) -> None:
