@@ -140,14 +140,14 @@ class Encoder:
             messages = [{"role": "user", "content": text}]
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         template = ALPACA_WITH_CONTEXT if context else ALPACA
-        return self.tokenizer(template.format(instruction=instruction, context=context))["input_ids"]
+        return self.tokenizer(template.format(instruction=instruction, context=context), verbose=False)["input_ids"]
 
     def example(self, record: Record, group: str = "") -> Example:
         """Prompt, response, end. Past `max_length` the response keeps at most half of the room and loses its end token
         if it was cut; the prompt loses its middle, so that the instruction and the call for a response stay."""
         prompt = self.prompt_ids(record["instruction"], record.get("context") or "")
         # The end token stands in labels by construction, even where a tokenizer uses it for padding too.
-        response = self.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
+        response = self.tokenizer(record["response"], add_special_tokens=False, verbose=False)["input_ids"]
         response = [*response, self.tokenizer.eos_token_id]
         truncated = len(prompt) + len(response) > self.max_length
         if truncated:
