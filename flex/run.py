@@ -6,6 +6,7 @@ RUN/<method>-seed<N>/                    one job, see `job.py`
 """
 
 import dataclasses
+import fcntl
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,10 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     if any(METHODS[method].lora for method in config.train.methods):
         check_targets(setting.base.model, config.lora.targets)
     _claim(folder, config)
-    first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
-    write_events(folder / "run.jsonl", first)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
-    with progress_bars(console) as progress:
+    with _alone_in(folder), progress_bars(console) as progress:
+        first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
+        write_events(folder / "run.jsonl", first)
         bars = {(seed, method): Bar(progress, f"{method} seed {seed}") for seed, method in jobs}
         finished = run_here(config, jobs, bars, setting) if config.workers == 1 else run_apart(config, jobs, bars)
         for _ in finished:
@@ -94,6 +95,19 @@ def _claim(folder: Path, config: RunConfig) -> None:
         write_config(config, folder / "config.toml")
     except OSError as error:
         raise FlexError(f"cannot write the run's folder {folder}: {error}") from None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No two processes write one run: the system drops the lock when its holder ends, however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FlexError(
+                f"another process is at work in {folder}; wanted it to end first, or another --output"
+            ) from None
+        yield
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The main job on a tiny model: who shares what, what is kept, and that a killed run ends as an unbroken one."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -217,6 +218,15 @@ def test_jobs_in_processes_of_their_own_give_the_same_bits(finished, tmp_path):
     whole = {k: v for k, v in tensors(folder / "run").items() if k.split("-seed")[0] in methods}
     assert both.keys() == whole.keys()
     assert all(torch.equal(both[k], whole[k]) for k in both)
+
+
+def test_two_processes_never_write_one_run(finished):
+    folder, config = finished
+    with (folder / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FlexError, match="another process is at work in"):
+            run(config, QUIET)
+    run(config, QUIET)
 
 
 def test_what_a_process_of_its_own_raises_is_told_here(tmp_path):
