@@ -1,0 +1,60 @@
+"""The layer beside transformers' `eager` and `grouped_mm`, on the same frozen experts, in one process.
+
+`forward` is without gradients; `training` is forward and backward with a trained graft and frozen experts. The best of
+several rounds counts: on a shared machine everything else is somebody else's time.
+"""
+
+import time
+from functools import lru_cache
+
+import pytest
+import torch
+from layers import CHECKED_TOKENS, PROVIDERS, Layers
+from results import Ceiling, Row, measure_ceiling
+from shapes import Shape
+
+MOST_SECONDS = 4.0  # for the rounds of one number
+MOST_ROUNDS = 100
+
+
+@lru_cache(maxsize=1)  # the weights of one layer may be 2 GB
+def layers_of(shape: Shape, dtype: torch.dtype) -> Layers:
+    layers = Layers(shape, dtype)
+    layers.check()
+    return layers
+
+
+@lru_cache(maxsize=1)
+def ceiling_beside(shape: Shape, dtype: torch.dtype) -> Ceiling:
+    """Measured anew for each layer: the machine's clock is not the same an hour later."""
+    return measure_ceiling()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("what", ["forward", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_layer(shape: Shape, dtype: torch.dtype, what: str, provider: str, benchmark, rows: list[Row]) -> None:
+    layers = layers_of(shape, dtype)
+    run = getattr(layers, what)(provider)
+    if not benchmark.enabled:
+        benchmark(run)
+        return
+    short = getattr(layers, what)(provider, CHECKED_TOKENS)
+    short()
+    start = time.perf_counter()
+    short()
+    seconds = (time.perf_counter() - start) * max(1.0, shape.num_tokens / CHECKED_TOKENS)
+    rounds = int(max(1, min(MOST_ROUNDS, MOST_SECONDS / seconds)))
+    benchmark.group = f"{shape.name} {dtype} {what}"
+    benchmark.pedantic(run, rounds=max(rounds, 3) if seconds < 10 else 1, warmup_rounds=1 if seconds < 10 else 0)
+    row = Row(
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch."),
+        what=what,
+        provider=provider,
+        seconds=benchmark.stats.stats.min,
+        saved_bytes=layers.saved_bytes(provider) if what == "training" else None,
+        ceiling=ceiling_beside(shape, dtype),
+    )
+    benchmark.extra_info.update(row.extra_info())
+    rows.append(row)

@@ -1,0 +1,141 @@
+"""The same frozen experts and the same graft, in flex and in what a user of transformers would write.
+
+`flex` is transformers' experts module with its implementation set to "flex" and a `Graft` attached. The peers are the
+same module set to "eager" or "grouped_mm", and beside it the graft as a plain SwiGLU module with a sigmoid gate.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from shapes import Shape
+from torch import Tensor, nn
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+import flex_kernels
+
+PROVIDERS = ("flex", "grouped_mm", "eager")
+# Relative to the whole tensor, between two ways to compute the same in one dtype.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+CHECKED_TOKENS = 64
+
+
+class GraftedByHand(nn.Module):
+    """The layer as a user writes it around somebody else's experts."""
+
+    def __init__(self, experts: nn.Module, graft: flex_kernels.Graft) -> None:
+        super().__init__()
+        self.experts = experts
+        self.gate_up_proj = nn.Parameter(graft.gate_up_proj.detach().clone())
+        self.down_proj = nn.Parameter(graft.down_proj.detach().clone())
+        self.logit_weight = nn.Parameter(graft.logit_weight.detach().clone())
+        self.logit_bias = nn.Parameter(graft.logit_bias.detach().clone())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate, up = F.linear(hidden_states, self.gate_up_proj).chunk(2, dim=-1)
+        graft_out = F.linear(F.silu(gate) * up, self.down_proj)
+        opening = torch.sigmoid(hidden_states @ self.logit_weight + self.logit_bias)
+        return self.experts(hidden_states, top_k_index, top_k_weights) + opening[:, None] * graft_out
+
+
+class Layers:
+    """All providers of one shape and dtype, on the same weights and inputs."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        flex_kernels.register()
+        self.shape, self.dtype = shape, dtype
+        H, E, width = shape.hidden_size, shape.num_experts, shape.intermediate_size
+        config = Qwen2MoeConfig(
+            hidden_size=H, num_experts=E, num_experts_per_tok=shape.top_k, moe_intermediate_size=width
+        )
+        gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, H, dtype=dtype), requires_grad=False)
+        down_proj = nn.Parameter(torch.empty(E, H, width, dtype=dtype), requires_grad=False)
+        for expert in range(E):  # one at a time: the generator works in fp32
+            gate_up_proj[expert] = torch.randn(2 * width, H) * H**-0.5
+            down_proj[expert] = torch.randn(H, width) * width**-0.5
+
+        self.graft = flex_kernels.Graft(H, width, dtype=dtype)
+        with torch.no_grad():
+            self.graft.gate_up_proj.copy_(gate_up_proj[0])
+            self.graft.down_proj.copy_(down_proj[0])
+            self.graft.logit_weight.copy_(torch.randn(H) * H**-0.5)
+
+        self.modules: dict[str, nn.Module] = {}
+        for provider in PROVIDERS:
+            own_config = copy.deepcopy(config)
+            own_config._experts_implementation = provider
+            with torch.device("meta"):
+                experts = Qwen2MoeExperts(own_config)
+            experts.gate_up_proj, experts.down_proj = gate_up_proj, down_proj
+            if provider == "flex":
+                experts.graft = self.graft
+                self.modules[provider] = experts
+            else:
+                self.modules[provider] = GraftedByHand(experts, self.graft)
+
+        self.hidden_states = torch.randn(shape.num_tokens, H).to(dtype)
+        probabilities = torch.softmax(torch.randn(shape.num_tokens, E), dim=-1)
+        weights, self.top_k_index = probabilities.topk(shape.top_k)
+        self.top_k_weights = weights.to(dtype)
+        self.d_out = torch.randn(shape.num_tokens, H).to(dtype)
+
+    def forward(self, provider: str, num_tokens: int | None = None) -> Callable[[], Tensor]:
+        module, inputs = self.modules[provider], self._inputs(num_tokens)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return module(*inputs)
+
+        return run
+
+    def training(self, provider: str, num_tokens: int | None = None) -> Callable[[], list[Tensor]]:
+        """Forward and backward: gradients of the input, the routing weights and the graft with its gate."""
+        module, (hidden_states, index, weights) = self.modules[provider], self._inputs(num_tokens)
+        leaves = [hidden_states.detach().requires_grad_(), weights.detach().requires_grad_()]
+        leaves += [parameter for name, parameter in self._trained(module)]
+        d_out = self.d_out[:num_tokens]
+
+        def run() -> list[Tensor]:
+            out = module(leaves[0], index, leaves[1])
+            return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+        return run
+
+    def check(self) -> None:
+        """No number is published for a kernel that is wrong."""
+        ours, theirs = (self.training(provider, CHECKED_TOKENS)() for provider in ("flex", "eager"))
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            error = (a.double() - b.double()).norm() / b.double().norm()
+            limit = TOLERANCE[self.dtype] * (1 + 4 * a.numel() ** -0.5)  # a single number is the sum of many
+            assert error < limit, f"{self.shape.name}, result {index}: relative error {error:.3g}, limit {limit:.3g}"
+
+    def saved_bytes(self, provider: str) -> int:
+        """What autograd keeps for the backward, weights not counted; storages, so that a view counts once."""
+        module, (hidden_states, index, weights) = self.modules[provider], self._inputs(None)
+        weights = weights.detach().requires_grad_()
+        own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        storages: dict[int, int] = {}
+        kept = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+                kept.append(storage)  # alive, so that no other takes its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(hidden_states.detach().requires_grad_(), index, weights)
+        return sum(storages.values())
+
+    def _inputs(self, num_tokens: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden_states[:num_tokens], self.top_k_index[:num_tokens], self.top_k_weights[:num_tokens]
+
+    @staticmethod
+    def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The graft's own, in the order of their names without the path."""
+        trained = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if p.requires_grad]
+        return sorted(trained, key=lambda pair: pair[0])

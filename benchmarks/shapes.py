@@ -1,0 +1,41 @@
+"""One table of the shapes that are measured, each with its reason."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An MoE layer with a graft as wide as an expert."""
+
+    name: str
+    num_tokens: int
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    reason: str
+
+    @property
+    def forward_flops(self) -> int:
+        """Useful ones: three matrices for each of a token's experts and for the graft."""
+        return 6 * self.num_tokens * (self.top_k + 1) * self.hidden_size * self.intermediate_size
+
+    @property
+    def training_flops(self) -> int:
+        """Forward, the gradient of every activation, and the graft's weight gradients; none of the experts'."""
+        weight_gradients = 6 * self.num_tokens * self.hidden_size * self.intermediate_size
+        return 2 * self.forward_flops + weight_gradients
+
+
+SHAPES = (
+    Shape("demo", 400, 128, 16, 2, 96, "a step of `make demo`"),
+    Shape("mid-256", 256, 512, 16, 2, 1024, "32 rows an expert: packing the weights counts"),
+    Shape("mid-2048", 2048, 512, 16, 2, 1024, "256 rows an expert: near the dense matmul"),
+    Shape("mid-8192", 8192, 512, 16, 2, 1024, "activations larger than any cache"),
+    Shape("qwen1.5-moe", 512, 2048, 60, 4, 1408, "a layer of a real model: 2 GB of fp32 weights, 34 rows an expert"),
+)
+# What CI runs once, unmeasured, so that the benches keep working.
+SMALL = (
+    Shape("small", 70, 32, 6, 2, 24, "every path in no time"),
+    Shape("small-odd", 9, 40, 4, 3, 24, "fewer rows than a tile; grouped_mm wants rows of 16 bytes"),
+)
