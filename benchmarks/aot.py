@@ -283,13 +283,13 @@ def all_cases() -> Iterator[Callable[[], None]]:
 
     fp16 compiles to the same code as bf16 but for the names of its instructions: it comes in the main form only.
     """
-    aligned, descriptors_only, odd = (
+    sizes = [
         {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
-        for hidden_size, intermediate_size in ((2048, 1408), (2040, 1400), (2047, 1407))
-    )
+        for hidden_size, intermediate_size in ((2048, 1408), (2064, 1424), (2040, 1400), (2047, 1407))
+    ]
     wide = (torch.bfloat16, torch.float32)
     for dtype, num_tokens, size, graft_size, training in itertools.product(
-        wide, (512, 8192), (aligned, descriptors_only, odd), (0, 1408, 1000), (True, False)
+        wide, (512, 8192), sizes, (0, 1408, 1000), (True, False)
     ):
         yield partial(layer_case, dtype, num_tokens, **size, graft_size=graft_size, training=training)
     for activation, form, training in itertools.product(("gelu", "gelu_tanh"), ("additive", "convex"), (True, False)):
@@ -304,7 +304,7 @@ def all_cases() -> Iterator[Callable[[], None]]:
             yield partial(combine_case, dtype, has_graft, form)
         for (num_experts, top_k), renormalize in itertools.product(((60, 4), (128, 8), (8, 2)), (True, False)):
             yield partial(route_case, dtype, num_experts, top_k, renormalize)
-        for size in (aligned, descriptors_only, odd):
+        for size in sizes:
             yield partial(score_case, dtype, **size)
 
 
@@ -327,17 +327,13 @@ def main() -> int:
     targets = arguments.targets.split(",") if arguments.targets else QUICK_CHIPS if arguments.quick else CHIPS
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         compiled = [row for rows in pool.map(compile_all, targets, itertools.repeat(arguments.quick)) for row in rows]
-    print(f"{'kernel':26s} {'target':7s} dtype  regs spills  shared   mma hgmma  tma async  s     options")
+    columns = "{kernel:26} {target:7} {dtype:5} {registers:>5} {spills:>6} {shared_bytes:>7} {matrix_instructions:>5}"
+    columns += " {hgmma:>5} {tma:>4} {async_copies:>5} {compile_s:>5}  {options}"
+    heads = ("kernel", "target", "dtype", "options", "regs", "spills", "shared", "mma", "hgmma", "tma", "async", "s")
+    print(columns.format(**dict(zip((field.name for field in dataclasses.fields(Compiled)), heads, strict=True))))
     for row in compiled:
-        numbers = (
-            f"{row.registers:4d} {row.spills:6d} {row.shared_bytes:7d} {row.matrix_instructions:5d} {row.hgmma:5d}"
-        )
-        numbers += f" {row.tma:4d} {row.async_copies:5d} {row.compile_s:5.2f}"
-        faults = "; ".join(row.faults())
-        print(
-            f"{row.kernel:26s} {row.target:7s} {row.dtype:5s}  {numbers}  {row.options}"
-            + f"  FAULT: {faults}" * bool(faults)
-        )
+        faults = "".join(f"  FAULT: {fault}" for fault in row.faults())
+        print(columns.format(**dataclasses.asdict(row)) + faults)
     faulty = [row for row in compiled if row.faults()]
     seconds = time.perf_counter() - start
     print(f"Triton {triton.__version__}: {len(compiled)} kernels in {seconds:.0f} s, {len(faulty)} with a fault")

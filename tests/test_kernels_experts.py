@@ -146,7 +146,7 @@ def test_rows_past_two_to_the_31(descriptors: bool, untouched_memory: None, monk
     new = {"dtype": dtype, "device": DEVICE}
     here = slice(FAR + 3, num_rows)
     schedule, target = far_schedule(num_rows), tiles.target_of(torch.device(DEVICE))
-    tile = tiles.expert_tiles(target, dtype, 100, 2).gate_up
+    tile = tiles.expert_tiles(target, dtype, 100, 2, (64, 32)).gate_up
     schedule = grouped.Schedule(**{**vars(schedule), "block_m": tile.block_m})
 
     # Down: rows [R, 64] by [64, 64].

@@ -18,7 +18,7 @@ from flex_kernels.kernels.activations import pass_through
 from flex_kernels.kernels.combine import combine_rows
 from flex_kernels.kernels.experts_bwd import experts_bwd
 from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
-from flex_kernels.kernels.tiles import Target, Tile, contiguous, expert_tiles, operand, target_of, use_tma
+from flex_kernels.kernels.tiles import Target, Tile, alignment, contiguous, expert_tiles, operand, target_of, use_tma
 
 __all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd"]
 
@@ -46,8 +46,11 @@ def _gate_up_fwd_kernel(
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
     ACTIVATION: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
+    graft_size = graft_size // ALIGN * ALIGN
     num_row_tiles = tl.load(num_row_tiles_ptr)
     num_columns = (intermediate_size + BLOCK_N - 1) // BLOCK_N
     graft_num_columns = (graft_size + BLOCK_N - 1) // BLOCK_N
@@ -143,6 +146,7 @@ def gate_up_fwd(
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
         ACTIVATION=activation, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
+        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -179,7 +183,8 @@ def experts_fwd(
         return torch.empty_like(hidden_states), empty(0, gate_up_proj.shape[1]), empty(0, graft_width)
 
     target = target_of(hidden_states.device)
-    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0])
+    sizes = (*down_proj.shape[1:], graft_down_proj.shape[1] if has_graft else 0)
+    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0], sizes)
     with torch.cuda.device_of(hidden_states):
         schedule = make_schedule(sorted_pairs, expert_offsets, num_tokens, tiles.block_m)
         activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(

@@ -25,6 +25,7 @@ from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, ma
 from flex_kernels.kernels.tiles import (
     Target,
     Tile,
+    alignment,
     contiguous,
     expert_tiles,
     operand,
@@ -73,9 +74,12 @@ def _d_preactivations_kernel(
     num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
     ACTIVATION: tl.constexpr, CONVEX: tl.constexpr, HAS_GRAFT: tl.constexpr, ROUTED: tl.constexpr,
     STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr, PRODUCTS: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
+    graft_size = graft_size // ALIGN * ALIGN
     num_row_tiles = 0
     if ROUTED:
         num_row_tiles = tl.load(num_row_tiles_ptr)
@@ -243,6 +247,7 @@ def _d_preactivations(
         ACTIVATION=layer.activation, CONVEX=layer.convex, HAS_GRAFT=layer.has_graft, ROUTED=layer.routed,
         STORE_ROUTED=layer.need_hidden, STORE_GRAFT=layer.has_graft and (layer.need_hidden or layer.need_graft),
         STORE_OPENED=layer.need_graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
+        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -260,14 +265,15 @@ def _reduce_products(
     if not (layer.need_routing_weights or layer.need_graft_logits):
         return d_routing_weights, d_graft_logits
     num_columns, graft_num_columns = products.shape[1], graft_products.shape[1] if layer.has_graft else 0
-    block_t = reduction_tokens(products.device)
+    block_c = triton.next_power_of_2(max(num_columns, graft_num_columns))
+    block_t = reduction_tokens(products.device, block_c)
     _reduce_products_kernel[(triton.cdiv(num_tokens, block_t),)](
         products, graft_products, schedule.row_of_pair, layer.routing_weights, layer.graft_logits,
         d_routing_weights, d_graft_logits,
         num_tokens, top_k, num_columns, graft_num_columns,
         ROUTED=layer.routed, CONVEX=layer.convex,
         NEED_WEIGHTS=layer.need_routing_weights, NEED_LOGITS=layer.need_graft_logits,
-        BLOCK_T=block_t, BLOCK_C=triton.next_power_of_2(max(num_columns, graft_num_columns)),
+        BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
     return d_routing_weights, d_graft_logits
 
@@ -312,7 +318,8 @@ def experts_bwd(
 
     d_hidden_states, d_graft_gate_up_proj, d_graft_down_proj = (hidden_states.new_empty(0) for _ in range(3))
     target = target_of(hidden_states.device)
-    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, down_proj.shape[0])
+    sizes = (*down_proj.shape[1:], graft_down_proj.shape[1] if has_graft else 0)
+    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, down_proj.shape[0], sizes)
     with torch.cuda.device_of(hidden_states):
         schedule = make_schedule(layer.sorted_pairs, expert_offsets.contiguous(), num_tokens, tiles.block_m)
         d_preactivations, d_graft_preactivations, opened_activations, products, graft_products = _d_preactivations(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import Target, Tile, operand, use_tma
+from flex_kernels.kernels.tiles import Target, Tile, alignment, operand, use_tma
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
 
@@ -148,9 +148,13 @@ def _grouped_rows_kernel(
     out_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_rows, num_experts, inner_size, graft_inner_size, out_size,
-    HAS_GRAFT: tl.constexpr, INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    HAS_GRAFT: tl.constexpr, INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    # Says to the compiler that rows begin at multiples of ALIGN: what is loaded and stored can be 16 bytes wide.
+    inner_size = inner_size // ALIGN * ALIGN
+    graft_inner_size = graft_inner_size // ALIGN * ALIGN
+    out_size = out_size // ALIGN * ALIGN
     num_row_tiles = tl.load(num_row_tiles_ptr)
     num_columns = (out_size + BLOCK_N - 1) // BLOCK_N
     num_tiles = (num_row_tiles + graft_row_tiles) * num_columns
@@ -207,9 +211,12 @@ def _grouped_rows_kernel(
             accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
 
         out_rows = (out_row + rows).to(tl.int64)
-        kept = (rows < end_row)[:, None] & (columns < out_size)[None, :]
-        out_ptrs = out_ptr + out_rows[:, None] * out_size + columns[None, :]
-        tl.store(out_ptrs, accumulator.to(out_ptr.dtype.element_ty), mask=kept)
+        parts = quarter_columns(accumulator)
+        for part in tl.static_range(4):
+            part_columns = column * BLOCK_N + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            kept = (rows < end_row)[:, None] & (part_columns < out_size)[None, :]
+            out_ptrs = out_ptr + out_rows[:, None] * out_size + part_columns[None, :]
+            tl.store(out_ptrs, parts[part].to(out_ptr.dtype.element_ty), mask=kept)
 
 
 def grouped_rows(
@@ -242,7 +249,7 @@ def grouped_rows(
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         schedule.num_tokens, schedule.num_rows, num_experts, inner_size, graft_inner_size, out_size,
         HAS_GRAFT=has_graft, INNER_LAST=inner_last, TMA=tma,
-        EVEN=even and graft_inner_size % tile.block_k == 0,
+        EVEN=even and graft_inner_size % tile.block_k == 0, ALIGN=alignment(inner_size, graft_inner_size, out_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -168,14 +168,15 @@ def _launch_route_fwd(
     graft_logits = new(num_tokens, dtype=torch.float32) if has_graft else None
     if num_tokens > 0:
         hidden_states, logit_weight, logit_bias = graft if has_graft else (None, None, None)
-        block_t = reduction_tokens(weights.device)
+        block_e = triton.next_power_of_2(num_experts)
+        block_t = reduction_tokens(weights.device, block_e)
         with torch.cuda.device_of(router_logits):
             _route_fwd_kernel[(triton.cdiv(num_tokens, block_t),)](
                 router_logits, hidden_states, logit_weight, logit_bias,
                 weights, indices, counts, graft_logits,
                 num_tokens, num_experts, hidden_states.shape[1] if has_graft else 0,
                 TOP_K=top_k, RENORMALIZE=renormalize, COUNT=has_graft, HAS_GRAFT=has_graft,
-                BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_K=triton.next_power_of_2(top_k),
+                BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k),
                 BLOCK_H=64,
             )  # fmt: skip
     return weights, indices, counts, graft_logits
@@ -187,14 +188,15 @@ def route_bwd(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: 
     num_tokens, num_experts = router_logits.shape
     d_router_logits = torch.empty_like(router_logits)
     if num_tokens > 0:
-        block_t = reduction_tokens(router_logits.device)
+        block_e = triton.next_power_of_2(num_experts)
+        block_t = reduction_tokens(router_logits.device, block_e)
         with torch.cuda.device_of(router_logits):
             _route_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
                 d_routing_weights, router_logits, expert_indices,
                 d_router_logits,
                 num_tokens, num_experts,
                 TOP_K=expert_indices.shape[1], RENORMALIZE=renormalize,
-                BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(num_experts),
+                BLOCK_T=block_t, BLOCK_E=block_e,
             )  # fmt: skip
     return d_router_logits
 

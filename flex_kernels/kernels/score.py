@@ -20,11 +20,11 @@ from flex_kernels.kernels.experts import gate_up_fwd
 from flex_kernels.kernels.grouped import make_schedule
 from flex_kernels.kernels.tiles import (
     Target,
+    alignment,
     contiguous,
     expert_tiles,
     neuron_tile,
     operand,
-    reduction_tokens,
     score_tile,
     target_of,
     use_tma,
@@ -32,6 +32,7 @@ from flex_kernels.kernels.tiles import (
 
 # Memory for the activations of the experts scored in one launch. Enough rows to fill a GPU, little beside the weights.
 ACTIVATION_BYTES = 256 << 20
+TOKENS_AT_A_TIME = 1024  # of the sum per batch
 MIN_TOKENS_AT_ONCE = 1024  # however wide an expert is: fewer would not fill a GPU
 
 
@@ -39,10 +40,12 @@ MIN_TOKENS_AT_ONCE = 1024  # however wide an expert is: fewer would not fill a G
 def _score_experts_kernel(
     activations_ptr, down, target_ptr, token_sums_ptr,
     num_tokens, first_token, num_rows, first_expert, hidden_size, intermediate_size, plane,
-    TMA: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows: `num_rows` tokens from `first_token` on; program (row tile, expert). Sums [3, E, T], `plane` apart."""
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
     local_expert = tl.program_id(1)
     expert = first_expert + local_expert
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -133,7 +136,7 @@ def score_experts(
                 _score_rows(activations, down_proj, target, token_sums, first_token, first_expert, chip)
         _sum_batches_kernel[(num_batches, num_experts, 3)](
             token_sums, batch_offsets, scores, num_tokens, num_experts, num_experts * num_tokens,
-            BLOCK_T=32 * reduction_tokens(scores.device),
+            BLOCK_T=TOKENS_AT_A_TIME,
         )  # fmt: skip
     return scores
 
@@ -144,7 +147,8 @@ def _all_tokens_through(hidden_states: Tensor, gate_up_proj: Tensor, chip: Targe
     new = {"dtype": torch.int32, "device": hidden_states.device}
     tokens = torch.arange(num_tokens, **new).repeat(num_experts)
     offsets = torch.arange(num_experts + 1, **new) * num_tokens
-    tile = expert_tiles(chip, hidden_states.dtype, tokens.numel(), num_experts).gate_up
+    sizes = (hidden_states.shape[1], gate_up_proj.shape[1] // 2)
+    tile = expert_tiles(chip, hidden_states.dtype, tokens.numel(), num_experts, sizes).gate_up
     schedule = make_schedule(tokens, offsets, num_tokens, tile.block_m)
     activations, *_ = gate_up_fwd(
         hidden_states, tokens, 1, gate_up_proj, None, schedule, chip, tile, activation, save_preactivations=False
@@ -163,12 +167,12 @@ def _score_rows(
 ) -> None:
     num_experts, num_rows, intermediate_size = activations.shape
     hidden_size, num_tokens = down_proj.shape[1], target.shape[0]
-    tile = score_tile(chip, activations.dtype)
+    tile = score_tile(chip, activations.dtype, (hidden_size, intermediate_size))
     tma = use_tma(chip, down_proj)
     _score_experts_kernel[(triton.cdiv(num_rows, tile.block_m), num_experts)](
         activations, operand(down_proj, tma, [tile.block_n, tile.block_k]), target, token_sums,
         num_tokens, first_token, num_rows, first_expert, hidden_size, intermediate_size, token_sums[0].numel(),
-        TMA=tma, EVEN=intermediate_size % tile.block_k == 0,
+        TMA=tma, EVEN=intermediate_size % tile.block_k == 0, ALIGN=alignment(hidden_size, intermediate_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -179,10 +183,12 @@ def _score_neurons_kernel(
     hidden_states_ptr, target_ptr, gate_up, down,
     energy_ptr, correlation_ptr,
     num_tokens, hidden_size, intermediate_size,
-    ACTIVATION: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (neuron tile, expert): `BLOCK_N` neurons of one expert, over all tokens."""
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
     expert = tl.program_id(1)
     first_neuron = tl.program_id(0) * BLOCK_N
     neurons = first_neuron + tl.arange(0, BLOCK_N)
@@ -260,7 +266,7 @@ def score_neurons(
         scale = target.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
         target = (target / scale).to(down_proj.dtype)
     chip = target_of(hidden_states.device)
-    tile = neuron_tile(chip, hidden_states.dtype)
+    tile = neuron_tile(chip, hidden_states.dtype, (hidden_size, intermediate_size))
     even = hidden_size % tile.block_k == 0
     tma = use_tma(chip, gate_up_proj, down_proj) and even
     with torch.cuda.device_of(hidden_states):
@@ -270,7 +276,7 @@ def score_neurons(
             operand(down_proj, tma, [tile.block_k, tile.block_n]),
             energy, correlation,
             num_tokens, hidden_size, intermediate_size,
-            ACTIVATION=activation, TMA=tma, EVEN=even,
+            ACTIVATION=activation, TMA=tma, EVEN=even, ALIGN=alignment(hidden_size, intermediate_size),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

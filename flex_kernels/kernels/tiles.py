@@ -5,6 +5,7 @@ they share one schedule of row tiles; the other sizes belong to the single kerne
 and within the chip's shared memory (`tests/test_aot.py`); none was measured on a device, so they are safe defaults.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -112,13 +113,27 @@ _TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     },
 }
 # fp32 products run in full precision (`ieee`): on NVIDIA plain FMA, no tensor cores, so small tiles.
-_TILES_32_BIT = ((64, 16, 8, 3),) * 4
+_TILES_32_BIT = ((32, 16, 4, 2),) * 4
+# Rows whose length is no multiple of 16 bytes are read element by element; a large tile would need too many addresses.
+_TILES_UNALIGNED = ((64, 32, 4, 2),) * 4
 
 
-def expert_tiles(target: Target, dtype: torch.dtype, num_rows: int, num_experts: int) -> ExpertTiles:
-    """The tiles for `num_rows` (token, slot) pairs spread over `num_experts`."""
-    if target.chip != "interpreter" and dtype == torch.float32:
+def alignment(*sizes: int) -> int:
+    """What all row lengths are multiples of: 16, 8 or, no good for wide loads, 1."""
+    common = math.gcd(16, *sizes)
+    return common if common >= 8 else 1
+
+
+def expert_tiles(
+    target: Target, dtype: torch.dtype, num_rows: int, num_experts: int, sizes: tuple[int, ...]
+) -> ExpertTiles:
+    """The tiles for `num_rows` (token, slot) pairs spread over `num_experts`; `sizes` are H, I and the graft's I_g."""
+    if target.chip == "interpreter":
+        table = _TABLE_16_BIT["interpreter"]
+    elif dtype == torch.float32:
         table = {64: _TILES_32_BIT}
+    elif alignment(*sizes) == 1:
+        table = {64: _TILES_UNALIGNED}
     else:
         table = _TABLE_16_BIT[target.chip]
     small, large = min(table), max(table)
@@ -126,12 +141,14 @@ def expert_tiles(target: Target, dtype: torch.dtype, num_rows: int, num_experts:
     return ExpertTiles(*(Tile(block_m, *sizes) for sizes in table[block_m]))
 
 
-def score_tile(target: Target, dtype: torch.dtype) -> Tile:
-    """The tile of the scoring kernels: few accumulators stay alive over a long loop."""
+def score_tile(target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tile:
+    """The tile of `score_experts`: one accumulator, and an epilogue that reads the target."""
     if target.chip == "interpreter":
         return Tile(16, 32, 32, 1, 1)
     if dtype == torch.float32:
-        return Tile(64, 64, 16, 8, 3)
+        return Tile(64, 32, 16, 4, 2)
+    if alignment(*sizes) == 1:
+        return Tile(64, 64, 32, 4, 2)
     return {
         "sm80": Tile(128, 64, 64, 8, 3),
         "sm90": Tile(128, 128, 64, 8, 4),
@@ -141,12 +158,14 @@ def score_tile(target: Target, dtype: torch.dtype) -> Tile:
     }[target.chip]
 
 
-def neuron_tile(target: Target, dtype: torch.dtype) -> Tile:
+def neuron_tile(target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tile:
     """The tile of `score_neurons`: three accumulators and five operand tiles a step."""
     if target.chip == "interpreter":
         return Tile(16, 32, 32, 1, 1)
     if dtype == torch.float32:
-        return Tile(64, 32, 16, 8, 3)
+        return Tile(32, 32, 16, 4, 2)
+    if alignment(*sizes) == 1:
+        return Tile(64, 32, 32, 4, 2)
     return {
         "sm80": Tile(64, 32, 32, 4, 3),
         "sm90": Tile(128, 64, 64, 8, 3),
@@ -187,9 +206,9 @@ def token_tile(device: torch.device, hidden_size: int) -> tuple[int, int, int]:
     return 1, columns, columns // 256 if columns >= 512 else 1
 
 
-def reduction_tokens(device: torch.device) -> int:
-    """Tokens a program of the small per-token reductions takes."""
-    return 16 if target_of(device).chip == "interpreter" else 32
+def reduction_tokens(device: torch.device, width: int) -> int:
+    """Tokens a program of the per-token reductions takes; each holds a row of `width` numbers in registers."""
+    return 16 if target_of(device).chip == "interpreter" else max(1, min(32, 2048 // width))
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,93 @@
+"""The kernels on a device, at sizes of real models: errors, repeated bits, CUDA graphs. Not run without one."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from cases import Case, layer_inputs
+from compare import assert_double_rule
+from torch import Tensor
+
+from flex_kernels import plan, reference, torch_experts
+from flex_kernels.kernels import experts
+from flex_kernels.kernels.routing_plan import routing_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(plan.INTERPRET, reason="compiled kernels only"),
+]
+QWEN = Case("qwen1.5-moe", 4096, 4, 2048, 1408, 60, 1408, "Qwen1.5-MoE-A2.7B")
+MIXTRAL_LIKE = Case("mixtral-like", 3000, 2, 4096, 3584, 8, 512, "few wide experts, T no multiple of a tile")
+FEW_TOKENS = Case("few-tokens", 17, 8, 2048, 768, 128, 768, "most experts idle: decoding")
+
+
+def forward_and_backward(backend: ModuleType, inputs: list, d_out: Tensor, combine: str) -> list[Tensor]:
+    hidden_states, indices, weights, gate_up, down, *graft = inputs
+    pairs, _, offsets = routing_plan(indices, gate_up.shape[0])
+    arguments = (pairs, offsets, weights, gate_up, down, *graft)
+    out, *saved = backend.experts_fwd(hidden_states, *arguments, combine, "silu", True)
+    grads = backend.experts_bwd(d_out, hidden_states, *arguments, *saved, combine, "silu", True, True, True, True)
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [QWEN, MIXTRAL_LIKE, FEW_TOKENS], ids=lambda case: case.name)
+def test_double_rule_at_real_sizes(case: Case, dtype: torch.dtype) -> None:
+    inputs, d_out = layer_inputs(case, dtype), torch.randn(case.num_tokens, case.hidden_size, device="cuda").to(dtype)
+    wide = [x.float() if x.is_floating_point() else x for x in inputs]
+    ours = forward_and_backward(experts, inputs, d_out, "convex")
+    plain = forward_and_backward(torch_experts, inputs, d_out, "convex")
+    truth = [x.double() for x in forward_and_backward(torch_experts, wide, d_out.float(), "convex")]
+    names = (
+        "out",
+        "d_hidden_states",
+        "d_routing_weights",
+        "d_graft_gate_up_proj",
+        "d_graft_down_proj",
+        "d_graft_logits",
+    )
+    assert_double_rule(ours, plain, truth, dtype, names)
+
+
+def test_the_same_bits_ten_times() -> None:
+    inputs = layer_inputs(QWEN, torch.bfloat16)
+    d_out = torch.randn(QWEN.num_tokens, QWEN.hidden_size, device="cuda").bfloat16()
+    first = forward_and_backward(experts, inputs, d_out, "additive")
+    for _ in range(9):
+        for a, b in zip(first, forward_and_backward(experts, inputs, d_out, "additive"), strict=True):
+            assert torch.equal(a, b)
+
+
+def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+@pytest.mark.parametrize("case", [QWEN, FEW_TOKENS], ids=lambda case: case.name)
+def test_a_cuda_graph_follows_new_routing(case: Case) -> None:
+    inputs = layer_inputs(case, torch.bfloat16)
+    d_out = torch.randn(case.num_tokens, case.hidden_size, device="cuda").bfloat16()
+    graph, results = captured(lambda: forward_and_backward(experts, inputs, d_out, "convex"))
+    for _ in range(3):
+        for x, new in zip(inputs[:3], layer_inputs(case, torch.bfloat16)[:3], strict=True):
+            x.copy_(new)
+        graph.replay()
+        for a, b in zip(results, forward_and_backward(experts, inputs, d_out, "convex"), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(32768, 8, 128), (8192, 4, 60), (100_000, 2, 8)])
+def test_routing_plan_at_real_sizes(num_tokens: int, top_k: int, num_experts: int) -> None:
+    indices = torch.randint(0, num_experts + 1, (num_tokens, top_k), device="cuda")
+    for ours, wanted in zip(
+        routing_plan(indices, num_experts), reference.routing_plan(indices, num_experts), strict=True
+    ):
+        assert torch.equal(ours, wanted)
