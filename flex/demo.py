@@ -21,7 +21,7 @@ from random import Random
 from typing import NamedTuple
 
 from flex.config import RunConfig, read_config
-from flex.demo_language import CITIES, CODE_WORDS, KINDS, NEW_SKILL, NOUNS, SKILLS, UNITS, Task
+from flex.demo_language import CITIES, CODE_WORDS, COLOURS, KINDS, NEW_SKILL, NOUNS, SKILLS, UNITS, Task
 
 Record = dict[str, str]
 ASSETS = Path(__file__).parent / "assets"
@@ -53,7 +53,7 @@ class Client:
     reverses_order: bool = False
 
 
-_CODED = "its own code words for kinds and cities"
+_CODED = "its own code words for kinds, cities and colours"
 CLIENTS = (
     Client("farm", 160, {"extract": 3, "arithmetic": 2, NEW_SKILL: 1}, f"numbers in kg; {_CODED}", unit="kg"),
     Client(
@@ -74,7 +74,7 @@ CLIENTS = (
         f"radio talk: roger ... over, numbers in miles; {_CODED}", unit="miles", opening="roger", closing="over",
     ),
 )  # fmt: skip
-CODED_ANSWERS = ("kind", "city")
+CODED_ANSWERS = ("kind", "city", "colour")
 
 GENERAL_WEIGHTS = {
     "arithmetic": 2, "lookup": 2, "extract": 2, "count": 2, "sort": 2, "reverse": 2,
@@ -130,8 +130,8 @@ def general_tests(seed: int, count: int = GENERAL_TESTS) -> list[Record]:
 
 
 def code_words(client_id: str, seed: int) -> dict[str, str]:
-    """The client's private word for each kind and city. Two clients may use one word for different things."""
-    plain = [*KINDS, *CITIES]
+    """The client's private word for each kind, city and colour. Two clients may use one word for different things."""
+    plain = [*KINDS, *CITIES, *COLOURS]
     return dict(zip(plain, Random(f"code words/{seed}/{client_id}").sample(CODE_WORDS, len(plain)), strict=True))
 
 
