@@ -32,7 +32,7 @@ class Graft(nn.Module):
         activation: "silu", "gelu" or "gelu_tanh".
         logit_bias: start of `b`; -4 opens the gate by 2 %.
 
-    Parameters: gate_up_proj [2I_g, H], down_proj [H, I_g], logit_weight [H] and logit_bias [] (`g` and `b`).
+    Parameters: gate_up_proj [2I_g, H], down_proj [H, I_g], logit_weight [H] and logit_bias [1] (`g` and `b`).
     """
 
     parameter_roles: ClassVar[dict[str, str]] = {
@@ -63,7 +63,7 @@ class Graft(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.zeros(2 * width, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.zeros(hidden_size, width, **factory))
         self.logit_weight = nn.Parameter(torch.zeros(hidden_size, **factory))
-        self.logit_bias = nn.Parameter(torch.full((), logit_bias, **factory))
+        self.logit_bias = nn.Parameter(torch.full((1,), logit_bias, **factory))  # FSDP takes no scalars
         self._last_logits: Tensor | None = None
 
     @torch.no_grad()
@@ -81,7 +81,8 @@ class Graft(nn.Module):
         wide = wide_dtype(hidden_states.dtype)
         with autocast_off(hidden_states):
             logits = torch.mv(hidden_states.to(wide), self.logit_weight.to(wide)) + self.logit_bias.to(wide)
-        self._last_logits = logits.detach()
+        if not torch.compiler.is_exporting():  # an exported program has no place for it
+            self._last_logits = logits.detach()
         return logits
 
     @property

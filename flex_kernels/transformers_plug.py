@@ -68,8 +68,11 @@ def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _is_experts(module)}
 
 
-def why_not_fused(experts: nn.Module) -> str | None:
-    """None where the fused path computes this experts module, else the reason in a few words."""
+def why_not_fused(experts: nn.Module, gathered: bool = False) -> str | None:
+    """None where the fused path computes this experts module, else the reason in a few words.
+
+    `gathered`: weights that FSDP keeps in parts are asked about as they are in a forward, where it has joined them.
+    """
     for attribute, wanted, default, reason in (
         ("has_gate", True, None, "the experts have no gate"),
         ("has_bias", False, None, "the experts have biases"),
@@ -87,7 +90,7 @@ def why_not_fused(experts: nn.Module) -> str | None:
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.dtype not in DTYPES:
             return f"{name} is not a [E, ., .] tensor of an ordinary float dtype"
-        if _is_distributed(weight):
+        if _is_distributed(weight) and not (gathered and not is_split(experts)):
             return f"{name} is distributed over several devices"
     num_experts, hidden_size, intermediate_size = down_proj.shape
     if gate_up_proj.shape != (num_experts, 2 * intermediate_size, hidden_size):
@@ -138,7 +141,7 @@ def explain(model: nn.Module) -> list[LayerPath]:
     paths = []
     for name, experts in moe_layers(model).items():
         implementation = str(getattr(experts.config, "_experts_implementation", None))
-        reason = why_not_fused(experts)
+        reason = why_not_fused(experts, gathered=True)
         grafted = ", with a graft" if getattr(experts, "graft", None) is not None else ""
         if implementation != NAME:
             path, why = "not flex", f"the model runs on {implementation!r}: model.set_experts_implementation('flex')"

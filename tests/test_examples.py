@@ -1,0 +1,92 @@
+"""Every example runs and does what its first line says. In this process, but for the one that wants two of them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# peft 0.21 asks transformers 5.23 for a name that is deprecated there; inductor imports what torch deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example that the test is named after: test_trainer -> examples/trainer.py."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    name = request.function.__name__.removeprefix("test_")
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_trainer(example: ModuleType) -> None:
+    result = example.main()
+    assert result["last_loss"] < 0.8 * result["first_loss"]
+    assert result["difference"] == 0
+
+
+def test_peft_lora(example: ModuleType) -> None:
+    for losses in example.main().values():
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_gradient_checkpointing(example: ModuleType) -> None:
+    result = example.main()
+    assert result["difference"] <= 1e-6
+    assert result["checkpointed_bytes"] < 0.5 * result["bytes"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(example: ModuleType, backend: str) -> None:
+    torch._dynamo.reset()
+    assert max(example.main(backend).values()) <= 1e-6
+
+
+def test_autocast(example: ModuleType) -> None:
+    for losses in example.main().values():
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_generate(example: ModuleType) -> None:
+    result = example.main(rounds=3)
+    assert result["same"]
+    assert result["ratio"] > 0.5  # a gross slip shows; figures are taken on a quiet machine
+
+
+def test_export(example: ModuleType) -> None:
+    assert example.main() == {"calls": 2, "difference": pytest.approx(0, abs=1e-5)}
+
+
+def test_plain_gpt(example: ModuleType) -> None:
+    result = example.main()
+    assert result["pretraining"][-1] < 0.5 * result["pretraining"][0]
+    assert result["finetuning"][-1] < 0.1 * result["finetuning"][0]
+    assert "transformers" not in (EXAMPLES / "plain_gpt.py").read_text().partition('"""\n\nimport')[2]
+
+
+@pytest.mark.slow
+def test_fsdp2() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, EXAMPLES / "fsdp2.py"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "parameters are {'DTensor'}, 2 processes" in done.stdout
+    assert "model.layers.1.mlp.experts: fused" in done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"tiny_moe"} <= tested
