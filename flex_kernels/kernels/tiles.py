@@ -101,7 +101,7 @@ _TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
         128: ((128, 64, 8, 4), (256, 64, 8, 4), (128, 64, 8, 4), (256, 64, 8, 4)),
     },
     "sm100": {
-        64: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+        64: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
         128: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
     },
     "gfx942": {
@@ -208,7 +208,7 @@ def token_tile(device: torch.device, hidden_size: int) -> tuple[int, int, int]:
 
 def reduction_tokens(device: torch.device, width: int) -> int:
     """Tokens a program of the per-token reductions takes; each holds a row of `width` numbers in registers."""
-    return 16 if target_of(device).chip == "interpreter" else max(1, min(32, 2048 // width))
+    return 16 if target_of(device).chip == "interpreter" else max(1, min(32, 1024 // width))
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
