@@ -14,6 +14,9 @@ constexpr int64_t kSliceWords = 256;
 constexpr int64_t kSpanRows = 10 * kBlockRows, kMostColumns = 4 * kColumnUnit;
 constexpr int64_t kTasksPerThread = 6;
 
+// So few rows do not pay for packing B: they read it where it lies, once from memory and then from cache.
+constexpr int64_t kFewRows = 4;
+
 struct Task {
   int64_t product, row, rows, column, columns;
 };
@@ -35,7 +38,8 @@ Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products
     const int64_t words = std::min(round_up(depth_words, kChunkWords), kSliceWords);
     const int64_t columns = padded(kernels, product, std::min(product.columns, kMostColumns / (product.twin ? 2 : 1)));
     const int64_t rows = std::min(product.rows, depth_words <= kSliceWords ? kBlockRows : kSpanRows);
-    most.a = std::max(most.a, round_up(std::min(product.rows, kBlockRows), kernels.panel_rows) * words);
+    const int64_t few = product.b.along_depth ? kernels.panel_rows * round_up(depth_words, kChunkWords) : 0;
+    most.a = std::max({most.a, round_up(std::min(product.rows, kBlockRows), kernels.panel_rows) * words, few});
     most.b = std::max(most.b, columns * words);
     most.c = std::max(most.c, round_up(rows * columns, kChunkWords));
   }
@@ -99,6 +103,18 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
   float* const b = a + sizes.a;
   float* const c = b + sizes.b;
   const int64_t stride = padded(kernels, product, task.columns), half = product.twin ? stride / 2 : stride;
+  const auto finish = [&](int64_t row, int64_t rows, const float* block) {
+    epilogue({product, task.row + row, rows, task.column, task.columns, block, product.twin ? block + half : nullptr,
+              stride});
+  };
+  if (product.rows <= kFewRows && product.b.along_depth) {
+    const auto multiply = kernels.multiply_in_place[static_cast<int>(product.b.scalar)];
+    pack_a(kernels, product.a, task.row, task.rows, 0, product.depth, a);
+    multiply(task.rows, task.columns, product.depth, a, product.b.rows, task.column, c, stride);
+    if (product.twin)
+      multiply(task.rows, task.columns, product.depth, a, product.b.rows, product.twin + task.column, c + half, stride);
+    return finish(0, task.rows, c);
+  }
   const int64_t slice = kSliceWords * kernels.word_elements;
   for (int64_t begin = 0; begin < product.depth || begin == 0; begin += slice) {
     const int64_t depth = std::min(slice, product.depth - begin);
@@ -110,9 +126,7 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
       float* const block = product.depth <= slice ? c : c + row * stride;  // a single slice is done with its block
       pack_a(kernels, product.a, task.row + row, rows, begin, depth, a);
       kernels.multiply(rows, stride, words, a, b, block, stride, begin > 0);
-      if (begin + depth >= product.depth)
-        epilogue({product, task.row + row, rows, task.column, task.columns, block,
-                  product.twin ? block + half : nullptr, stride});
+      if (begin + depth >= product.depth) finish(row, rows, block);
     }
   }
 }

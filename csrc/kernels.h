@@ -51,6 +51,9 @@ struct Kernels {
   // C (+)= A B; columns is a multiple of panel_columns.
   void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
                    int64_t c_stride, bool accumulate);
+  // The same for a few rows and memory rows along the depth, by B's scalar type: B is read where it lies. `a` is a panel.
+  void (*multiply_in_place[2])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
+                               float* c, int64_t c_stride);
 
   // One row of `n` elements each, by the scalar type of the untyped pointers.
   // activations = act(gate) * up; the pre-activations are kept where d_* are not null.

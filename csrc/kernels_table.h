@@ -73,6 +73,39 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
     }
 }
 
+// kLanes columns at a time, each summed along the depth in its own vector; the transposition turns the sums upright.
+template <bool kPairs, class T>
+void multiply_in_place(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first, float* c,
+                       int64_t c_stride) {
+  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    const T* from[kLanes];  // past the last column: that one again, and its sum is never read
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t own = column + i < columns ? column + i : columns - 1;
+      from[i] = static_cast<const T*>(b.data) + (first + own) * b.stride;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* words = a + row * kChunkWords;
+      Float sums[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) sums[i] = zeros();
+      int64_t step = 0;
+      for (; step + kStep <= depth; step += kStep) {
+        const Float x = load(words);
+        for (int64_t i = 0; i < kLanes; ++i)
+          sums[i] = multiply_add<kPairs>(x, load_words<kPairs>(from[i] + step, kStep), sums[i]);
+        words += kLanes;
+        if (step / kStep % (kChunkWords / kLanes) == kChunkWords / kLanes - 1) words += (kPanelRows - 1) * kChunkWords;
+      }
+      if (step < depth)
+        for (int64_t i = 0; i < kLanes; ++i)
+          sums[i] = multiply_add<kPairs>(load(words), load_words<kPairs>(from[i] + step, depth - step), sums[i]);
+      Simd::transpose(sums);
+      for (int64_t i = 1; i < kLanes; ++i) sums[0] = sums[0] + sums[i];
+      store(c + row * c_stride + column, sums[0]);
+    }
+  }
+}
+
 template <Activation kActivation, class T>
 void glu_row(int64_t n, const float* gate, const float* up, T* kept_gate, T* kept_up, T* activations) {
   for_lanes(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -174,11 +207,13 @@ constexpr Kernels kernel_table(const char* name) {
     table.pack_a_depth[0] = pack_a_depth<false, float>;
     table.pack_b_rows[0] = pack_b_rows<false, float>;
     table.pack_b_depth[0] = pack_b_depth<false, float>;
+    table.multiply_in_place[0] = multiply_in_place<false, float>;
   }
   table.pack_a_rows[1] = pack_a_rows<kPairs, Bfloat16>;
   table.pack_a_depth[1] = pack_a_depth<kPairs, Bfloat16>;
   table.pack_b_rows[1] = pack_b_rows<kPairs, Bfloat16>;
   table.pack_b_depth[1] = pack_b_depth<kPairs, Bfloat16>;
+  table.multiply_in_place[1] = multiply_in_place<kPairs, Bfloat16>;
   table.multiply = multiply<kPairs>;
   table.glu[0] = glu<float>, table.glu[1] = glu<Bfloat16>;
   table.d_glu[0] = d_glu<float>, table.d_glu[1] = d_glu<Bfloat16>;
