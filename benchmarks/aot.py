@@ -234,6 +234,7 @@ def layer_case(
         hidden_states, *plan, gate_up_proj, down_proj, *graft, combine, activation, training
     )
     if training:
+        experts.preactivations_fwd(hidden_states, *plan, gate_up_proj, down_proj, *graft)
         experts.experts_bwd(
             out, hidden_states, *plan, gate_up_proj, down_proj, *graft, *saved, combine, activation, *needs
         )

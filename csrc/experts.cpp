@@ -141,8 +141,9 @@ struct Forward {
     if (layer.has_graft()) fill_openings(layer, memory[openings]);
     for (const Wave& wave : waves_of(layer, true, layer.has_graft())) {
       activate(wave, preactivations, graft_preactivations);
-      project(wave);
+      if (out) project(wave);
     }
+    if (!out) return;
     const int64_t tasks = (layer.num_tokens + kTokensPerTask - 1) / kTokensPerTask;
     parallel_for(tasks, threads, [&](int64_t task, int thread) {
       const int64_t slots = thread * (layer.top_k + 1);

@@ -38,7 +38,7 @@ struct Gradients {
 };
 
 // out [T, H]; preactivations [T * K, 2I] by row of sorted_pairs (0 where nobody here has the row) and
-// graft_preactivations [T, 2I_g], or null.
+// graft_preactivations [T, 2I_g], or null. Without out only they are computed.
 // Both throw std::invalid_argument where offsets or pairs do not describe T * K pairs.
 void experts_forward(const Layer& layer, void* out, void* preactivations, void* graft_preactivations, int threads);
 void experts_backward(const Layer& layer, const void* d_out, const void* preactivations,

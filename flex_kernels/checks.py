@@ -45,7 +45,7 @@ def check_activation(activation: str) -> None:
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, else the tensor's own."""
     device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return tensor.dtype
 
@@ -58,6 +58,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The public functions have already cast; a backend's own products must not be cast again."""
     device_type = tensor.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -19,6 +19,23 @@ from flex_kernels.ops_router import route
 Device = torch.device | str | None
 
 
+class _WideMatVec(torch.autograd.Function):
+    """`X v` in the dtype of `v`. For the backward it keeps `X` as it came, where autograd would keep a wider copy."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, vector: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_states, vector)
+        return torch.mv(hidden_states.to(vector.dtype), vector)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_states, vector = ctx.saved_tensors
+        with autocast_off(d_out):
+            d_hidden = torch.outer(d_out, vector).to(hidden_states.dtype) if ctx.needs_input_grad[0] else None
+            d_vector = torch.mv(hidden_states.to(d_out.dtype).T, d_out) if ctx.needs_input_grad[1] else None
+        return d_hidden, d_vector
+
+
 class Graft(nn.Module):
     """One trained expert that is always on, behind a sigmoid gate: adds `sigmoid(g.x + b) D (act(G x) * (U x))`.
 
@@ -78,9 +95,14 @@ class Graft(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The gate before the sigmoid, `g.x + b`: [T, H] -> [T], in fp32 also under autocast."""
-        wide = wide_dtype(hidden_states.dtype)
         with autocast_off(hidden_states):
-            logits = torch.mv(hidden_states.to(wide), self.logit_weight.to(wide)) + self.logit_bias.to(wide)
+            wide = wide_dtype(hidden_states.dtype)
+            vector = self.logit_weight.to(wide)
+            if hidden_states.dtype == wide or torch.compiler.is_compiling():  # the compiler itself repeats a cast
+                logits = torch.mv(hidden_states.to(wide), vector)
+            else:
+                logits = _WideMatVec.apply(hidden_states, vector)
+            logits = logits + self.logit_bias.to(wide)
         if not torch.compiler.is_exporting():  # an exported program has no place for it
             self._last_logits = logits.detach()
         return logits
@@ -223,6 +245,7 @@ class GraftedMoE(nn.Module):
         graft_width: I_g, or None for a layer without a graft. A graft starts fresh (`Graft.reset_parameters`).
         renormalize: divide the kept routing weights by their sum.
         combine, activation, logit_bias: as in `Graft`.
+        recompute: as in `grafted_experts`.
 
     Parameters: router.weight [E, H], gate_up_proj [E, 2I, H], down_proj [E, H, I], graft.*; all trainable until
     `freeze_pretrained`.
@@ -242,6 +265,7 @@ class GraftedMoE(nn.Module):
         combine: str = "additive",
         activation: str = "silu",
         logit_bias: float = -4.0,
+        recompute: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -252,7 +276,7 @@ class GraftedMoE(nn.Module):
             raise ValueError(f"top_k is {top_k}, want 1 to {num_experts}, the number of experts")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-        self.renormalize, self.combine, self.activation = renormalize, combine, activation
+        self.renormalize, self.combine, self.activation, self.recompute = renormalize, combine, activation, recompute
         self.router = nn.Linear(hidden_size, num_experts, bias=False, **factory)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
@@ -289,6 +313,7 @@ class GraftedMoE(nn.Module):
             *graft,
             combine=self.combine,
             activation=self.activation,
+            recompute=self.recompute,
         )
         return out.view(hidden_states.shape)
 

@@ -54,6 +54,40 @@ def experts_fwd(
     return out, preactivations, graft_preactivations
 
 
+def preactivations_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`torch_experts.preactivations_fwd`: [T*K, 2I] and [T, 2I_g]."""
+    layer, kept = _layer(
+        hidden_states,
+        sorted_pairs,
+        expert_offsets,
+        routing_weights,
+        gate_up_proj,
+        down_proj,
+        graft_gate_up_proj,
+        graft_down_proj,
+        graft_logits,
+        "additive",
+        "silu",
+    )
+    grafted = graft_gate_up_proj is not None
+    preactivations = kept[0].new_empty(sorted_pairs.shape[0], gate_up_proj.shape[1])
+    graft_preactivations = kept[0].new_empty((len(kept[0]), graft_gate_up_proj.shape[0]) if grafted else (0, 0))
+    native.module().experts_forward(
+        layer, 0, preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
+    )
+    return preactivations, graft_preactivations
+
+
 def experts_bwd(
     d_out: Tensor,
     hidden_states: Tensor,

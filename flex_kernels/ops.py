@@ -4,7 +4,8 @@ Each operation in the same order: CUDA -> fake -> CPU -> backward (an operation 
 function with checks and documentation. Who computes is decided in `plan.py`. `ops_router.py` (route, routing_plan,
 combine) and `ops_score.py` (score_experts, score_neurons) go on in the same way.
 
-Kept for the backward of `grafted_experts`: the input `X` and the pre-activations `Z`; under `no_grad` not even `Z`.
+Kept for the backward of `grafted_experts`: the pre-activations `Z`, and with a graft the input `X`; or `X` alone where
+the caller says `recompute`. Under `no_grad` nothing.
 Frozen expert weights are plain attributes of the autograd node (no version check, no pinning) and their gradient is
 never computed. Trained ones are saved as usual and get their gradient from an operation of its own.
 """
@@ -100,10 +101,21 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gate_up_proj = rest[3]
-    backend = choose("experts", hidden_states.dtype, gate_up_proj.dtype)
+    layer, preactivations, needs = rest[:8], rest[8:10], rest[10:]
+    backend = choose("experts", hidden_states.dtype, layer[3].dtype)
     with autocast_off(hidden_states):
-        return backend.experts_bwd(d_out.contiguous(), hidden_states.contiguous(), *rest)
+        hidden_states = hidden_states.contiguous()
+        preactivations = _preactivations(backend, hidden_states, layer, preactivations)
+        return backend.experts_bwd(d_out.contiguous(), hidden_states, *layer, *preactivations, *needs)
+
+
+def _preactivations(
+    backend: ModuleType, hidden_states: Tensor, layer: tuple[Any, ...], kept: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """What the forward kept, or the same once more."""
+    if kept[0].shape[0] == layer[0].shape[0]:  # a row for each pair
+        return kept
+    return backend.preactivations_fwd(hidden_states, *layer)
 
 
 @torch.library.custom_op(
@@ -167,20 +179,13 @@ def _grafted_experts_bwd_weights(
     combine: str,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
+    plan_of_rows, names = (sorted_pairs, expert_offsets), (combine, activation)
+    experts = (routing_weights, gate_up_proj, down_proj)
     with autocast_off(hidden_states):
-        return torch_experts.expert_weight_grads(
-            d_out.contiguous(),
-            hidden_states.contiguous(),
-            sorted_pairs,
-            expert_offsets,
-            routing_weights,
-            gate_up_proj,
-            down_proj,
-            graft_logits,
-            preactivations,
-            combine,
-            activation,
-        )
+        rows = (d_out.contiguous(), hidden_states.contiguous())
+        layer = (*plan_of_rows, *experts, None, None, None)
+        kept = _preactivations(torch_experts, rows[1], layer, (preactivations,))
+        return torch_experts.expert_weight_grads(*rows, *plan_of_rows, *experts, graft_logits, kept[0], *names)
 
 
 @_grafted_experts_bwd_weights.register_fake
@@ -198,18 +203,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.trains_experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     experts = (gate_up_proj, down_proj)
     ctx.frozen_experts = None if ctx.trains_experts else experts
-    rows = (hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, preactivations, graft_preactivations)
-    ctx.save_for_backward(*rows, *(experts if ctx.trains_experts else ()))
+    input_read = ctx.trains_experts or graft[0] is not None or not ctx.saved_z
+    rows = (hidden_states if input_read else None, sorted_pairs, expert_offsets, routing_weights, *graft)
+    ctx.save_for_backward(*rows, preactivations, graft_preactivations, *(experts if ctx.trains_experts else ()))
 
 
 def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if d_out is None:
         return (None,) * len(needs)
-    if not ctx.saved_z:
-        raise RuntimeError("flex::grafted_experts was called with save_preactivations=False, it has no backward then")
     saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
     hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = saved[:9]
+    hidden_states = d_out if hidden_states is None else hidden_states  # then nothing but its shape and dtype is read
     experts = saved[9:] if ctx.trains_experts else ctx.frozen_experts
     plan_of_rows, names = (sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
     wanted = (needs[0], needs[2], needs[5] or needs[6], needs[7])
@@ -241,6 +246,7 @@ def grafted_experts(
     *,
     combine: str = "additive",
     activation: str = "silu",
+    recompute: bool = False,
 ) -> Tensor:
     """A Mixture-of-Experts layer after its router, with one extra expert that is always on behind a gate of its own.
 
@@ -264,6 +270,8 @@ def grafted_experts(
         graft_logits: [T], the graft's gate before the sigmoid, used in fp32. All three of the graft or none.
         combine: "additive" or "convex".
         activation: "silu", "gelu" or "gelu_tanh".
+        recompute: whether the backward computes the pre-activations [T * K, 2I] again, a third more work, rather than
+            keep them. For experts much wider than the layer, where they are most of what a step keeps.
 
     Returns:
         [T, H] in the dtype of `hidden_states`. No tokens: [0, H]. An idle expert's weights are not touched.
@@ -285,7 +293,7 @@ def grafted_experts(
     if graft_gate_up_proj is not None:
         graft = (graft_gate_up_proj.to(dtype), graft_down_proj.to(dtype), graft_logits.to(wide))
     floats = (hidden_states.to(dtype), routing_weights.to(wide), gate_up_proj, down_proj, *graft)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    save = not recompute and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
     out = _grafted_experts(floats[0], expert_indices, *floats[1:], combine, activation, save)[0]
     return out.to(hidden_states.dtype)
 

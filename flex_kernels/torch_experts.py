@@ -68,6 +68,25 @@ def experts_fwd(
     return out.to(hidden_states.dtype), preactivations, graft_preactivations
 
 
+def preactivations_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The part of `experts_fwd` that a backward without kept pre-activations repeats: [T*K, 2I] and [T, 2I_g]."""
+    rows = hidden_states.index_select(0, _tokens(sorted_pairs, routing_weights.shape[1]))
+    preactivations = _grouped_mm(rows, gate_up_proj.transpose(1, 2), expert_offsets.diff().tolist())
+    if graft_gate_up_proj is None:
+        return preactivations, hidden_states.new_empty(0, 0)
+    return preactivations, F.linear(hidden_states, graft_gate_up_proj)
+
+
 def experts_bwd(
     d_out: Tensor,
     hidden_states: Tensor,

@@ -3,6 +3,11 @@
     flex_kernels.register()
     model.set_experts_implementation("flex")      # or from_pretrained(..., experts_implementation="flex")
 
+An experts module with a true attribute `recompute` keeps less for the backward (see `grafted_experts`):
+
+    for experts in flex_kernels.moe_layers(model).values():
+        experts.recompute = True
+
 transformers is imported by `register` alone, and only when it is called. An experts module may carry a graft under
 the name `graft`; `grafts.py` puts it there.
 
@@ -114,14 +119,15 @@ def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
         return combine_op(routed[:, None], weights, graft_out, logits, graft.combine)
     activation = activation_name(self)
     experts = (hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    options = {"activation": activation, "recompute": bool(getattr(self, "recompute", False))}
     if graft is None:
-        return grafted_experts(*experts, activation=activation)
+        return grafted_experts(*experts, **options)
     if graft.activation != activation:
-        out = grafted_experts(*experts, activation=activation)
+        out = grafted_experts(*experts, **options)
         weights = torch.ones_like(out[:, :1])
         return combine_op(out[:, None], weights, graft(hidden_states), graft.logits(hidden_states), graft.combine)
     own = (*graft.weights(), graft.logits(hidden_states))
-    return grafted_experts(*experts, *own, combine=graft.combine, activation=activation)
+    return grafted_experts(*experts, *own, combine=graft.combine, **options)
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:

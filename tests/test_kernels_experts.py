@@ -65,6 +65,17 @@ def test_both_ways_of_reading(
     assert_double_rule(launch(inputs, d_out, "convex"), plain, truth, dtype)
 
 
+def test_preactivations_alone_are_the_same_bits() -> None:
+    hidden_states, indices, weights, gate_up, down, *graft = layer_inputs(CASES[0])
+    pairs, _, offsets = reference.routing_plan(indices, gate_up.shape[0])
+    _, *kept = experts.experts_fwd(
+        hidden_states, pairs, offsets, weights, gate_up, down, *graft, "additive", "silu", True
+    )
+    again = experts.preactivations_fwd(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not plan.INTERPRET, reason="forces the interpreter's target")
 def test_bits_do_not_depend_on_the_number_of_programs(target: None) -> None:
     inputs, d_out = layer_inputs(CASES[0]), torch.randn(70, 96)

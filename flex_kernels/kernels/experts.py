@@ -20,19 +20,21 @@ from flex_kernels.kernels.experts_bwd import experts_bwd
 from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
 from flex_kernels.kernels.tiles import Target, Tile, alignment, contiguous, expert_tiles, operand, target_of, use_tma
 
-__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd"]
+__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
 
 
 @triton.jit
 def _activate_columns(
-    gate, up, rows, end_row, first_column, width, a_ptr, z_ptr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr
-):
+    gate, up, rows, end_row, first_column, width, a_ptr, z_ptr,
+    ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
     """The epilogue for a part of a tile's columns: stores A, and Z where the backward pass will want it."""
     columns = first_column + tl.arange(0, gate.shape[1])
     kept = (rows < end_row)[:, None] & (columns < width)[None, :]
-    a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    activations = gate * pass_through(gate, ACTIVATION) * up
-    tl.store(a_ptr + a_offsets, activations.to(a_ptr.dtype.element_ty), mask=kept)
+    if ACTIVATE:
+        a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        activations = gate * pass_through(gate, ACTIVATION) * up
+        tl.store(a_ptr + a_offsets, activations.to(a_ptr.dtype.element_ty), mask=kept)
     if SAVE:
         z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
         tl.store(z_ptr + z_offsets, gate.to(z_ptr.dtype.element_ty), mask=kept)
@@ -45,8 +47,9 @@ def _gate_up_fwd_kernel(
     activations_ptr, graft_activations_ptr, preactivations_ptr, graft_preactivations_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
-    ACTIVATION: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     hidden_size = hidden_size // ALIGN * ALIGN
     intermediate_size = intermediate_size // ALIGN * ALIGN
@@ -107,8 +110,9 @@ def _gate_up_fwd_kernel(
         for part in tl.static_range(4):
             first_column = column * BLOCK_N + part * (BLOCK_N // 4)
             _activate_columns(
-                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr, ACTIVATION, SAVE
-            )
+                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr,
+                ACTIVATION, ACTIVATE, SAVE,
+            )  # fmt: skip
 
 
 def gate_up_fwd(
@@ -122,14 +126,18 @@ def gate_up_fwd(
     tile: Tile,
     activation: str,
     save_preactivations: bool,
+    activate: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """activations [R, I], graft_activations [T, I_g] or None, preactivations [R or 0, 2I], graft's [T or 0, 2I_g]."""
+    """activations [R, I], graft_activations [T, I_g] or None, preactivations [R or 0, 2I], graft's [T or 0, 2I_g].
+
+    With `activate=False` the first two have no rows.
+    """
     num_tokens, hidden_size = hidden_states.shape
     num_experts, intermediate_size = gate_up_proj.shape[0], gate_up_proj.shape[1] // 2
     has_graft = graft_gate_up_proj is not None
     graft_size = graft_gate_up_proj.shape[0] // 2 if has_graft else 0
-    activations = hidden_states.new_empty(schedule.num_rows, intermediate_size)
-    graft_activations = hidden_states.new_empty(num_tokens, graft_size) if has_graft else None
+    activations = hidden_states.new_empty(schedule.num_rows if activate else 0, intermediate_size)
+    graft_activations = hidden_states.new_empty(num_tokens if activate else 0, graft_size) if has_graft else None
     saved_rows, saved_tokens = (schedule.num_rows, num_tokens) if save_preactivations else (0, 0)
     preactivations = hidden_states.new_empty(saved_rows, 2 * intermediate_size)
     graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
@@ -145,7 +153,7 @@ def gate_up_fwd(
         activations, graft_activations, preactivations, graft_preactivations,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
-        ACTIVATION=activation, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
+        ACTIVATION=activation, ACTIVATE=activate, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
         ALIGN=alignment(hidden_size, intermediate_size, graft_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -196,3 +204,33 @@ def experts_fwd(
         )
         out = combine_rows(expert_out, schedule.row_of_pair, routing_weights, graft_logits, combine, has_graft)
     return out, preactivations, graft_preactivations
+
+
+def preactivations_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Z alone, for a backward that kept none: preactivations [T*K, 2I] and graft_preactivations [T, 2I_g]."""
+    hidden_states, sorted_pairs, expert_offsets = contiguous(hidden_states, sorted_pairs, expert_offsets)
+    gate_up_proj, graft_gate_up_proj = contiguous(gate_up_proj, graft_gate_up_proj)
+    (num_tokens, hidden_size), top_k = hidden_states.shape, routing_weights.shape[1]
+    graft_width = 0 if graft_gate_up_proj is None else graft_gate_up_proj.shape[0]
+    if num_tokens == 0:
+        return hidden_states.new_empty(0, gate_up_proj.shape[1]), hidden_states.new_empty(0, graft_width)
+    target = target_of(hidden_states.device)
+    sizes = (hidden_size, gate_up_proj.shape[1] // 2, graft_width // 2)
+    tile = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0], sizes).gate_up
+    with torch.cuda.device_of(hidden_states):
+        schedule = make_schedule(sorted_pairs, expert_offsets, num_tokens, tile.block_m)
+        *_, preactivations, graft_preactivations = gate_up_fwd(
+            hidden_states, sorted_pairs, top_k, gate_up_proj, graft_gate_up_proj,
+            schedule, target, tile, "silu", save_preactivations=True, activate=False,
+        )  # fmt: skip
+    return preactivations, graft_preactivations
