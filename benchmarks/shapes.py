@@ -33,6 +33,7 @@ SHAPES = (
     Shape("mid-2048", 2048, 512, 16, 2, 1024, "256 rows an expert: near the dense matmul"),
     Shape("mid-8192", 8192, 512, 16, 2, 1024, "activations larger than any cache"),
     Shape("qwen1.5-moe", 512, 2048, 60, 4, 1408, "a layer of a real model: 2 GB of fp32 weights, 34 rows an expert"),
+    Shape("qwen1.5-decode", 1, 2048, 60, 4, 1408, "generating: reading the weights is all there is to do"),
 )
 # What CI runs once, unmeasured, so that the benches keep working.
 SMALL = (
