@@ -2,9 +2,18 @@
 
 from flex_kernels.grafts import attach_graft, detach_graft
 from flex_kernels.layer import Graft, GraftedMoE, LoraGraft
+from flex_kernels.neurons import (
+    NeuronChoice,
+    NeuronSums,
+    gather_neurons,
+    greedy_neurons,
+    neuron_sums,
+    prefilter,
+)
 from flex_kernels.ops import grafted_experts
 from flex_kernels.ops_router import combine, route, routing_plan
 from flex_kernels.ops_score import score_experts, score_neurons
+from flex_kernels.refit import Refit, refit_down, unexplained
 from flex_kernels.selection import (
     choose,
     random_choice,
@@ -15,6 +24,8 @@ from flex_kernels.selection import (
     target_energy,
     zero,
 )
+from flex_kernels.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
+from flex_kernels.sums import merged
 from flex_kernels.transformers_plug import (
     ExpertWeights,
     LayerPath,
@@ -25,21 +36,35 @@ from flex_kernels.transformers_plug import (
 )
 
 __all__ = [
+    "ExpertGram",
     "ExpertWeights",
     "Graft",
     "GraftedMoE",
     "LayerPath",
     "LoraGraft",
+    "NeuronChoice",
+    "NeuronSums",
+    "Refit",
+    "RenormalizedLosses",
+    "Subset",
     "attach_graft",
+    "best_scaled_subset",
     "choose",
     "combine",
     "detach_graft",
+    "expert_gram",
     "expert_weights",
     "explain",
+    "gather_neurons",
     "grafted_experts",
+    "greedy_neurons",
+    "merged",
     "moe_layers",
+    "neuron_sums",
+    "prefilter",
     "random_choice",
     "reconstruction",
+    "refit_down",
     "register",
     "relative_residuals",
     "route",
@@ -49,5 +74,6 @@ __all__ = [
     "score_experts",
     "score_neurons",
     "target_energy",
+    "unexplained",
     "zero",
 ]

@@ -8,6 +8,8 @@
     routed_mass      - the routing weight the expert received    control
     random           one expert, drawn                           control
     zero             sum_b ||F_b||_F                             control: what nothing at all leaves
+
+Several experts in one graft: `subsets.py`; neurons of many: `neurons.py`; a fitted down projection: `refit.py`.
 """
 
 import torch
