@@ -25,6 +25,7 @@ from flex_kernels.sums import DEPENDENT, check_finite, check_sums, check_tokens
 CHUNK_BYTES = 2**26  # of fp64 activations and targets held at once
 MOST_ENUMERATED = 20_000  # so many subsets of a small pool are all looked at, in well under a second
 SMALL_POOL = 64
+TIE = 1e-9  # gains that differ by a smaller part are equal but for rounding
 
 
 class NeuronSums(NamedTuple):
@@ -132,7 +133,7 @@ def greedy_neurons(sums: NeuronSums, down_proj: Tensor, width: int) -> NeuronCho
     the one of a smaller width; a searched one need not.
 
     A neuron that is a combination of those picked explains nothing more: it comes after all others, with scale 0.
-    Ties go to the lower id.
+    Ties, up to rounding, go to the lower id.
 
     Args:
         sums: of the candidates (`neuron_sums`); down_proj: [H, n], their columns.
@@ -160,7 +161,8 @@ def greedy_neurons(sums: NeuronSums, down_proj: Tensor, width: int) -> NeuronCho
             pick = start[step]
         else:
             gain = torch.where(independent, slope**2 / left, -1).masked_fill_(taken, -2)
-            pick = int((gain == gain.max()).nonzero()[0, 0])
+            most = gain.max()
+            pick = int((gain >= most - TIE * most.clamp_min(0)).nonzero()[0, 0])
         if independent[pick]:
             root = left[pick].sqrt()
             rows[step] = (gram[pick] - rows[:step, pick] @ rows[:step]) / root
