@@ -1,6 +1,7 @@
 """Builds csrc: the C++ always, the CUDA files when nvcc is there. It needs pybind11 and never imports torch.
 
-FLEX_CUDA=0 leaves CUDA out, FLEX_CUDA=1 makes a missing or failing nvcc an error; FLEX_CUDA_ARCHS="80;90a" picks chips.
+FLEX_CUDA=0 leaves CUDA out, FLEX_CUDA=1 makes a missing or failing nvcc an error; FLEX_CUDA_ARCHS="80;90a" picks chips
+(later ones translate the code of the first).
 Objects are compiled in parallel (MAX_JOBS) and only when their source or a header changed.
 A machine without a C++ compiler still gets a package that works: PyTorch computes instead.
 """
@@ -24,6 +25,7 @@ if WANT_CUDA == "1" and not NVCC:
 ARCHS = os.environ.get("FLEX_CUDA_ARCHS", "80;90a").split(";")
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-lineinfo"]
 NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+NVCC_FLAGS += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]
 
 
 def needs_recompile(obj: str, source: str) -> bool:

@@ -9,7 +9,7 @@ from cases import Case, layer_inputs
 from compare import assert_double_rule
 from torch import Tensor
 
-from flex_kernels import plan, reference, torch_experts
+from flex_kernels import native_cuda, plan, reference, torch_experts
 from flex_kernels.kernels import experts
 from flex_kernels.kernels.routing_plan import routing_plan
 
@@ -19,6 +19,10 @@ pytestmark = [
 ]
 QWEN = Case("qwen1.5-moe", 4096, 4, 2048, 1408, 60, 1408, "Qwen1.5-MoE-A2.7B")
 MIXTRAL_LIKE = Case("mixtral-like", 3000, 2, 4096, 3584, 8, 512, "few wide experts, T no multiple of a tile")
+PLANNERS = {"triton": routing_plan, "torch": torch_experts.routing_plan}
+if native_cuda.module() is not None:
+    PLANNERS["cuda"] = native_cuda.routing_plan
+planners = pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
 FEW_TOKENS = Case("few-tokens", 17, 8, 2048, 768, 128, 768, "most experts idle: decoding")
 
 
@@ -84,10 +88,43 @@ def test_a_cuda_graph_follows_new_routing(case: Case) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts"), [(32768, 8, 128), (8192, 4, 60), (100_000, 2, 8)])
-def test_routing_plan_at_real_sizes(num_tokens: int, top_k: int, num_experts: int) -> None:
-    indices = torch.randint(0, num_experts + 1, (num_tokens, top_k), device="cuda")
-    for ours, wanted in zip(
-        routing_plan(indices, num_experts), reference.routing_plan(indices, num_experts), strict=True
-    ):
-        assert torch.equal(ours, wanted)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"),
+    [(32768, 8, 128), (8192, 4, 60), (100_000, 2, 8), (3, 1, 60), (0, 2, 8), (2049, 2, 1400)],
+)
+@planners
+def test_routing_plan_at_real_sizes(
+    planner: Callable, num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype
+) -> None:
+    """Ids `num_experts` and -1 stand for experts elsewhere; each planner gives the reference's bits, ten times."""
+    indices = torch.randint(-1, num_experts + 1, (num_tokens, top_k), device="cuda", dtype=dtype)
+    wanted = reference.routing_plan(indices.where(indices >= 0, num_experts), num_experts)
+    for _ in range(10):
+        for ours, theirs in zip(planner(indices, num_experts), wanted, strict=True):
+            assert ours.dtype == torch.int32
+            assert torch.equal(ours, theirs)
+
+
+@planners
+def test_a_cuda_graph_of_the_routing_plan_follows_new_routing(planner: Callable) -> None:
+    indices = torch.randint(0, 60, (8192, 4), device="cuda")
+    graph, results = captured(lambda: list(planner(indices, 60)))
+    for high in (60, 3, 61):
+        indices.copy_(torch.randint(0, high, indices.shape, device="cuda"))
+        graph.replay()
+        for ours, theirs in zip(results, reference.routing_plan(indices, 60), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@planners
+def test_the_routing_plan_runs_on_the_current_stream(planner: Callable) -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what follows on this stream is late; elsewhere it would read zeros
+        indices = torch.zeros(4096, 4, device="cuda", dtype=torch.int64)
+        indices.copy_(torch.randint(0, 60, indices.shape, device="cuda"))
+        results = planner(indices, 60)
+    stream.synchronize()
+    for ours, theirs in zip(results, reference.routing_plan(indices, 60), strict=True):
+        assert torch.equal(ours, theirs)
