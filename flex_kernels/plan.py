@@ -13,6 +13,9 @@ A backend is a module: `torch_experts` (plain PyTorch), `native` and `native_exp
 "else torch" is when the faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64; fp16 on
 the CPU; for Triton also weights of another dtype).
 
+On CUDA `FLEX_ROUTING_PLAN=cuda` chooses csrc's plan, one launch (`native_cuda`, where it was built), and `torch` that
+of PyTorch; all three give the same bits. Triton's is the default until `make bench-gpu` has put them side by side.
+
 The layer's own order is in `ops.py`: routing_plan -> experts (two grouped products, the graft, their sum).
 """
 
@@ -24,15 +27,18 @@ from types import ModuleType
 
 import torch
 
-from flex_kernels import native, native_experts, torch_experts
+from flex_kernels import native, native_cuda, native_experts, torch_experts
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_STAGES = ("routing_plan", "experts", "score", "route", "combine")
+CUDA_ROUTING_PLAN = os.environ.get("FLEX_ROUTING_PLAN", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> ModuleType:
     """The module that computes `stage` on a CUDA device, for hidden states and weights of these dtypes."""
+    if stage == "routing_plan" and CUDA_ROUTING_PLAN != "triton":
+        return _wanted_routing_plan()
     same_dtype = weight_dtype in (None, dtype)
     if stage in TRITON_STAGES and dtype in TRITON_DTYPES and same_dtype and _has_triton():
         return _kernels(stage)
@@ -49,8 +55,16 @@ def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None
 
 
 def backend_name(backend: ModuleType) -> str:
-    """`torch`, `native` or `triton`, for messages."""
-    return {torch_experts: "torch", native: "native", native_experts: "native"}.get(backend, "triton")
+    """`torch`, `native`, `cuda` (csrc's) or `triton`, for messages."""
+    names = {torch_experts: "torch", native: "native", native_experts: "native", native_cuda: "cuda"}
+    return names.get(backend, "triton")
+
+
+def _wanted_routing_plan() -> ModuleType:
+    backends = {"cuda": native_cuda, "torch": torch_experts}
+    if CUDA_ROUTING_PLAN not in backends:
+        raise ValueError(f"FLEX_ROUTING_PLAN is {CUDA_ROUTING_PLAN!r}, want triton, cuda or torch")
+    return backends[CUDA_ROUTING_PLAN]
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flex_kernels import native_cuda
+from flex_kernels import native_cuda, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -92,6 +92,18 @@ def test_what_cuda_refuses_arrives_as_an_exception() -> None:
     module = native_cuda.module()
     with pytest.raises(RuntimeError, match=r"flex routing_plan: cudaSetDevice: \w+"):
         module.routing_plan(module.plan_launch(0, 1, 1), 0, True, 0, 1, 0, 0, 0, 0, 0, 0)
+
+
+def test_which_plan_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {}
+    for name in ("triton", "cuda", "torch"):
+        monkeypatch.setattr(plan, "CUDA_ROUTING_PLAN", name)
+        chosen[name] = plan.backend_name(plan.cuda_backend("routing_plan", torch.float32))
+    assert chosen == {"triton": "triton", "cuda": "cuda", "torch": "torch"}
+    monkeypatch.setattr(plan, "CUDA_ROUTING_PLAN", "fastest")
+    with pytest.raises(ValueError, match="FLEX_ROUTING_PLAN is 'fastest', want triton, cuda or torch"):
+        plan.cuda_backend("routing_plan", torch.float32)
+    assert plan.backend_name(plan.cuda_backend("experts", torch.float32)) == "triton"
 
 
 @pytest.mark.slow
