@@ -57,6 +57,7 @@ class ClientRuntime:
         folder: of the job; personal files go to `folder/clients/<client_id>/`.
         on_event: takes what is worth keeping (see `events.py`).
         on_step: called after each training step, for a progress bar.
+        on_calibration: called after each batch of a calibration, likewise.
     """
 
     def __init__(
@@ -71,16 +72,22 @@ class ClientRuntime:
         folder: Path,
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
         on_step: Callable[[], None] = lambda: None,
+        on_calibration: grafting.Progress = lambda what, done, total: None,
     ):
         self.base, self.encoder, self.config, self.seed = base, encoder, config, seed
         self.clients = {client.client_id: client for client in clients}
         self.general, self.on_event, self.on_step = general, on_event, on_step
+        self.on_calibration = on_calibration
         self.current = ""  # the client at work
         self.tokens = 0  # trained on by this process
         self.method = METHODS[method]
+        self.graft_settings = config.graft.of(self.method)
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
-        self.start = snapshot(self.parts.personal)  # what a client that never trained owns
+        # What a client owns: all that it trains alone, and the frozen copies that low-rank grafts train on top of.
+        copies = _graft_names(base) & self.parts.frozen.keys()
+        self.own = {**self.parts.personal, **{name: self.parts.frozen[name] for name in sorted(copies)}}
+        self.start = snapshot(self.own)  # what a client that never trained owns
         self.stores = {
             name: PersonalStore(
                 folder / "clients" / name,
@@ -114,8 +121,8 @@ class ClientRuntime:
             c_own, change = control_update(shared, update, control, c_own, self.config.train.steps, step)
             own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
             update |= change
-        if self.parts.personal or control:
-            own.parameters = snapshot(self.parts.personal)
+        if self.own or control:
+            own.parameters = snapshot(self.own)
             own.moments = optimizer_moments(optimizer, self.parts.personal)
             self.stores[client_id].save(round_index, own)
         metrics = {
@@ -162,21 +169,28 @@ class ClientRuntime:
             own = PersonalState(self._first_personal(client_id, round_index))
             if own.parameters:
                 store.save(round_index, own)
-        load_into(self.parts.personal, own.parameters, f"the personal file of client {client_id!r}")
+        load_into(self.own, own.parameters, f"the personal file of client {client_id!r}")
         return own
 
     def _first_personal(self, client_id: str, round_index: int) -> dict[str, Tensor]:
         """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
-        load_into(self.parts.personal, self.start, "the start")
+        load_into(self.own, self.start, "the start")
         if self.method.graft:
-            examples = self.clients[client_id].train[: self.config.graft.calibration_sequences]
-            sums = grafting.calibrate(self.base, self.encoder, examples, self.config.evaluate.batch_size)
             seed = derived_seed("graft", self.seed, client_id)
-            choices = grafting.choose(self.base, sums, self.method.graft, str(seed))
-            grafting.build(self.base, choices, self.config.graft.logit_bias, seed)
+            choices = grafting.choose_grafts(
+                self.base,
+                self.encoder,
+                self.clients[client_id].train[: self.config.graft.calibration_sequences],
+                self.graft_settings,
+                self.config.evaluate.batch_size,
+                str(seed),
+                self.stores[client_id].folder,
+                self.on_calibration,
+            )
+            grafting.build(self.base, choices, self.graft_settings, seed)
             for choice in choices:
                 self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
-        return snapshot(self.parts.personal)
+        return snapshot(self.own)
 
     def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
@@ -237,3 +251,9 @@ class ClientRuntime:
 def _graft_parameters(layer: nn.Module) -> list[nn.Parameter]:
     graft = getattr(layer, "graft", None)
     return [] if graft is None else list(graft.parameters())
+
+
+def _graft_names(base: Base) -> set[str]:
+    """Every parameter of every graft, as the model names it."""
+    names = {id(p) for layer in base.layers.values() for p in _graft_parameters(layer)}
+    return {name for name, p in base.model.named_parameters() if id(p) in names}

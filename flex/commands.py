@@ -1,5 +1,7 @@
 """What the commands of `cli.py` do. Each takes plain values, prints to the terminal, and returns the exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -7,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from flex import graft as grafting
-from flex.client import ClientRuntime
+from flex.client import ClientRuntime, derived_seed
 from flex.config import METHODS, RunConfig, read_config
 from flex.demo import demo_config, describe_clients, write_demo_data
 from flex.errors import FlexError
 from flex.evaluate import generate as greedy
+from flex.graft_view import choice_table, curves, heat_map, write_picture
 from flex.job import Setting, latest_shared
-from flex.model import wrap
 from flex.report import findings, read_events, summarise, terminal_table, write_report
-from flex.run import run
+from flex.run import progress_bars, run
 from flex.workers import prepare
 
 console = Console()
@@ -47,38 +49,49 @@ def _run_and_report(config: RunConfig, title: str = "", descriptions: dict[str, 
 
 
 def graft(path: Path | None, overrides: list[str], client_id: str | None) -> int:
-    """The reconstruction rule's choice for each client and layer, with the residual of every candidate."""
+    """What `flex` would graft for each client and layer, by how much, and a picture of it in the run's folder."""
     config = read_config(path, overrides)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     seed = config.train.seeds[0]
     setting = prepare(config, seed)
-    wrap(setting.base, METHODS["flex"], config.lora, config.graft, seed)
+    if client_id is not None and client_id not in {c.client_id for c in setting.clients}:
+        raise _no_client(client_id, setting)
     for client in setting.clients:
         if client_id in (None, client.client_id):
             examples = client.train[: config.graft.calibration_sequences]
-            sums = grafting.calibrate(setting.base, setting.encoder, examples, config.evaluate.batch_size)
-            choices = grafting.choose(setting.base, sums, "reconstruction", "")
-            console.print(_choice_table(client.client_id, len(examples), choices))
-    if client_id is not None and client_id not in {c.client_id for c in setting.clients}:
-        raise _no_client(client_id, setting)
+            folder = Path(config.output) / "graft" / client.client_id
+            with _calibration_bar(client.client_id) as progress:
+                choices = grafting.choose_grafts(
+                    setting.base,
+                    setting.encoder,
+                    examples,
+                    config.graft.of(METHODS["flex"]),
+                    config.evaluate.batch_size,
+                    str(derived_seed("graft", seed, client.client_id)),
+                    folder,
+                    progress,
+                )
+            console.print(choice_table(client.client_id, len(examples), choices))
+            console.print(heat_map(choices, console.width))
+            console.print(curves(choices))
+            console.print(f"picture: {write_picture(folder / 'choice.png', client.client_id, choices)}\n")
     return 0
 
 
-def _choice_table(client_id: str, num_sequences: int, choices: list[grafting.Choice]) -> Table:
-    table = Table(
-        title=f"client {client_id}, {num_sequences} sequences: ||F - E_i|| / ||F||, the chosen expert in bold",
-        caption="at 1.00 an expert reconstructs the layer no better than nothing at all",
-    )
-    table.add_column("layer", justify="right")
-    table.add_column("expert", justify="right")
-    table.add_column("routed", justify="right")
-    table.add_column("candidates")
-    for choice in choices:
-        losses = [
-            f"[bold green]{loss:.2f}[/bold green]" if i == choice.chosen else f"{loss:.2f}"
-            for i, loss in enumerate(choice.candidates)
-        ]
-        table.add_row(str(choice.layer), str(choice.chosen), f"{choice.routed_mass:.1%}", " ".join(losses))
-    return table
+@contextmanager
+def _calibration_bar(client_id: str) -> Iterator[grafting.Progress]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with progress_bars(console) as bars:
+        task = bars.add_task(client_id, total=None, what="")
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, what=what)
+
+        yield show
 
 
 def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None) -> int:

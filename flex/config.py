@@ -11,35 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flex.errors import FlexError
+from flex.errors import FlexError, require
+from flex.methods import METHODS, GraftSettings
 
 TEMPLATES = ("alpaca", "chat")
-COMBINES = ("additive", "convex")
 STRATEGIES = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
-
-
-@dataclass(frozen=True)
-class Method:
-    """One line of the comparison. `lora`: shared, personal or none; `graft`: how it is built, or none."""
-
-    title: str
-    lora: str | None
-    graft: str | None
-
-
-METHODS = {
-    "base": Method("untrained base", lora=None, graft=None),
-    "local": Method("local LoRA, nothing shared", lora="personal", graft=None),
-    "fedavg": Method("FedAvg LoRA", lora="shared", graft=None),
-    "flex": Method("FLEx: shared LoRA + grafted expert", lora="shared", graft="reconstruction"),
-    "flex-random": Method("control: the graft is a random expert", lora="shared", graft="random"),
-    "flex-fresh": Method("control: the graft is a fresh module", lora="shared", graft="fresh"),
-}
-
-
-def require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise FlexError(sentence)
 
 
 @dataclass(frozen=True)
@@ -100,22 +76,6 @@ class LoraSettings:
         require(self.rank >= 1, f"lora.rank is {self.rank}; wanted 1 or more")
         require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; wanted a number from 0 to below 1")
         require(bool(self.targets), "lora.targets is empty; wanted the names of the attention projections")
-
-
-@dataclass(frozen=True)
-class GraftSettings:
-    """The personal expert and its sigmoid gate (`opening`)."""
-
-    combine: str = "additive"
-    logit_bias: float = -4.0  # sigmoid(-4) = 0.018: training starts next to the pretrained function
-    calibration_sequences: int = 128
-
-    def __post_init__(self) -> None:
-        require(self.combine in COMBINES, f"graft.combine is {self.combine!r}; wanted one of {', '.join(COMBINES)}")
-        require(
-            self.calibration_sequences >= 1,
-            f"graft.calibration_sequences is {self.calibration_sequences}; wanted 1 or more",
-        )
 
 
 @dataclass(frozen=True)

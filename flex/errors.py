@@ -3,3 +3,9 @@
 
 class FlexError(ValueError):
     """Bad input. `flex` prints the sentence and ends with exit code 2; nothing has been half-written."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises FlexError(sentence) unless the condition holds."""
+    if not condition:
+        raise FlexError(sentence)

@@ -95,6 +95,7 @@ class Job:
             folder,
             on_event=self._on_event,
             on_step=bar.step,
+            on_calibration=lambda what, done, total: bar.say(f"{self.runtime.current}: {what}, {done}/{total}"),
         )
 
     @property

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 import flex_kernels
-from flex.config import GraftSettings, LoraSettings, Method, ModelConfig
+from flex.config import LoraSettings, ModelConfig
 from flex.errors import FlexError
+from flex.methods import GraftSettings, Method
 
 FINGERPRINT_SAMPLES = 256  # values of each tensor that go into the fingerprint
 
@@ -106,8 +107,19 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
                 for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
                     matrix.parameter_roles = {"weight": method.lora}
     if method.graft:
-        # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
-        flex_kernels.attach_graft(base.model, combine=graft.combine, logit_bias=graft.logit_bias, dtype=torch.float32)
+        graft = graft.of(method)
+        low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
+        for index, layer in enumerate(base.layers.values()):
+            # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
+            flex_kernels.attach_graft(
+                base.model,
+                graft.graft_width(layer.down_proj.shape[-1]),
+                graft.combine,
+                graft.logit_bias,
+                [index],
+                dtype=torch.float32,
+                **low_rank,
+            )
 
 
 def unwrap(base: Base) -> None:

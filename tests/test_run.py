@@ -24,7 +24,7 @@ from flex.model import load_base
 from flex.run import run
 
 QUIET = Console(quiet=True)
-TIMES = ("seconds", "started", "tokens")  # of one process; a resumed job had two
+TIMES = ("seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
 
 
 def without_times(events):
