@@ -211,17 +211,18 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 def _chunks(
     hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The tokens of each chunk with [E + 1, c, H] fp64: every expert's output on each of them, the target last."""
+    """The tokens of each chunk with [E + 1, c, H] fp64, valid until the next: all experts' outputs, the target last."""
     num_experts, hidden_size, width = down_proj.shape
     bytes_a_token = num_experts * (20 * hidden_size + 12 * width)  # outputs in fp64, thrice in fp32 with inputs
-    size = max(1, min(chunk, WORKING_BYTES // bytes_a_token))
+    size = max(1, min(chunk, WORKING_BYTES // bytes_a_token, len(hidden_states)))
+    buffer = torch.empty(num_experts + 1, size, hidden_size, dtype=torch.float64, device=hidden_states.device)
     for start in range(0, len(hidden_states), size):
         tokens = slice(start, start + size)
         own = hidden_states[tokens].detach()
         # Every token once with every expert: the layer's own grouped products, with all weights 1.
         experts = torch.arange(num_experts, device=own.device).repeat_interleave(len(own))[:, None]
         ones = torch.ones(len(experts), 1, dtype=wide_dtype(own.dtype), device=own.device)
-        outputs = torch.empty(num_experts + 1, len(own), hidden_size, dtype=torch.float64, device=own.device)
+        outputs = buffer[:, : len(own)]
         with torch.no_grad(), autocast_off(own):
             rows = grafted_experts(
                 own.repeat(num_experts, 1), experts, ones, gate_up_proj, down_proj, activation=activation

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from cases import DEVICE
+from memory import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flex_kernels
 from flex_kernels import neurons, reference
@@ -133,6 +133,15 @@ def test_ties_go_to_the_lower_id() -> None:
     assert greedy_neurons(neuron_sums(x, target, gate_up), down, 3).order.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("num_neurons", [5, 80])
+def test_silent_neurons_explain_nothing(num_neurons: int) -> None:
+    x, target, gate_up, down = pool(num_neurons)
+    choice = greedy_neurons(neuron_sums(x, target, gate_up * 0), down, 3)
+    assert choice.order.tolist() == [0, 1, 2]
+    assert choice.scales.tolist() == [0, 0, 0]
+    torch.testing.assert_close(choice.losses, target.square().sum().expand(4))
+
+
 def test_a_target_of_zeros_takes_nothing() -> None:
     x, target, gate_up, down = pool(80)
     choice = greedy_neurons(neuron_sums(x, target * 0, gate_up), down, 5)
@@ -159,19 +168,6 @@ def test_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(tuple(parts), tuple(whole))
     monkeypatch.setattr(neurons, "CHUNK_BYTES", 8 * (12 + HIDDEN) * 3)  # three tokens at a time
     torch.testing.assert_close(tuple(neuron_sums(x, target, gate_up)), tuple(whole))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation gives back."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 def test_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

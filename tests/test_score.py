@@ -4,10 +4,11 @@ import pytest
 import torch
 from cases import BY_NAME, DEVICE, DTYPES, Case, layer_inputs
 from compare import assert_double_rule, double, exact
+from memory import HAS_PEAK, peak_growth_bytes
 from torch import Tensor
 
 import flex_kernels
-from flex_kernels import reference
+from flex_kernels import plan, reference
 
 SHAPES = ("plain", "odd", "tiles", "one-token", "one-expert")
 
@@ -84,6 +85,17 @@ def test_no_tokens(backend: str) -> None:
     scores = flex_kernels.score_experts(x, x, gate_up, down, torch.zeros(2, dtype=torch.int32, device=DEVICE))
     assert torch.equal(scores, torch.zeros(1, 4, 3, device=DEVICE))
     assert torch.equal(flex_kernels.score_neurons(x, x, gate_up, down)[0], torch.zeros(4, 8, device=DEVICE))
+
+
+@pytest.mark.skipif(not HAS_PEAK or DEVICE != "cpu", reason="the peak is read from Linux, of memory on the CPU")
+@pytest.mark.skipif(plan.INTERPRET, reason="the interpreter's memory is not the kernels'")
+def test_the_outputs_of_all_experts_are_never_held(backend: str) -> None:
+    body = (
+        "flex_kernels.score_experts(x, target, GATE_UP, DOWN, torch.tensor([0, len(x) // 2, len(x)])); "
+        "flex_kernels.score_neurons(x, target, GATE_UP, DOWN)"
+    )
+    growth = peak_growth_bytes(body, backend, num_tokens=16384, hidden_size=256, num_experts=40, width=16)
+    assert growth < 16384 * 40 * 256 * 4 / 2  # [T, E, H] in fp32
 
 
 def test_opcheck(backend: str) -> None:

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 from cases import DEVICE
+from memory import HAS_PEAK, Largest, peak_growth_bytes
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flex_kernels
 from flex_kernels import reference, subsets
@@ -211,19 +211,6 @@ def test_far_apart_logits_leave_one_expert() -> None:
     assert losses.losses().tolist() == pytest.approx(list(enumerated.values()), rel=1e-6)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation gives back."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("rule", ["constants", "paper"])
 def test_memory_does_not_grow_with_the_tokens(rule: str, backend: str) -> None:
     num_experts, num_tokens = 6, 2100
@@ -235,6 +222,16 @@ def test_memory_does_not_grow_with_the_tokens(rule: str, backend: str) -> None:
             added(inputs, 3)
     whole = num_tokens * num_experts * HIDDEN
     assert 0 < largest.numel < whole / 5
+
+
+@pytest.mark.skipif(not HAS_PEAK or DEVICE != "cpu", reason="the peak is read from Linux, of memory on the CPU")
+def test_peak_memory() -> None:
+    body = (
+        "flex_kernels.expert_gram(x, target, GATE_UP, DOWN); "
+        "flex_kernels.RenormalizedLosses(40, 2).add(x, target, GATE_UP, DOWN, x[:, :40])"
+    )
+    growth = peak_growth_bytes(body, "native", num_tokens=16384, hidden_size=256, num_experts=40, width=16)
+    assert growth < 16384 * 40 * 256 * 4 / 2  # [T, E, H] in fp32
 
 
 def test_of_fewer_tokens_where_the_experts_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
