@@ -9,15 +9,17 @@ import results
 from shapes import SHAPES, SMALL
 
 ROWS = pytest.StashKey[list[results.Row]]()
+SCORES = pytest.StashKey[list[results.ScoreRow]]()
 CAPS = ("FLEX_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[SCORES] = [], []
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+    named = parent.session.isinitpath(file_path)  # on the command line: pytest collects it by itself
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
@@ -33,9 +35,20 @@ def rows(request: pytest.FixtureRequest) -> list[results.Row]:
     return request.config.stash[ROWS]
 
 
+@pytest.fixture(scope="session")
+def score_rows(request: pytest.FixtureRequest) -> list[results.ScoreRow]:
+    return request.config.stash[SCORES]
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Writes the tables when the whole set was measured, not a part that `-k` picked."""
-    measured = session.config.stash[ROWS]
-    if exitstatus == 0 and measured and len(measured) == len(SHAPES) * 2 * 2 * 3:
-        caps = "".join(f"{name}={os.environ[name]} " for name in CAPS if name in os.environ)
-        results.write(measured, caps + "pytest " + shlex.join(session.config.invocation_params.args))
+    """Writes the tables of what was measured whole, not a part that `-k` picked."""
+    rows, scores = session.config.stash[ROWS], session.config.stash[SCORES]
+    caps = "".join(f"{name}={os.environ[name]} " for name in CAPS if name in os.environ)
+    command = caps + "pytest " + shlex.join(session.config.invocation_params.args)
+    sections = {}
+    if len(rows) == len(SHAPES) * 2 * 2 * 3:
+        sections[results.isa()] = results.section(rows, command)
+    if len(scores) == len(SHAPES) * 2 * 3:
+        sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
+    if exitstatus == 0 and sections:
+        results.write(sections)

@@ -19,8 +19,10 @@ INTRODUCTION = """# The layer on a CPU, measured
 
 Best of several rounds; GFLOP/s count useful operations only; every provider has the same frozen experts, and a graft as
 wide as an expert (`layers.py`). "Dense" is `torch.mm` of 2048 x 2048 x 2048 in fp32, measured beside each layer.
-"Saved" is what autograd keeps for the backward, weights not counted. Written by `make bench`, a section for each
-instruction set; this is how another one is forced, on both sides:
+"Saved" is what autograd keeps for the backward, weights not counted. Scoring (`bench_score.py`) runs all experts on all
+tokens; its "products" are the bare matrix products of the same rows by `torch.mm`, its "published" the forward of every
+expert with all outputs kept. Written by `make bench`, sections for each instruction set; this is how another one is
+forced, on both sides:
 
     FLEX_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 make bench
 """
@@ -58,6 +60,22 @@ class Row:
             "percent_of_dense_float32": round(100 * self.gflops / self.ceiling.float32, 1),
             "saved_bytes": self.saved_bytes,
         }
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One number: a provider scoring all experts on all tokens of a shape."""
+
+    shape: Shape
+    dtype: str
+    provider: str  # flex, products or published
+    seconds: float
+
+    @property
+    def gflops(self) -> float:
+        shape = self.shape
+        flops = 6 * shape.num_tokens * shape.num_experts * shape.hidden_size * shape.intermediate_size
+        return flops / self.seconds / 1e9
 
 
 def measure_ceiling(size: int = 2048) -> Ceiling:
@@ -130,9 +148,45 @@ def line_of(row: Row, rows: list[Row]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(rows: list[Row], command: str) -> None:
-    """Replaces the section of this instruction set and leaves the others."""
+def scoring_section(rows: list[ScoreRow], command: str) -> str:
+    header = [
+        "shape",
+        "dtype",
+        "flex ms",
+        "GFLOP/s",
+        "products ms",
+        "of products",
+        "published ms",
+        "gain",
+        "[T, E, H] MB",
+    ]
+    lines = [f"## {isa()}, scoring", "", machine(), "", f"    {command}", "", "### Scoring", ""]
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in rows:
+        if row.provider != "flex":
+            continue
+        peers = {peer.provider: peer for peer in rows if (peer.shape, peer.dtype) == (row.shape, row.dtype)}
+        products, published = peers["products"].seconds, peers["published"].seconds
+        outputs = row.shape.num_tokens * row.shape.num_experts * row.shape.hidden_size
+        cells = [
+            row.shape.name,
+            row.dtype,
+            f"{row.seconds * 1e3:.2f}",
+            f"{row.gflops:.0f}",
+            f"{products * 1e3:.2f}",
+            f"{row.seconds / products:.2f}x",
+            f"{published * 1e3:.2f}",
+            f"{published / row.seconds:.2f}x",
+            f"{outputs * getattr(torch, row.dtype).itemsize / 1e6:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", '"[T, E, H]" is what the published way keeps and flex never holds.', ""]
+    return "\n".join(lines)
+
+
+def write(measured: dict[str, str]) -> None:
+    """Title -> section; replaces the sections of these titles and leaves the others."""
     old = RESULTS.read_text() if RESULTS.exists() else ""
     sections = {part.partition("\n")[0]: f"## {part}" for part in re.split(r"^## ", old, flags=re.MULTILINE)[1:]}
-    sections[isa()] = section(rows, command)
+    sections |= measured
     RESULTS.write_text("\n".join([INTRODUCTION, *(text.rstrip() + "\n" for _, text in sorted(sections.items()))]))
