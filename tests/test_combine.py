@@ -8,6 +8,7 @@ import torch
 from cases import DEVICE, DTYPES
 from compare import assert_double_rule, double, exact
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flex_kernels
 from flex_kernels import reference
@@ -71,7 +72,7 @@ def test_opcheck(combine: str, backend: str) -> None:
 
 def test_compiles_whole_and_once() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(flex_kernels.combine, fullgraph=True, dynamic=True, backend=counter)
     for num_tokens in (9, 4, 30):
         inputs, d_out = inputs_of(num_tokens, 2, 8, True, torch.float32), torch.randn(num_tokens, 8, device=DEVICE)

@@ -8,6 +8,7 @@ import torch
 from cases import BY_NAME, CASES, DEVICE, DTYPES, Case, layer_inputs
 from compare import assert_double_rule, double, exact, forward_and_grads
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import flex_kernels
@@ -274,7 +275,7 @@ def test_opcheck_of_the_backward(needs: tuple[bool, ...], backend: str) -> None:
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen experts", "trained experts"])
 def test_compiles_whole_and_once_for_all_token_counts(trained: bool) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(flex_kernels.grafted_experts, fullgraph=True, dynamic=True, backend=counter)
     for num_tokens in (37, 12, 91):
         case = Case("any", num_tokens, 2, 32, 24, 6, 24, "T is dynamic")

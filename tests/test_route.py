@@ -5,6 +5,7 @@ import torch
 from cases import DEVICE, DTYPES
 from compare import assert_double_rule, exact
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import flex_kernels
 from flex_kernels import reference
@@ -70,7 +71,7 @@ def test_opcheck(renormalize: bool, backend: str) -> None:
 
 def test_compiles_whole_and_once() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(flex_kernels.route, fullgraph=True, dynamic=True, backend=counter)
     for num_tokens in (9, 4, 30):
         logits = torch.randn(num_tokens, 6, device=DEVICE, requires_grad=True)
