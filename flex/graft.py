@@ -12,14 +12,15 @@ One pass over them scores the pretrained experts of every MoE layer against the 
     fresh, zero      nothing pretrained: weights of the same spread as the experts', `zero` with a down projection of 0
 
 What fits constants, and every refit of the down projection, leaves the last eighth of the sequences out and reports how
-much of the target stays unexplained there. That, and the choice of neurons, takes a second pass.
+much of the target stays unexplained there. That, and the choice of neurons, takes a second pass (several, over some
+layers each, where their Gram matrices are large).
 """
 
 import random
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import flex_kernels
 from flex.calibrate import Progress, Sequences, run_pass
+from flex.choice import Choice, Parts, Unexplained
 from flex.data import Encoder, Example
 from flex.errors import FlexError
 from flex.layer_sums import LayerFit, LayerScores, router_of, weights_of
@@ -37,69 +39,8 @@ from flex_kernels import NeuronSums
 from flex_kernels.selection import best_scales
 
 CURVE_POINTS = 50
+FIT_BYTES = 2**32  # of a second pass's sums: layers that need more have passes of their own
 POOL = 4  # candidates for each neuron of the graft, where the settings do not say how many
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a graft is made of: neurons `ids` [n] (`e * I + j`) of a layer, `scales` [n] on their down columns, and the
-    whole `experts` among them. Without ids it is a new module."""
-
-    ids: Tensor
-    scales: Tensor
-    experts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Unexplained:
-    """Shares of ||T||^2 that a graft leaves: 0 is perfect, 1 no better than nothing. `held_out_*` are of sequences that
-    nothing was fitted to; `*after`, with the refitted down projection (before `refit_scale`)."""
-
-    before: float | None = None
-    after: float | None = None
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The graft of one layer, and why. `candidates`: the relative residual of every expert alone; `neurons`: how many
-    of each expert went into the graft; `curve`: [width, share unexplained]; `down_proj` [H, width] where refitted."""
-
-    layer: int
-    module: str
-    criterion: str
-    target: str
-    candidates: list[float]
-    routed_mass: float
-    seconds: float
-    parts: Parts
-    neurons: list[int]
-    width: int
-    unexplained: Unexplained
-    curve: list[list[float]]
-    down_proj: Tensor | None = None
-    peak_bytes: int = 0
-
-    @property
-    def chosen(self) -> int | None:
-        """The one expert that was copied; None for several, for neurons and for a new module."""
-        return self.parts.experts[0] if len(self.parts.experts) == 1 else None
-
-    @property
-    def residual(self) -> float | None:
-        return None if self.chosen is None else self.candidates[self.chosen]
-
-    def event(self) -> dict[str, Any]:
-        own = {k: v for k, v in self.__dict__.items() if k not in ("parts", "down_proj", "unexplained")}
-        return {
-            "event": "graft",
-            **own,
-            "chosen": self.chosen,
-            "residual": self.residual,
-            "experts": list(self.parts.experts),
-            "unexplained": self.unexplained.__dict__,
-        }
 
 
 def choose_grafts(
@@ -128,32 +69,57 @@ def choose_grafts(
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
     sequences = Sequences.of(examples, batch_size, settings.fits)
-    files = [None if folder is None else folder / f"calibration-{i}.safetensors" for i in (1, 2)]
-    sums = {"criterion": settings.criterion, "experts": settings.experts}
+    decides: dict[str, Any] = {"criterion": settings.criterion, "experts": settings.experts}
+
+    def pass_over(sequences: Sequences, sums: dict[str, Any], number: int) -> None:
+        file = None if folder is None else folder / f"calibration-{number}.safetensors"
+        run_pass(base, encoder, sequences, sums, settings.target, {**decides, "pass": number}, file, progress)
+
     scores = {name: LayerScores(base, name, settings) for name in base.layers}
-    run_pass(base, encoder, replace(sequences, held_out=[]), scores, settings.target, sums, files[0], progress)
+    pass_over(replace(sequences, held_out=[]), scores, 0)
     for layer in scores.values():
         layer.check()
     rng = random.Random(seed)
     parts = {name: _choose(layer, settings, rng) for name, layer in scores.items()}
-    fits: dict[str, LayerFit] = {}
-    if settings.fits:
-        for name, layer in scores.items():
-            gate_up, _ = flex_kernels.gather_neurons(layer.gate_up_proj, layer.down_proj, parts[name].ids)
-            fits[name] = LayerFit(gate_up, layer.activation, layer.unit(settings.target))
-        sums["ids"] = [part.ids.tolist() for part in parts.values()]
-        run_pass(base, encoder, sequences, fits, settings.target, sums, files[1], progress)
-    shared_seconds = (time.perf_counter() - started) / len(scores)
-    choices = []
-    for index, (name, layer) in enumerate(scores.items()):
+    decides["ids"] = [part.ids.tolist() for part in parts.values()]
+    before = (time.perf_counter() - started) / len(scores)
+    choices: list[Choice] = []
+    groups = _groups(scores, parts) if settings.fits else [list(scores)]
+    for number, names in enumerate(groups, 1):
         started = time.perf_counter()
-        choice = _finish(index, layer, parts[name], fits.pop(name, None), settings)
-        seconds = shared_seconds + time.perf_counter() - started
-        choices.append(Choice(**{**choice, "seconds": seconds, "peak_bytes": peak_bytes(base.device)}))
-    for file in files:
-        if file is not None:
-            file.unlink(missing_ok=True)
+        fits = {name: _fit(scores[name], parts[name], settings) for name in names} if settings.fits else {}
+        if fits:
+            pass_over(sequences, fits, number)
+        found = [
+            _finish(len(choices) + i, scores[name], parts[name], fits.get(name), settings)
+            for i, name in enumerate(names)
+        ]
+        seconds = before + (time.perf_counter() - started) / len(names)
+        choices += [Choice(**own, seconds=seconds, peak_bytes=peak_bytes(base.device)) for own in found]
+    if folder is not None:
+        for file in folder.glob("calibration-*.safetensors"):
+            file.unlink()
     return choices
+
+
+def _groups(scores: dict[str, LayerScores], parts: dict[str, Parts]) -> list[list[str]]:
+    """The layers, in order, in groups whose sums of a second pass take at most `FIT_BYTES` together, if one does."""
+    groups: list[list[str]] = []
+    held = 0
+    for name, part in parts.items():
+        num_neurons, hidden_size = len(part.ids), scores[name].down_proj.shape[1]
+        own = 2 * 8 * num_neurons * (num_neurons + hidden_size)  # fp64, fitted and held out
+        if not groups or held + own > FIT_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += own
+    return groups
+
+
+def _fit(layer: LayerScores, parts: Parts, settings: GraftSettings) -> LayerFit:
+    gate_up, _ = flex_kernels.gather_neurons(layer.gate_up_proj, layer.down_proj, parts.ids)
+    return LayerFit(gate_up, layer.activation, layer.unit(settings.target))
 
 
 def check(base: Base, settings: GraftSettings) -> None:

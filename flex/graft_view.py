@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from flex.graft import Choice
+from flex.choice import Choice
 from flex.report_figures import RESIDUAL_MAX, RESIDUAL_MIN, residual_stops
 
 RESIDUALS = LinearSegmentedColormap.from_list("residual", residual_stops())
@@ -125,8 +125,8 @@ def write_picture(path: Path, client_id: str, choices: Sequence[Choice]) -> Path
     marks = [(e, row) for row, choice in enumerate(choices) for e in choice.parts.experts]
     if marks:
         panels[0].plot(*zip(*marks, strict=True), "o", ms=5, mfc="white", mec="black", linestyle="none")
-    panels[0].set(xlabel="expert", ylabel="layer", title=f"{client_id}: {choices[0].criterion}, {choices[0].target}")
-    panels[0].set_yticks(range(len(choices)), [str(choice.layer) for choice in choices])
+    panels[0].set(xlabel="expert", ylabel="layer")
+    panels[0].set_title(f"{client_id}: {choices[0].criterion}, {choices[0].target}", parse_math=False)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].yaxis.set_major_locator(MaxNLocator(min(20, len(rows)), integer=True))
     for choice in stepwise:

@@ -171,6 +171,17 @@ def test_a_killed_calibration_goes_on_to_the_same_bits(setting, tmp_path, monkey
         assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("settings", FAMILIES[2:], ids=name_of)
+def test_layers_one_at_a_time_give_the_same_bits(setting, tmp_path, monkeypatch, settings):
+    examples = examples_of(setting, 16)
+    together, seen = choose(setting, examples, **settings), []
+    monkeypatch.setattr(grafting, "FIT_BYTES", 1)
+    apart = choose(setting, examples, folder=tmp_path, progress=lambda *what: seen.append(what), **settings)
+    same(apart, together)
+    assert [done for _, done, total in seen if done == total] == [4, 5, 5]  # 14 fitted; then each layer with two more
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_other_data_settings_or_base_is_not_gone_on_from(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "SAVE_EVERY", 1)
 
