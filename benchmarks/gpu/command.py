@@ -1,0 +1,122 @@
+"""The layer, its parts and a whole training step on a GPU, beside every peer (`make bench-gpu`).
+
+    python benchmarks/gpu [--part ceilings|plan|layers|scoring|step|small|sanitize|sweep ...] [--minutes N]
+
+Every measurement is written at once; a call that ran out of minutes, or was killed, is gone on with by the next one.
+Nothing is measured before it was held against transformers' `eager` in the same process. Figures go to
+`benchmarks/results/<device>.json`, pictures beside it, the table to a section of its own in `benchmarks/RESULTS.md`.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gpu import ceilings, layer_part, pictures, plan_part, scoring, small, step, sweep, table
+from gpu.device import Cpu, Device
+from gpu.record import OURS, Key, Record
+from gpu.session import OutOfTime, Session
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+
+
+def sanitize(session: Session) -> None:
+    """`compute-sanitizer` over the tests of csrc's CUDA code."""
+    for tool in SANITIZER_TOOLS:
+        if not session.wanted("sanitize", "csrc", 0, tool):
+            continue
+        key = Key("sanitize", "csrc", 0, tool, OURS)
+        if session.device.kind == "cpu" or not shutil.which("compute-sanitizer"):
+            session.record.skip(key, "needs a device and compute-sanitizer on PATH")
+            continue
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_gpu.py"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "-k", "routing_plan and cuda"]
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(session.seconds_left(), 1)
+        )
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*", result.stdout + result.stderr)
+        session.record.add(key, clean=result.returncode == 0, said=found[-3:])
+
+
+PARTS: dict[str, Callable[[Session], None]] = {
+    "ceilings": ceilings.measure,
+    "plan": plan_part.measure,
+    "layers": layer_part.measure,
+    "step": step.measure,
+    "scoring": scoring.measure,
+    "small": small.measure,
+    "sanitize": sanitize,
+    "sweep": sweep.measure,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = [part for part in PARTS if part != "sweep"]
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=default, help="default: all but sweep, in this order"
+    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="begin nothing new after this time (default: 9.5)")
+    parser.add_argument("--output", type=Path, help="the JSON file (default: named after the device)")
+    parser.add_argument("--table", type=Path, help="the Markdown file whose section is replaced")
+    parser.add_argument("--again", action="store_true", help="measure what is in the file once more")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="every line in no time, on one tiny layer in fp32")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, for time")
+    parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --tiny shows that every line works")
+    device = Device() if given.device == "cuda" else Cpu()
+    machine = {**device.describe(), **({"sizes": "tiny"} if given.tiny else {})}
+    output = given.output or RESULTS / f"{slug(machine['device'])}.json"
+    if given.first_call:
+        print(json.dumps(small.first_call(Session(device, Record(output, machine), given.tiny, 600.0))))
+        return 0
+    try:
+        record = Record.open(output, machine)
+    except ValueError as error:
+        parser.error(str(error))
+    session = Session(device, record, given.tiny, 60 * given.minutes, given.again, frozenset(given.without))
+    code = measure(session, given.part)
+    command = "python benchmarks/gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    target = given.table or (None if given.tiny else ROOT / "benchmarks" / "RESULTS.md")
+    if target is not None:
+        table.write(session.record, target, command.strip())
+        pictures.draw(session.record)
+    print(f"figures: {output}")
+    return code
+
+
+def measure(session: Session, parts: list[str]) -> int:
+    """0: all is measured, 3: the time was up, 1: a part failed; the other parts are measured all the same."""
+    code = 0
+    for part in parts:
+        try:
+            PARTS[part](session)
+        except OutOfTime:
+            print("The minutes are spent; the same command goes on from here.")
+            return 3
+        except Exception as error:
+            if session.tiny:
+                raise
+            session.record.skip(Key(part, "all", 0, "part", OURS), f"{type(error).__name__}: {error}")
+            session.device.release()
+            code = 1
+    return code
+
+
+def slug(device: str) -> str:
+    """ "NVIDIA H200" -> "h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia ")).strip("-") or "device"

@@ -1,0 +1,110 @@
+"""What every part is given: the device, the record, the sizes, and how much time is left."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from layers import Layers
+from shapes import Shape
+from triton.errors import TritonError
+
+from gpu.device import Device, Run, summary
+from gpu.record import OURS, Key, Record
+
+# The five models of the design: H, E, K, I. The tokens are put in where one is measured.
+MODELS = (
+    Shape("Qwen1.5-MoE-A2.7B", 0, 2048, 60, 4, 1408, "60 narrow experts and a shared one"),
+    Shape("DeepSeek-MoE-16B", 0, 2048, 64, 6, 1408, "more rows an expert"),
+    Shape("OLMoE-1B-7B", 0, 2048, 64, 8, 1024, "top-8, narrower"),
+    Shape("Mixtral-8x7B", 0, 4096, 8, 2, 14336, "few wide experts: near the dense matmul"),
+    Shape("Qwen3-30B-A3B", 0, 2048, 128, 8, 768, "many narrow experts: rows an expert are few"),
+)
+TOKENS = (8192, 2048, 32768)  # the most telling first
+SMALL_TOKENS = (1, 16, 128)
+TINY_MODELS = (Shape("tiny", 0, 32, 6, 2, 24, "every line of the bench in no time"),)
+LEAST_SECONDS = 15.0  # nothing new is begun with less
+Result = TypeVar("Result")
+
+
+class OutOfTime(Exception):
+    """The minutes are spent; what was measured is in the file."""
+
+
+@dataclass
+class Session:
+    device: Device
+    record: Record
+    tiny: bool
+    seconds: float  # of the whole call
+    again: bool = False  # measure what is in the file once more
+    without: frozenset[str] = frozenset()  # peers that are left out
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def models(self) -> tuple[Shape, ...]:
+        return TINY_MODELS if self.tiny else MODELS
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (40, 24) if self.tiny else TOKENS
+
+    @property
+    def small_tokens(self) -> tuple[int, ...]:
+        return (1, 3) if self.tiny else SMALL_TOKENS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.tiny else torch.bfloat16
+
+    @property
+    def seconds_a_measurement(self) -> float:
+        return 0.01 if self.tiny else 1.5
+
+    def seconds_left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def wanted(self, part: str, shape: str, tokens: int, last: str) -> bool:
+        """Whether this place, whose last pass is `last`, is to be measured. Raises OutOfTime where it is too late."""
+        if self.record.done(part, shape, tokens, last) and not self.again:
+            return False
+        if self.seconds_left() < LEAST_SECONDS:
+            raise OutOfTime
+        return True
+
+    def each(
+        self, part: str, token_counts: Iterable[int], last: str, measure: Callable[["Session", Shape, int], None]
+    ) -> None:
+        """Measures every model at every number of tokens; what goes wrong at one place is written down there."""
+        for tokens in token_counts:
+            for model in self.models:
+                if self.wanted(part, model.name, tokens, last):
+                    key = Key(part, model.name, tokens, last, OURS)
+                    self.attempt(key, partial(measure, self, model, tokens))
+
+    def measure(self, runs: dict[str, Run], seconds: float | None = None) -> dict[str, dict[str, float | int]]:
+        """`seconds` for each of them; the slow ones take from the share of the fast."""
+        times = self.device.time(runs, (seconds or self.seconds_a_measurement) * len(runs))
+        return {name: summary(values) for name, values in times.items()}
+
+    def attempt(self, key: Key, function: Callable[[], Result]) -> Result | None:
+        """What `function` returns; None, and a line in the record, where something cannot do this here, or wrongly."""
+        try:
+            result = function()
+            self.device.synchronize()
+            return result
+        except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, TritonError) as error:
+            self.record.skip(key, error if str(error) else repr(error))
+            return None
+
+    def on_device(self) -> torch.device:
+        """`with session.on_device():` new tensors are made there. It slows every call down: nothing is timed inside."""
+        return torch.device(self.device.kind)
+
+    def layers(self, model: Shape, num_tokens: int) -> Layers:
+        """One layer's weights and inputs in all providers; the memory of the one before is free again."""
+        self.device.release()
+        with self.on_device():
+            return Layers(replace(model, num_tokens=num_tokens), self.dtype)

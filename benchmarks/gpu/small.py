@@ -1,0 +1,83 @@
+"""Where the host is the limit: few tokens, with and without a CUDA graph; the first call; the same bits every time."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from shapes import Shape
+
+from gpu.layer_part import Passes, providers
+from gpu.record import OURS, Key
+from gpu.session import Session
+
+REPEATS = 10
+
+
+def measure(session: Session) -> None:
+    session.each("small", session.small_tokens, "fwd", measure_few_tokens)
+    first = session.models[0]
+    if session.wanted("bits", first.name, session.tokens[0], "fwd+bwd"):
+        measure_bits(session, first, session.tokens[0])
+    for name, folder in (("warm cache", None), ("cold cache", tempfile.mkdtemp())):
+        if session.wanted("first", first.name, session.tokens[0], name):
+            measure_first_call(session, Key("first", first.name, session.tokens[0], name, OURS), folder)
+
+
+def measure_few_tokens(session: Session, model: Shape, tokens: int) -> None:
+    """Inference: no gradients."""
+    place = ("small", model.name, tokens)
+    layers = session.layers(model, tokens)
+    found = providers(session, layers, place)
+    with torch.no_grad():
+        plain = {name: passes.forward for name, passes in found.items() if name != "bmm"}
+        graphs = {
+            name: session.attempt(Key(*place, "fwd graph", name), partial(session.device.graphed, run))
+            for name, run in plain.items()
+            if name != "eager"  # asks the device which experts are hit: cannot be captured
+        }
+        graphs = {name: run for name, run in graphs.items() if run is not None}
+        for what, runs in (("fwd graph", graphs), ("fwd", plain)):
+            for name, values in sorted(session.measure(runs).items(), key=lambda pair: pair[0] == OURS):
+                launches = session.device.launches(runs[name]) if what == "fwd" else None
+                wall_ms = session.device.wall_ms(runs[name])
+                session.record.add(Key(*place, what, name), **values, wall_ms=wall_ms, launches=launches)
+
+
+def measure_bits(session: Session, model: Shape, tokens: int) -> None:
+    layers = session.layers(model, tokens)
+    passes = Passes(layers, layers.modules[OURS])
+    first = passes.both()
+    same = all(torch.equal(a, b) for _ in range(REPEATS - 1) for a, b in zip(first, passes.both(), strict=True))
+    session.record.add(Key("bits", model.name, tokens, "fwd+bwd", OURS), same_bits=same, repeats=REPEATS)
+
+
+def measure_first_call(session: Session, key: Key, cache: str | None) -> None:
+    """Seconds, in a new process: to import, to the first result with gradients (compiling), to the second."""
+    environment = {**os.environ, **({} if cache is None else {"TRITON_CACHE_DIR": cache})}
+    command = [sys.executable, str(Path(__file__).parent), "--first-call", "--device", session.device.kind]
+    command += ["--tiny"] if session.tiny else []
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        session.record.skip(key, (result.stderr.strip().splitlines() or ["no output"])[-1])
+        return
+    session.record.add(key, **json.loads(result.stdout.strip().splitlines()[-1]))
+
+
+def first_call(session: Session) -> dict[str, float]:
+    """What the new process does."""
+    seconds = {}
+    layers = session.layers(session.models[0], session.tokens[0])
+    passes = Passes(layers, layers.modules[OURS])
+    session.device.synchronize()
+    for name in ("first_s", "second_s"):
+        start = time.perf_counter()
+        passes.both()
+        session.device.synchronize()
+        seconds[name] = time.perf_counter() - start
+    return seconds

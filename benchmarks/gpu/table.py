@@ -1,0 +1,125 @@
+"""The record as tables: a section of RESULTS.md for each device, the others left as they are (see `results.py`)."""
+
+import re
+from pathlib import Path
+
+from results import INTRODUCTION
+
+from gpu.record import OURS, Key, Record
+
+PEERS = ("grouped_mm", "eager", "raw grouped_mm", "liger")
+BARE, BOUND = "flex bare", "bmm"
+
+
+def write(record: Record, path: Path, command: str) -> None:
+    old = path.read_text() if path.exists() else INTRODUCTION
+    head, *parts = re.split(r"^## ", old, flags=re.MULTILINE)
+    sections = {part.partition("\n")[0]: part for part in parts}
+    name = record.machine["device"]
+    sections[name] = f"{name}\n\n{section(record, command)}"
+    path.write_text("\n".join([head.rstrip() + "\n", *(f"## {sections[key].rstrip()}\n" for key in sorted(sections))]))
+
+
+def section(record: Record, command: str) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in record.machine.items() if name != "device")
+    copy, matmul = record.ceiling("copy"), record.ceiling("matmul")
+    lines = [
+        f"{machine}. Medians; L2 flushed before every run; useful operations only; bf16.",
+        "",
+        f"    {command}",
+        "",
+        "Ceilings measured in the same way: "
+        f"{number(copy, 0)} GB/s copied, {number(matmul, 0)} TFLOP/s of bf16 products of random matrices.",
+        "",
+        *layer_table(record),
+        *graft_table(record),
+        *simple_table(record, "plan", "The routing plan"),
+        *simple_table(record, "scoring", "Scoring a layer"),
+        *simple_table(record, "step", "A training step of the whole model"),
+        *simple_table(record, "small", "Few tokens, no gradients"),
+        *fact_lines(record),
+        *(["Not measured:", ""] if record.skipped else []),
+        *(f"- {' '.join(map(str, key))}: {reason}" for key, reason in record.skipped.items()),
+    ]
+    return "\n".join(lines)
+
+
+def layer_table(record: Record) -> list[str]:
+    columns = ["shape", "T", "pass", "flex ms", "spread", "of ceiling", *(f"{peer} x" for peer in PEERS), "bmm x"]
+    columns += ["saved MB", "of grouped_mm", "peak MB", "launches"]
+    rows = []
+    for key, row in record.figures.items():
+        if (key.part, key.provider) != ("layers", OURS):
+            continue
+        ratios = [ratio(record, key, peer) for peer in (*PEERS, BOUND)]
+        theirs = record.figures.get(key._replace(provider="grouped_mm"), {}).get("saved_bytes")
+        saved = row.get("saved_bytes")
+        cells = [key.shape, key.tokens, key.what, number(row["ms"], 3), spread(row)]
+        cells += [percent(row.get("percent_of_ceiling")), *ratios]
+        cells += [number(saved and saved / 1e6), percent(100 * saved / theirs if saved and theirs else None)]
+        cells += [number(row["peak_bytes"] and row["peak_bytes"] / 1e6), number(row["launches"], 0)]
+        rows.append(cells)
+    title = "The layer with one graft (x: that provider's time over flex's; bmm is a bound, not a layer)"
+    return markdown(title, columns, rows)
+
+
+def graft_table(record: Record) -> list[str]:
+    """What the graft adds in time, over its share of the operations: 1.0 is as fast as the rest."""
+    rows = []
+    for key, row in record.figures.items():
+        bare = record.figures.get(key._replace(provider=BARE))
+        if (key.part, key.provider) == ("layers", OURS) and bare:
+            operations = row["tflop_s"] * row["ms"] / (bare["tflop_s"] * bare["ms"])
+            cells = [key.shape, key.tokens, key.what, number(bare["ms"], 3), number(row["ms"], 3)]
+            rows.append([*cells, number(row["ms"] / bare["ms"], 3), number(operations, 3)])
+    return markdown("What the graft costs", ["shape", "T", "pass", "bare ms", "ms", "time x", "operations x"], rows)
+
+
+def simple_table(record: Record, part: str, title: str) -> list[str]:
+    columns = ["shape", "T", "what", "provider", "ms", "spread", "flex is", "of ceiling", "peak MB", "launches"]
+    columns += ["wall ms", "tokens/s"]
+    rows = []
+    for key, row in record.figures.items():
+        if key.part == part and "ms" in row:
+            peak = row.get("peak_bytes")
+            cells = [key.shape, key.tokens, key.what, key.provider, number(row["ms"], 3), spread(row)]
+            cells += [ratio(record, key._replace(provider=OURS), key.provider), percent(row.get("percent_of_ceiling"))]
+            cells += [number(peak and peak / 1e6), number(row.get("launches"), 0)]
+            cells += [number(row.get("wall_ms"), 3), number(row.get("tokens_per_s"), 0)]
+            rows.append(cells)
+    return markdown(title, columns, rows)
+
+
+def fact_lines(record: Record) -> list[str]:
+    """What is no time of a run: the first call, the same bits, the sanitizer."""
+    lines = []
+    for key, row in record.figures.items():
+        if key.part in ("first", "bits", "sanitize"):
+            facts = ", ".join(f"{name} {value}" for name, value in row.items() if name != "measured")
+            lines.append(f"- {key.part}, {key.shape}, {key.what}: {facts}")
+    return [*lines, ""] if lines else []
+
+
+def ratio(record: Record, ours: Key, peer: str) -> str:
+    a, b = record.figures.get(ours), record.figures.get(ours._replace(provider=peer))
+    return f"{b['ms'] / a['ms']:.2f}x" if a and b else "-"
+
+
+def spread(row: dict) -> str:
+    """From the lower to the upper quartile."""
+    return f"{row['ms_low_quartile']:.3f}-{row['ms_high_quartile']:.3f}"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} %"
+
+
+def markdown(title: str, columns: list[str], rows: list[list]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]

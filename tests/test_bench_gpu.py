@@ -1,0 +1,144 @@
+"""`make bench-gpu` on the CPU twin, on a tiny layer: every part runs, resumes, and writes what it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flex_kernels import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = {"eager", "grouped_mm", "raw grouped_mm"}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(plan.INTERPRET, reason="starts processes of its own"),
+]
+
+
+def bench(*arguments: str, expect: int = 0, **environment: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu"), "--device", "cpu", "--tiny", *arguments]
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that one call of all parts but the sweep writes."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "RESULTS.md").write_text("# Results\n\n## avx2\n\nof a CPU\n\n## zen\n\nof another\n")
+    bench("--output", str(folder / "cpu.json"), "--table", str(folder / "RESULTS.md"))
+    return folder
+
+
+@pytest.fixture
+def content(results: Path) -> dict:
+    return json.loads((results / "cpu.json").read_text())
+
+
+def test_every_part_is_measured(content: dict) -> None:
+    parts = {row["part"] for row in content["figures"]}
+    assert parts == {"ceilings", "plan", "layers", "scoring", "step", "small", "bits", "first"}
+    missing = {(row["part"], row["provider"]) for row in content["skipped"]}
+    assert missing <= {("layers", "liger"), ("small", "liger"), ("sanitize", "flex")}, content["skipped"]
+    assert all(row["reason"] for row in content["skipped"])
+    assert content["ceilings"]["copy_gb_s"] > 0
+    assert content["ceilings"]["bf16_tflop_s"] > 0
+    assert set(content["machine"]) >= {"device", "driver", "torch", "triton", "transformers", "python"}
+
+
+def test_a_figure_says_what_it_is(content: dict) -> None:
+    rows = [row for row in content["figures"] if row["part"] == "layers"]
+    places = {(row["tokens"], row["pass"], row["provider"]) for row in rows}
+    assert len(places) == len(rows)
+    names = {"flex", "flex bare", "bmm", *PEERS}
+    wanted = {(tokens, what, name) for tokens in (24, 40) for what in ("fwd", "bwd", "fwd+bwd") for name in names}
+    assert wanted <= places
+    for row in rows:
+        assert row["ms_min"] <= row["ms_low_quartile"] <= row["ms"] <= row["ms_high_quartile"] <= row["ms_max"]
+        flops = (
+            {"fwd": 3, "bwd": 4, "fwd+bwd": 7} if row["provider"] != "flex bare" else {"fwd": 2, "bwd": 2, "fwd+bwd": 4}
+        )
+        expected = 6 * row["tokens"] * 32 * 24 * flops[row["pass"]]
+        assert row["tflop_s"] * row["ms"] * 1e9 == pytest.approx(expected)
+        ceiling = content["ceilings"]["bf16_tflop_s"]
+        assert row["percent_of_ceiling"] == pytest.approx(100 * row["tflop_s"] / ceiling)
+
+
+def test_ratios_are_the_peers_time_over_ours(content: dict) -> None:
+    figures = {(r["tokens"], r["pass"], r["provider"]): r["ms"] for r in content["figures"] if r["part"] == "layers"}
+    assert {ratio["peer"] for ratio in content["ratios"]} >= PEERS
+    assert not {ratio["peer"] for ratio in content["ratios"]} & {"bmm", "flex", "flex bare"}
+    for ratio in content["ratios"]:
+        assert set(ratio) == {"shape", "tokens", "pass", "peer", "ratio"}
+        place = ratio["tokens"], ratio["pass"]
+        assert ratio["ratio"] == pytest.approx(figures[*place, ratio["peer"]] / figures[*place, "flex"])
+    assert {ratio["peer"] for ratio in content["other_ratios"]["step"]} == {"eager", "grouped_mm"}
+
+
+def test_saved_bytes_are_under_half(content: dict) -> None:
+    saved = {row["provider"]: row.get("saved_bytes") for row in content["figures"] if row["part"] == "layers"}
+    assert 0 < saved["flex"] < 0.5 * saved["grouped_mm"]
+
+
+def test_the_table_has_its_own_section(results: Path) -> None:
+    text = (results / "RESULTS.md").read_text()
+    assert "## avx2\n\nof a CPU\n" in text
+    assert "## zen\n\nof another\n" in text
+    assert text.count("\n## ") == 3
+    for title in (
+        "The layer with one graft",
+        "What the graft costs",
+        "The routing plan",
+        "Scoring a layer",
+        "Few tokens",
+    ):
+        assert f"### {title}" in text
+    assert "Not measured:" in text
+    for name in ("bars", "roofline"):
+        assert (results / f"cpu-{name}.png").stat().st_size > 0
+
+
+def test_a_second_call_measures_nothing_again(results: Path, content: dict) -> None:
+    bench("--part", "plan", "scoring", "--output", str(results / "cpu.json"))
+    assert json.loads((results / "cpu.json").read_text())["figures"] == content["figures"]
+
+
+def test_out_of_time_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    output = ["--part", "plan", "--output", str(tmp_path / "cpu.json")]
+    assert "The minutes are spent" in bench(*output, "--minutes", "0", expect=3)
+    assert not (tmp_path / "cpu.json").exists()
+    bench(*output)
+    assert json.loads((tmp_path / "cpu.json").read_text())["figures"]
+
+
+def test_figures_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps({"machine": {"device": "other"}, "figures": [], "skipped": []}))
+    said = bench("--part", "plan", "--output", str(tmp_path / "cpu.json"), expect=2)
+    assert "holds figures of {'device': 'other'}" in said
+
+
+def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:
+    bench("--part", "sweep", "--output", str(tmp_path / "cpu.json"), TRITON_INTERPRET="1")
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert content["skipped"] == []
+    ranking = json.loads((tmp_path / "cpu-sweep.json").read_text())["ranking"]
+    assert [(place["shape"], place["tokens"]) for place in ranking] == [("tiny", 40), ("tiny", 24)]
+    for place in ranking:
+        assert set(place["kernels"]) == {"gate_up", "down", "d_preactivations", "d_hidden"}
+        for rows in place["kernels"].values():
+            assert len(rows) == 2
+            assert [row["ms"] for row in rows] == sorted(row["ms"] for row in rows)
+            assert sum(row["default"] for row in rows) == 1
+        best = [rows[0] for rows in place["kernels"].values()]
+        assert place["best_sum_by_block_m"]["32"]["ms"] == pytest.approx(sum(row["ms"] for row in best))
+
+
+def test_without_a_device_the_sweep_says_so(tmp_path: Path) -> None:
+    said = bench("--part", "sweep", "--output", str(tmp_path / "cpu.json"))
+    assert "Triton needs a device, or TRITON_INTERPRET=1" in said
