@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flex import graft as grafting
+from flex import rivals
 from flex.config import METHODS, RunConfig
 from flex.data import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
@@ -84,7 +85,7 @@ class ClientRuntime:
         self.graft_settings = config.graft.of(self.method)
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
-        # What a client owns: all that it trains alone, and the frozen copies that low-rank grafts train on top of.
+        # What a client owns: all that it trains alone, and what of its grafts is frozen (a low-rank graft's copy).
         copies = _graft_names(base) & self.parts.frozen.keys()
         self.own = {**self.parts.personal, **{name: self.parts.frozen[name] for name in sorted(copies)}}
         self.start = snapshot(self.own)  # what a client that never trained owns
@@ -175,7 +176,7 @@ class ClientRuntime:
     def _first_personal(self, client_id: str, round_index: int) -> dict[str, Tensor]:
         """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
         load_into(self.own, self.start, "the start")
-        if self.method.graft:
+        if self.method.graft or self.method.rival == "expert":
             seed = derived_seed("graft", self.seed, client_id)
             choices = grafting.choose_grafts(
                 self.base,
@@ -187,7 +188,10 @@ class ClientRuntime:
                 self.stores[client_id].folder,
                 self.on_calibration,
             )
-            grafting.build(self.base, choices, self.graft_settings, seed)
+            if self.method.graft:
+                grafting.build(self.base, choices, self.graft_settings, seed)
+            else:
+                rivals.adapt(self.base.layers, choices)
             for choice in choices:
                 self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
         return snapshot(self.own)
@@ -195,11 +199,12 @@ class ClientRuntime:
     def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
         train = self.config.train
-        grafts = {id(p) for layer in self.base.layers.values() for p in _graft_parameters(layer)}
+        private = self.method.graft or self.method.rival
+        own = {id(p) for p in self.parts.personal.values()} if private else set()
         trained = self.parts.trained().values()
         groups = [
-            ([p for p in trained if id(p) not in grafts], train.learning_rate),
-            ([p for p in trained if id(p) in grafts], train.graft_learning_rate),
+            ([p for p in trained if id(p) not in own], train.learning_rate),
+            ([p for p in trained if id(p) in own], train.graft_learning_rate),
         ]
         return torch.optim.AdamW(
             [{"params": ps, "lr": rate(lr, self.config, round_index)} for ps, lr in groups if ps],
@@ -249,11 +254,11 @@ class ClientRuntime:
 
 
 def _graft_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    graft = getattr(layer, "graft", None)
-    return [] if graft is None else list(graft.parameters())
+    added = [getattr(layer, name, None) for name in ("graft", "adapted")]
+    return [p for module in added if module is not None for p in module.parameters()]
 
 
 def _graft_names(base: Base) -> set[str]:
-    """Every parameter of every graft, as the model names it."""
+    """Every parameter of every graft or adapted expert, as the model names it."""
     names = {id(p) for layer in base.layers.values() for p in _graft_parameters(layer)}
     return {name for name, p in base.model.named_parameters() if id(p) in names}

@@ -17,11 +17,13 @@ TARGETS = ("output", "correction")
 @dataclass(frozen=True)
 class Method:
     """One line of the comparison. `lora`: shared, personal or none; `graft`: its criterion, or none. What `flex` says
-    is the paper's, and the one that `graft.criterion` of a configuration changes; the controls stay what they are."""
+    is the paper's, and the one that `graft.criterion` of a configuration changes; the controls stay what they are.
+    `rival`: what a client keeps to itself instead of a graft, see `rivals.py`; "lora", "expert" or none."""
 
     title: str
     lora: str | None
     graft: str | None
+    rival: str | None = None
 
 
 METHODS = {
@@ -31,7 +33,10 @@ METHODS = {
     "flex": Method("FLEx: shared LoRA + grafted expert", lora="shared", graft="reconstruction"),
     "flex-random": Method("control: the graft is a random expert", lora="shared", graft="random"),
     "flex-fresh": Method("control: the graft is a fresh module", lora="shared", graft="fresh"),
+    "flex-private-lora": Method("control: a second, private LoRA for the graft", "shared", None, rival="lora"),
+    "flex-adapt": Method("control: one expert adapted in place for the graft", "shared", None, rival="expert"),
 }
+ADAPTED = "routed_mass"  # the rule for `flex-adapt`: an expert that no token is routed to would not train
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,14 @@ class GraftSettings:
     def of(self, method: Method) -> "GraftSettings":
         """These settings for one method. A control has its own criterion and fits nothing, but trains as `flex` does;
         its size is that of `flex` as far as it can be (a random expert has the width of an expert)."""
-        if method.graft in (None, METHODS["flex"].graft):
+        criterion = ADAPTED if method.rival == "expert" else method.graft
+        if criterion in (None, METHODS["flex"].graft):
             return self
-        new = method.graft in NEW_MODULE
+        new = criterion in NEW_MODULE
         return dataclasses.replace(
             self,
-            criterion=method.graft,
+            criterion=criterion,
+            experts=1 if criterion in WHOLE_EXPERT else self.experts,
             width=self.width if new else 0,
             candidates=0,
             target="output",

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 import flex_kernels
+from flex import rivals
 from flex.config import LoraSettings, ModelConfig
 from flex.errors import FlexError
 from flex.methods import GraftSettings, Method
@@ -91,7 +92,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, seed: int) -> None:
-    """Puts the method's LoRA and grafts on the base, in place; the LoRA's start is a function of `seed` alone."""
+    """Puts the method's LoRA and grafts (or their rivals) on the base, in place; LoRA starts as `seed` alone says."""
     unwrap(base)
     if method.lora:
         check_targets(base.model, lora.targets)
@@ -102,10 +103,14 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
             warnings.simplefilter("ignore", FutureWarning)
             base.adapter = peft.get_peft_model(base.model, settings)
+            if method.rival == "lora":
+                rivals.add_private_lora(base.adapter, lora, graft, base.layers)
         for layer in base.model.modules():
             if isinstance(layer, LoraLayer):
-                for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
-                    matrix.parameter_roles = {"weight": method.lora}
+                for name, matrix in (*layer.lora_A.items(), *layer.lora_B.items()):
+                    matrix.parameter_roles = {"weight": "personal" if name == rivals.PRIVATE else method.lora}
+    if method.rival == "expert":
+        rivals.attach_adapted(base.layers)
     if method.graft:
         graft = graft.of(method)
         low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
@@ -125,6 +130,7 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
 def unwrap(base: Base) -> None:
     """Takes LoRA and grafts off again; the base is as it was loaded."""
     flex_kernels.detach_graft(base.model)
+    rivals.detach_adapted(base.layers)
     if base.adapter is not None:
         base.adapter.unload()
         base.adapter = None
@@ -141,19 +147,22 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def pretrained_only(base: Base) -> Iterator[nn.Module]:
-    """The model as it was pretrained: LoRA and grafts are out of the way inside the block."""
-    grafts = {name: getattr(layer, "graft", None) for name, layer in base.layers.items()}
+    """The model as it was pretrained: whatever `wrap` put on it is out of the way inside the block."""
+    added = [
+        (layer, name, module)
+        for layer in base.layers.values()
+        for name in ("graft", "adapted")
+        if (module := getattr(layer, name, None)) is not None
+    ]
     training = base.model.training
     off = base.adapter.disable_adapter() if base.adapter is not None else contextlib.nullcontext()
     try:
-        for name, graft in grafts.items():
-            if graft is not None:
-                base.layers[name].graft = None
+        for layer, name, _ in added:
+            setattr(layer, name, None)
         base.model.eval()
         with off:
             yield base.model
     finally:
-        for name, graft in grafts.items():
-            if graft is not None:
-                base.layers[name].graft = graft
+        for layer, name, module in added:
+            setattr(layer, name, module)
         base.model.train(training)

@@ -71,7 +71,7 @@ def test_every_method_is_scored_on_every_client(finished):
         for e in events
         if e["event"] == "evaluate" and e["when"] == "after_aggregation"
     }
-    assert scored == {(m, c, s) for m in METHODS for c in "ab" for s in ("test", "general")}
+    assert scored == {(m, c, s) for m in config.train.methods for c in "ab" for s in ("test", "general")}
     for event in events:
         if event["event"] == "evaluate":
             assert 0 <= event["exact_match"] <= 1
@@ -81,12 +81,12 @@ def test_every_method_is_scored_on_every_client(finished):
                 assert set(event["groups"]) == {"even", "odd"}
                 assert sum(g["num_examples"] for g in event["groups"].values()) == event["num_examples"] == 6
     trained = [e for e in events if e["event"] == "train"]
-    assert len(trained) == (len(METHODS) - 1) * config.train.rounds * 2
+    assert len(trained) == (len(config.train.methods) - 1) * config.train.rounds * 2
 
 
 def test_no_personal_tensor_is_in_any_message_or_server_file(finished):
-    folder, _ = finished
-    for method in METHODS:
+    folder, config = finished
+    for method in config.train.methods:
         job = folder / "run" / f"{method}-seed0"
         sent = [t["name"] for e in read_events(job / "metrics.jsonl") if e["event"] == "sent" for t in e["tensors"]]
         kept = [name for path in job.glob("server/*.safetensors") for name in load_file(path)]

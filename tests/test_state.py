@@ -46,10 +46,14 @@ def test_partition_is_disjoint_and_complete_for_every_method(base, method):
     assert not any(p.requires_grad for p in parts.frozen.values())
     # What is whose, by the layers' own word: LoRA as the method says, everything of a graft personal, the rest frozen.
     lora = {n for n in names if ".lora_A." in n or ".lora_B." in n}
+    private = {n for n in lora if ".private." in n}
     grafts = {n for n in names if ".graft." in n}
-    assert set(parts.shared) == (lora if METHODS[method].lora == "shared" else set())
-    assert set(parts.personal) == (grafts | lora if METHODS[method].lora == "personal" else grafts)
+    adapted = {n for n in names if ".adapted." in n and not n.endswith(".expert")}
+    shares = METHODS[method].lora == "shared"
+    assert set(parts.shared) == (lora - private if shares else set())
+    assert set(parts.personal) == grafts | adapted | private | (set() if shares else lora)
     assert bool(grafts) == bool(METHODS[method].graft)
+    assert (bool(private), bool(adapted)) == (METHODS[method].rival == "lora", METHODS[method].rival == "expert")
     # `gate_proj` and the router's `gate` hold the word that other code goes by: here they are frozen like their layer.
     assert any("mlp.gate.weight" in n for n in parts.frozen)
     assert any("shared_expert.gate_proj" in n for n in parts.frozen)
