@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint install format bench aot test-gpu test-matrix clean
+.PHONY: demo test check lint install format bench aot test-gpu bench-gpu test-matrix clean
 
 demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a table and runs/demo/report.html
 	$(BIN)/flex demo --output runs/demo
@@ -43,6 +43,12 @@ aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 test-gpu:  ## on a machine with a device whose torch, triton and transformers are installed and that needs no network
 	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py
+
+# Calls of at most 10 minutes add up to one file: MINUTES is for one of them, PART names parts (see benchmarks/gpu).
+MINUTES ?= 9
+bench-gpu:  ## on such a machine: everything measured beside every peer; writes benchmarks/results and RESULTS.md
+	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) benchmarks/gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) || test $$? -eq 3
 
 test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own
 	bash tests/matrix.sh

@@ -142,3 +142,27 @@ def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:
 def test_without_a_device_the_sweep_says_so(tmp_path: Path) -> None:
     said = bench("--part", "sweep", "--output", str(tmp_path / "cpu.json"))
     assert "Triton needs a device, or TRITON_INTERPRET=1" in said
+
+
+def test_tiles_compile_without_a_device(tmp_path: Path) -> None:
+    """The defaults alone; in a call without `--tiny` all candidates."""
+    bench("--part", "tiles", "--jobs", "1", "--output", str(tmp_path / "cpu.json"))
+    rows = json.loads((tmp_path / "cpu.json").read_text())["figures"]
+    assert {row["pass"] for row in rows} == {"gate_up", "down", "d_preactivations", "d_hidden"}
+    assert len(rows) == 8
+    for row in rows:
+        assert row["faults"] == [], row
+        assert row["hgmma"] > 0
+
+
+def test_predictions_have_the_floors_of_the_design(tmp_path: Path) -> None:
+    rows = [line.split("|")[1:-1] for line in bench("--predict").splitlines() if line.startswith("|")][2:]
+    cells = {(row[0].strip(), int(row[1])): [float(cell) for cell in row[5:10]] for row in rows}
+    assert len(cells) == 15
+    floors = {"Qwen1.5-MoE-A2.7B": (0.90, 1.08), "Mixtral-8x7B": (10.96, 14.61), "Qwen3-30B-A3B": (0.88, 0.98)}
+    for name, (forward, backward) in floors.items():
+        assert cells[name, 8192][:2] == pytest.approx([forward, backward], rel=0.01)
+    for floor_forward, floor_backward, forward, backward, both in cells.values():
+        assert floor_forward < forward
+        assert floor_backward < backward
+        assert both == pytest.approx(forward + backward, abs=0.02)

@@ -1,6 +1,6 @@
 """The layer, its parts and a whole training step on a GPU, beside every peer (`make bench-gpu`).
 
-    python benchmarks/gpu [--part ceilings|plan|layers|scoring|step|small|sanitize|sweep ...] [--minutes N]
+    python benchmarks/gpu [--part ceilings|plan|layers|scoring|step|small|sanitize|tiles|sweep ...] [--minutes N]
 
 Every measurement is written at once; a call that ran out of minutes, or was killed, is gone on with by the next one.
 Nothing is measured before it was held against transformers' `eager` in the same process. Figures go to
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from gpu import ceilings, layer_part, pictures, plan_part, scoring, small, step, sweep, table
+from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
 from gpu.device import Cpu, Device
 from gpu.record import OURS, Key, Record
 from gpu.session import OutOfTime, Session
@@ -55,6 +55,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "scoring": scoring.measure,
     "small": small.measure,
     "sanitize": sanitize,
+    "tiles": tile_part.measure,
     "sweep": sweep.measure,
 }
 
@@ -63,19 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = [part for part in PARTS if part != "sweep"]
-    parser.add_argument(
-        "--part", nargs="+", choices=PARTS, default=default, help="default: all but sweep, in this order"
-    )
+    default = [part for part in PARTS if part not in ("tiles", "sweep")]
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=default, help="default: all but the last two")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin nothing new after this time (default: 9.5)")
     parser.add_argument("--output", type=Path, help="the JSON file (default: named after the device)")
     parser.add_argument("--table", type=Path, help="the Markdown file whose section is replaced")
     parser.add_argument("--again", action="store_true", help="measure what is in the file once more")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="every line in no time, on one tiny layer in fp32")
+    parser.add_argument("--jobs", type=int, help="compilers at a time (default: as many as processors)")
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="peers to leave out, for time")
+    parser.add_argument("--predict", action="store_true", help="print what arithmetic predicts and measure nothing")
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.predict:
+        print("\n".join(predict.lines()))
+        return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny shows that every line works")
     device = Device() if given.device == "cuda" else Cpu()
@@ -88,10 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record.open(output, machine)
     except ValueError as error:
         parser.error(str(error))
-    session = Session(device, record, given.tiny, 60 * given.minutes, given.again, frozenset(given.without))
+    seconds, without = 60 * given.minutes, frozenset(given.without)
+    session = Session(device, record, given.tiny, seconds, given.again, given.jobs, without)
     code = measure(session, given.part)
     command = "python benchmarks/gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    target = given.table or (None if given.tiny else ROOT / "benchmarks" / "RESULTS.md")
+    target = given.table or (None if given.device == "cpu" else ROOT / "benchmarks" / "RESULTS.md")
     if target is not None:
         table.write(session.record, target, command.strip())
         pictures.draw(session.record)

@@ -40,6 +40,7 @@ class Session:
     tiny: bool
     seconds: float  # of the whole call
     again: bool = False  # measure what is in the file once more
+    jobs: int | None = None  # compilers at a time; None: as many as processors
     without: frozenset[str] = frozenset()  # peers that are left out
     started: float = field(default_factory=time.monotonic)
 
@@ -99,9 +100,13 @@ class Session:
             self.record.skip(key, error if str(error) else repr(error))
             return None
 
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device.kind)
+
     def on_device(self) -> torch.device:
         """`with session.on_device():` new tensors are made there. It slows every call down: nothing is timed inside."""
-        return torch.device(self.device.kind)
+        return self.torch_device
 
     def layers(self, model: Shape, num_tokens: int) -> Layers:
         """One layer's weights and inputs in all providers; the memory of the one before is free again."""
