@@ -1,7 +1,8 @@
 """Calibration: a client's own training sequences through the pretrained model, reduced to sums layer by layer.
 
-No LoRA and no graft take part. At every MoE layer a hook hands the batch's tokens to that layer's sums, which add them
-up at once: memory is that of one batch, however many there are. The target a graft is chosen for is
+No graft takes part, and no LoRA unless it is asked for. At every MoE layer a hook hands the batch's tokens to that
+layer's sums, which add them up at once: memory is that of one batch, however many there are. The target a graft is
+chosen for is
 
     output       F_t, what the layer's routed experts give (the paper)
     correction   -dL/dF_t, what the response loss asks them to give besides; one backward pass, the base stays frozen
@@ -103,6 +104,7 @@ def run_pass(
     settings: Mapping[str, Any],
     path: Path | None = None,
     progress: Progress | None = None,
+    lora: str = "",
 ) -> None:
     """Adds every batch of `sequences` to the `sums` of every layer.
 
@@ -111,15 +113,16 @@ def run_pass(
         settings: what else decides the sums; a file of other settings, data or base is not gone on from.
         path: of the file to go on from, written every `SAVE_EVERY` batches and at the end; None keeps none.
         progress: called after each batch.
+        lora: a name for the values of the LoRA that stays at work; empty: none does.
 
     Raises:
         FlexError: activations or gradients that are not finite.
     """
     batches = sequences.batches()
-    key = _key(base, sequences, {"target": target, **settings})
+    key = _key(base, sequences, {"target": target, "lora": lora, **settings})
     done = _resume(path, key, sums, base.device)
     layers = {name: base.layers[name] for name in sums}
-    with pretrained_only(base) as model:
+    with pretrained_only(base, keep_lora=bool(lora)) as model:
         for index, (examples, held_out) in enumerate(batches):
             if index < done:
                 continue

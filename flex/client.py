@@ -4,6 +4,7 @@ The model is built once per job. A turn copies the shared values and this client
 few steps on the response tokens, writes the personal file, and hands back the shared values alone.
 """
 
+import hashlib
 import math
 import random
 import time
@@ -111,6 +112,8 @@ class ClientRuntime:
         client = self.clients[client_id]
         shared, control = split_control(shared)
         own = self.attach(client_id, round_index - 1, shared)
+        if self.method.graft and round_index > self.graft_settings.after_rounds and not self._grafted():
+            own = PersonalState(self._graft(client_id, round_index), control=own.control)
         optimizer = self._optimizer(round_index)
         load_moments(optimizer, self.parts.personal, own.moments)
         drift = {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()}
@@ -176,25 +179,42 @@ class ClientRuntime:
     def _first_personal(self, client_id: str, round_index: int) -> dict[str, Tensor]:
         """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
         load_into(self.own, self.start, "the start")
-        if self.method.graft or self.method.rival == "expert":
-            seed = derived_seed("graft", self.seed, client_id)
-            choices = grafting.choose_grafts(
-                self.base,
-                self.encoder,
-                self.clients[client_id].train[: self.config.graft.calibration_sequences],
-                self.graft_settings,
-                self.config.evaluate.batch_size,
-                str(seed),
-                self.stores[client_id].folder,
-                self.on_calibration,
-            )
-            if self.method.graft:
-                grafting.build(self.base, choices, self.graft_settings, seed)
-            else:
-                rivals.adapt(self.base.layers, choices)
-            for choice in choices:
-                self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
+        if self.method.rival == "expert" or (self.method.graft and not self.graft_settings.after_rounds):
+            return self._graft(client_id, round_index)
         return snapshot(self.own)
+
+    def _grafted(self) -> bool:
+        """Whether the client at work has its graft already: until then all of it is zero, and stays so."""
+        return all(layer.graft.gate_up_proj.any() for layer in self.base.layers.values())
+
+    def _graft(self, client_id: str, round_index: int) -> dict[str, Tensor]:
+        """Chooses and builds what the client starts from; with shared rounds before it, on top of what they gave."""
+        seed = derived_seed("graft", self.seed, client_id)
+        choices = grafting.choose_grafts(
+            self.base,
+            self.encoder,
+            self.clients[client_id].train[: self.config.graft.calibration_sequences],
+            self.graft_settings,
+            self.config.evaluate.batch_size,
+            str(seed),
+            self.stores[client_id].folder,
+            self.on_calibration,
+            self._lora_name() if self.graft_settings.after_rounds and self.method.graft else "",
+        )
+        if self.method.graft:
+            grafting.build(self.base, choices, self.graft_settings, seed)
+        else:
+            rivals.adapt(self.base.layers, choices)
+        for choice in choices:
+            self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
+        return snapshot(self.own)
+
+    def _lora_name(self) -> str:
+        """A name for the shared values that stand in the model."""
+        digest = hashlib.sha256()
+        for name, array in self.shared_arrays().items():
+            digest.update(name.encode() + array.tobytes())
+        return digest.hexdigest()
 
     def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""

@@ -52,6 +52,7 @@ def choose_grafts(
     seed: str,
     folder: Path | None = None,
     progress: Progress | None = None,
+    lora: str = "",
 ) -> list[Choice]:
     """One choice per layer, from calibration to refit.
 
@@ -59,7 +60,7 @@ def choose_grafts(
         examples: the client's training sequences; never test data.
         seed: of what is drawn.
         folder: for the files that a killed calibration goes on from; they are removed when it is done.
-        progress: see `calibrate.run_pass`.
+        progress, lora: see `calibrate.run_pass`.
 
     Raises:
         FlexError: see `check`, `calibrate.py` and `LayerScores.check`.
@@ -73,7 +74,7 @@ def choose_grafts(
 
     def pass_over(sequences: Sequences, sums: dict[str, Any], number: int) -> None:
         file = None if folder is None else folder / f"calibration-{number}.safetensors"
-        run_pass(base, encoder, sequences, sums, settings.target, {**decides, "pass": number}, file, progress)
+        run_pass(base, encoder, sequences, sums, settings.target, {**decides, "pass": number}, file, progress, lora)
 
     scores = {name: LayerScores(base, name, settings) for name in base.layers}
     pass_over(replace(sequences, held_out=[]), scores, 0)

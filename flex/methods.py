@@ -52,6 +52,7 @@ class GraftSettings:
     refit_scale: factor on a refitted down projection.
     gate: where the vector in its sigmoid starts: "zeros", or "router", the mean router row of the grafted experts.
     training: "full", or "lora": `rank` and `alpha` on a frozen copy.
+    after_rounds: so many rounds share alone; then the graft is chosen, in the function with that round's shared LoRA.
     """
 
     criterion: str = "reconstruction"
@@ -68,6 +69,7 @@ class GraftSettings:
     training: str = "full"
     rank: int = 8
     alpha: float = 16.0
+    after_rounds: int = 0
     calibration_sequences: int = 128
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class GraftSettings:
                 f"graft.{name} is {value}, which the criterion {self.criterion!r} has no use for; "
                 f"wanted {plain}, or one of {', '.join(allowed)}",
             )
-        for name in ("width", "candidates"):
+        for name in ("width", "candidates", "after_rounds"):
             require(getattr(self, name) >= 0, f"graft.{name} is {getattr(self, name)}; wanted 0 or more")
         require(
             not self.candidates or self.candidates >= self.width,

@@ -146,23 +146,28 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def pretrained_only(base: Base) -> Iterator[nn.Module]:
-    """The model as it was pretrained: whatever `wrap` put on it is out of the way inside the block."""
+def pretrained_only(base: Base, keep_lora: bool = False) -> Iterator[nn.Module]:
+    """The model as it was pretrained: whatever `wrap` put on it is out of the way inside the block, and nothing trains.
+
+    `keep_lora`: the LoRA stays at work, with the values it has.
+    """
     added = [
         (layer, name, module)
         for layer in base.layers.values()
         for name in ("graft", "adapted")
         if (module := getattr(layer, name, None)) is not None
     ]
-    training = base.model.training
-    off = base.adapter.disable_adapter() if base.adapter is not None else contextlib.nullcontext()
+    training, trained = base.model.training, [p for p in base.model.parameters() if p.requires_grad]
+    off = base.adapter is not None and not keep_lora
     try:
         for layer, name, _ in added:
             setattr(layer, name, None)
-        base.model.eval()
-        with off:
+        base.model.eval().requires_grad_(False)
+        with base.adapter.disable_adapter() if off else contextlib.nullcontext():
             yield base.model
     finally:
         for layer, name, module in added:
             setattr(layer, name, module)
-        base.model.train(training)
+        base.model.train(training).requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -45,6 +45,7 @@ def test_overrides_win_over_the_file_and_widen_numbers(tmp_path):
         ),
         ("[graft]\ncriterion = 'fresh'\nrefit = true\n", "graft.refit is on, but 'fresh' starts from nothing"),
         ("[graft]\ncriterion = 'zero'\ngate = 'router'\n", "graft.gate is 'router', but 'zero' grafts no expert"),
+        ("[graft]\nafter_rounds = -1\n", "graft.after_rounds is -1; wanted 0 or more"),
         ("[graft]\nridge = 0\n", "graft.ridge is 0.0; wanted a number above 0"),
         ("[graft]\ntraining = 'lora'\nrank = 0\n", "graft.rank is 0; wanted 1 or more"),
         ("train = 3\n", "train is 3; wanted a table [train]"),

@@ -384,6 +384,51 @@ def test_a_run_with_any_graft_keeps_it_at_home_and_resumes(tmp_path, settings):
         assert all(torch.equal(again[name], own[name]) for name in own)
 
 
+@pytest.mark.parametrize("settings", [{}, {"criterion": "neurons", "refit": True, "target": "correction"}])
+def test_a_graft_after_shared_rounds_starts_from_what_they_gave(tmp_path, settings):
+    """Until then the client is one of FedAvg, to the bit; then its graft is chosen with the shared LoRA at work."""
+    train = {"rounds": 3, "steps": 2, "methods": ("fedavg", "flex")}
+    config = tiny_config(tmp_path, train=train, graft={"after_rounds": 2, **settings})
+    config = config.with_values(evaluate={"rouge": False, "every": 1})
+    run(config, Console(quiet=True))
+    events = {m: read_events(tmp_path / "run" / f"{m}-seed0" / "metrics.jsonl") for m in ("fedavg", "flex")}
+    losses = {m: [(e["round"], e["loss"]) for e in own if e["event"] == "train"] for m, own in events.items()}
+    assert losses["fedavg"][:4] == losses["flex"][:4]
+    assert losses["fedavg"][4:] != losses["flex"][4:]
+    grafts = [e for e in events["flex"] if e["event"] == "graft"]
+    assert len(grafts) == 4
+    assert {e["round"] for e in grafts} == {3}
+    folder = tmp_path / "run" / "flex-seed0"
+    before, after = (load_file(folder / "clients" / "a" / f"round-000{r}.safetensors") for r in (2, 3))
+    grown = [name for name in before if name.startswith("parameters:") and name.endswith("_proj")]
+    assert not any(before[name].any() for name in grown)
+    assert all(after[name].any() for name in grown)
+    steps = {float(value) for name, value in after.items() if name.startswith("moments:step/")}
+    assert steps == {2.0}  # moments of the rounds before would be those of a graft that was not there
+
+    # The same choice, from the shared state of round 2 put into the model by hand.
+    shared = load_file(folder / "server" / "round-0002.safetensors")
+    again = prepare(config, 0)
+    wrap(again.base, METHODS["flex"], config.lora, config.graft, seed=0)
+    with torch.no_grad():
+        found = 0
+        for name, parameter in again.base.model.named_parameters():
+            key = next((k for k in shared if k.endswith(name)), None)
+            if key is not None:
+                parameter.copy_(shared[key])
+                found += 1
+    assert found == len([n for n, _ in again.base.model.named_parameters() if "lora_" in n])
+    examples = again.clients[0].train
+    with_lora, without = (
+        grafting.choose_grafts(again.base, again.encoder, examples, config.graft, 8, "", lora=lora)
+        for lora in ("round 2", "")
+    )
+    wanted = [e["candidates"] for e in grafts if e["client_id"] == "a"]
+    assert [c.candidates for c in with_lora] == wanted
+    assert [c.candidates for c in without] != wanted
+    assert all(p.grad is None for p in again.base.model.parameters())
+
+
 def test_the_command_shows_what_was_taken(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     write_config(dataclasses.replace(config, output=str(tmp_path / "out")), tmp_path / "c.toml")
