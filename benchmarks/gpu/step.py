@@ -1,9 +1,11 @@
 """A FLEx training step on a whole model of Qwen1.5-MoE-A2.7B's dimensions with random weights.
 
 Everything is frozen but a LoRA on the attention projections and one graft a layer with its gate; one step is forward,
-cross-entropy, backward and AdamW. The peers run the same model with the graft as a user writes it.
+cross-entropy, backward and AdamW; one round is a few steps of two clients, with the states they load, keep and send.
+The peers run the same model with the graft as a user writes it.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import flex_kernels
+from gpu.device import summary
 from gpu.record import OURS, Key
 from gpu.session import Session
 
@@ -33,6 +36,8 @@ TINY_SIZES = {
 }  # fmt: skip
 LENGTH, TINY_LENGTH = 512, 8
 RANK, ALPHA = 32, 64
+# Of a round: the paper's steps a client, few clients, and how often it is measured.
+LOCAL_STEPS, NUM_CLIENTS, ROUNDS = 5, 2, 3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Over a whole model the roundings of all layers add up, and a rounded router logit may choose another expert.
 DEPTH_FACTOR = 4
@@ -106,11 +111,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) 
 
 def gradients(model: nn.Module, ids: Tensor) -> list[Tensor]:
     """The loss, and the norm of each LoRA matrix' gradient."""
-    matrices = [
-        parameter for module in model.modules() if isinstance(module, Lora) for parameter in (module.a, module.b)
-    ]
     loss = model(input_ids=ids, labels=ids).loss
-    return [loss.detach(), torch.stack([grad.float().norm() for grad in torch.autograd.grad(loss, matrices)])]
+    norms = [grad.float().norm() for grad in torch.autograd.grad(loss, lora_parameters(model))]
+    return [loss.detach(), torch.stack(norms)]
 
 
 def check(ours: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype, name: str) -> None:
@@ -122,7 +125,9 @@ def check(ours: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype, 
 def measure(session: Session) -> None:
     length = TINY_LENGTH if session.tiny else LENGTH
     sizes = [max(tokens // length, 1) for tokens in session.tokens[:2]]
-    if not any(session.wanted("step", MODEL, length * size, "step") for size in sizes):
+    round_key = Key("step", MODEL, NUM_CLIENTS * LOCAL_STEPS * min(sizes) * length, "round", OURS)
+    places = [("step", MODEL, length * size, "step") for size in sizes] + [round_key[:4]]
+    if not any(session.wanted(*place) for place in places):
         return
     session.device.release()
     with session.on_device():
@@ -134,6 +139,8 @@ def measure(session: Session) -> None:
         for ids in batches.values():
             if session.wanted("step", MODEL, ids.numel(), "step"):
                 measure_provider(session, model, ids, Key("step", MODEL, ids.numel(), "step", provider))
+        if session.wanted(*round_key[:4]):
+            measure_round(session, model, batches[min(sizes)], round_key._replace(provider=provider))
         take_off()
         session.device.release()
 
@@ -158,3 +165,63 @@ def measure_provider(session: Session, model: nn.Module, ids: Tensor, key: Key) 
     rate = ids.numel() / values["ms"] * 1e3
     peak, launches = session.device.peak_bytes(run), session.device.launches(run)
     session.record.add(key, **values, tokens_per_s=rate, peak_bytes=peak, launches=launches)
+
+
+class Client:
+    """Its personal state on the host, as between two rounds; the shared state comes and goes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        shared = {id(parameter) for parameter in lora_parameters(model)}
+        self.personal = [p for p in trained(model) if id(p) not in shared]
+        self.state = [parameter.detach().to("cpu", copy=True) for parameter in self.personal]
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for parameter, kept in zip(self.personal, self.state, strict=True):
+            parameter.copy_(kept)
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for parameter, kept in zip(self.personal, self.state, strict=True):
+            kept.copy_(parameter)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [matrix for module in model.modules() if isinstance(module, Lora) for matrix in (module.a, module.b)]
+
+
+def federated_round(model: nn.Module, clients: list[Client], shared: list[Tensor], ids: Tensor) -> list[Tensor]:
+    """Each client: load, train a few steps, send the LoRA back; the mean of what came, in fp32 on the host."""
+    matrices, received = lora_parameters(model), []
+    for client in clients:
+        client.load()
+        with torch.no_grad():
+            for parameter, value in zip(matrices, shared, strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-6)
+        for _ in range(LOCAL_STEPS):
+            train_step(model, optimizer, ids)
+        client.keep()
+        received.append([parameter.detach().to("cpu", torch.float32, copy=True) for parameter in matrices])
+    return [torch.stack(values).mean(0) for values in zip(*received, strict=True)]
+
+
+def measure_round(session: Session, model: nn.Module, ids: Tensor, key: Key) -> None:
+    clients = [Client(model) for _ in range(NUM_CLIENTS)]
+    shared = [parameter.detach().to("cpu", torch.float32, copy=True) for parameter in lora_parameters(model)]
+    values = session.attempt(key, lambda: round_times(session, partial(federated_round, model, clients, shared, ids)))
+    if values is not None:
+        session.record.add(key, **values, tokens_per_s=key.tokens / values["ms"] * 1e3)
+
+
+def round_times(session: Session, run: Callable[[], object]) -> dict[str, float | int]:
+    """By the clock on the wall, since the host takes part; a round is long enough for three of them."""
+    run()
+    times = []
+    for _ in range(ROUNDS):
+        session.device.synchronize()
+        start = time.perf_counter()
+        run()
+        session.device.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return summary(times)

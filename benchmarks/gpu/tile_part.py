@@ -71,7 +71,7 @@ def measure(session: Session, chip: str = "sm90") -> None:
         except TimeoutError:
             raise OutOfTime from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def refused(session: Session, model: Shape, kernel: str, tile: Tile) -> str | None:
