@@ -27,7 +27,7 @@ def choice_table(client_id: str, num_sequences: int, choices: Sequence[Choice]) 
     first = choices[0]
     table = Table(
         title=f"client {client_id}, {num_sequences} sequences: {first.criterion}, target {first.target}",
-        caption="unexplained: share of the target's energy left, 100 % is no better than nothing; "
+        caption="unexplained: share of the target's energy left, 100 % is no better than nothing;\n"
         "after: with the refitted down projection; held out: on sequences nothing was fitted to",
     )
     fitted = any(c.unexplained.held_out_before is not None for c in choices)
@@ -119,9 +119,11 @@ def write_picture(path: Path, client_id: str, choices: Sequence[Choice]) -> Path
     panels = figure.subplots(1, 2 if stepwise else 1, squeeze=False)[0]
     norm = Normalize(0) if counted else LogNorm(RESIDUAL_MIN, RESIDUAL_MAX, clip=True)
     image = panels[0].imshow(values, cmap=COUNTS if counted else RESIDUALS, norm=norm, aspect="auto")
-    figure.colorbar(
-        image, ax=panels[0], label="neurons taken" if counted else "relative residual, 1: as bad as nothing"
-    )
+    bar = figure.colorbar(image, ax=panels[0], label="neurons taken" if counted else "residual (1: as bad as none)")
+    if not counted:
+        ticks = (RESIDUAL_MIN, 0.7, 1.0, 1.4, RESIDUAL_MAX)
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
     marks = [(e, row) for row, choice in enumerate(choices) for e in choice.parts.experts]
     if marks:
         panels[0].plot(*zip(*marks, strict=True), "o", ms=5, mfc="white", mec="black", linestyle="none")
