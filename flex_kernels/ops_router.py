@@ -81,6 +81,7 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     Args:
         router_logits: [T, E].
         top_k: experts per token, `1 <= top_k <= E`.
+        renormalize: whether the kept weights are divided by their sum.
 
     Returns:
         routing_weights: [T, K] fp32, descending.
@@ -115,6 +116,8 @@ def _(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the (token, slot) pairs by expert: a stable counting sort, with `pair = token * K + slot`.
+
+    Twin: `reference.routing_plan`. Not differentiable.
 
     Args:
         expert_indices: [T, K] int64 or int32, not negative. Ids `>= num_experts` mark slots that another rank computes

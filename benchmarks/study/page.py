@@ -1,0 +1,160 @@
+"""From the study's jobs to `benchmarks/results/choosing.json`, and from that to the tables and pictures of the page.
+
+Differences are paired: the same client with the same data and seed, once with each start of the graft. Their p-values
+are of the sign-flip test (two-sided; exact up to 2^15 flips, 100,000 drawn ones beyond). Clients of one seed share a
+LoRA, so the pairs are not quite independent; the difference of every seed stands beside.
+"""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.study.variants import SETTINGS, VARIANTS, Setting
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "choosing.json"
+PAGE = ROOT / "docs" / "choosing-the-graft.md"
+BEGIN, END = "<!-- made by benchmarks.study: begin -->", "<!-- end -->"
+REFERENCES = {  # group -> what its members are compared with
+    "one expert wide": ("rule", "random", "fresh"),
+    "two experts wide": ("random-2",),
+    "LoRA on the graft": ("rule-lora", "random-lora"),
+}
+DRAWN = ("fedavg", "rule", "random", "fresh", "neurons-refit", "random-corr", "neurons-corr-refit")
+
+Pair = tuple[int, str]  # seed, client
+Scores = dict[str, dict[int, dict[Pair, float]]]  # variant -> round -> pair -> score, higher is better
+
+
+def collect(out: Path) -> list[dict]:
+    """Every finished job's scores on its clients' test parts, after aggregation."""
+    rows = []
+    for path in sorted(out.glob("*/*/seed*/metrics.jsonl")):
+        setting, variant, seed = path.parts[-4:-1]
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            if (event.get("event"), event.get("split"), event.get("when")) == ("evaluate", "test", "after_aggregation"):
+                row = {"setting": setting, "variant": variant, "seed": int(seed.removeprefix("seed"))}
+                row |= {"round": event["round"], "client": event["client_id"]}
+                rows.append(row | {name: round(event[name], 5) for name in ("exact_match", "loss")})
+    return rows
+
+
+def scores_of(rows: Sequence[dict], setting: str) -> Scores:
+    """One setting's scores by its metric: exact match in percent, or minus the loss a token."""
+    scores: Scores = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["setting"] == setting:
+            value = 100 * row["exact_match"] if SETTINGS[setting].metric == "exact_match" else -row["loss"]
+            scores[row["variant"]][row["round"]][row["seed"], row["client"]] = value
+    return scores
+
+
+def sign_flip(differences: np.ndarray, exact: int = 15) -> float:
+    """The share of sign patterns whose mean is at least as far from 0: a two-sided p-value."""
+    count = len(differences)
+    if count <= exact:
+        signs = np.array(list(itertools.product((1, -1), repeat=count)))
+    else:
+        signs = np.random.default_rng(0).choice((1, -1), size=(100_000, count))
+        signs[0] = 1
+    means = np.abs(signs @ differences)
+    return float((means >= abs(differences.sum()) - 1e-12).mean())
+
+
+def paired(mine: dict[Pair, float], other: dict[Pair, float]) -> tuple[np.ndarray, dict[int, float]]:
+    """Differences of the pairs that both have, and their mean of each seed."""
+    common = sorted(mine.keys() & other.keys())
+    differences = np.array([mine[pair] - other[pair] for pair in common])
+    seeds = sorted({seed for seed, _ in common})
+    return differences, {s: float(np.mean([mine[p] - other[p] for p in common if p[0] == s])) for s in seeds}
+
+
+def seed_means(scores: dict[Pair, float]) -> list[float]:
+    return [float(np.mean([v for (s, _), v in scores.items() if s == seed])) for seed in sorted({s for s, _ in scores})]
+
+
+def table(setting: Setting, scores: Scores) -> list[str]:
+    unit = "exact match %" if setting.metric == "exact_match" else "loss"
+    sign = 1 if setting.metric == "exact_match" else -1
+    digits = 1 if setting.metric == "exact_match" else 3
+    rounds = sorted(next(iter(scores.values())))
+    first, last = rounds[0], rounds[-1]
+    lines = [
+        f"Test {unit} after aggregation, mean over clients, ± deviation over seeds. Differences are at round {last}, "
+        "better is positive; each with its p-value and its value in every seed.",
+        "",
+    ]
+    for group in dict.fromkeys(variant.group for variant in VARIANTS.values()):
+        names = [name for name in scores if VARIANTS[name].group == group]
+        names.sort(key=lambda name: -np.mean(list(scores[name][last].values())))
+        references = [name for name in REFERENCES.get(group, ()) if name in scores]
+        if not names:
+            continue
+        head = [group, f"round {first}", f"round {last}", *(f"over {VARIANTS[name].title}" for name in references)]
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name in names:
+            cells = [VARIANTS[name].title]
+            for at in (first, last):
+                means = seed_means(scores[name][at])
+                spread = f" ± {np.std(means, ddof=1):.{digits}f}" if len(means) > 1 else ""
+                cells.append(f"{sign * np.mean(means):.{digits}f}{spread}")
+            for other in references:
+                if other == name:
+                    cells.append("")
+                    continue
+                differences, by_seed = paired(scores[name][last], scores[other][last])
+                each = ", ".join(f"{value:+.{digits}f}" for value in by_seed.values())
+                cells.append(f"{differences.mean():+.{digits}f}, p = {sign_flip(differences):.3f} ({each})")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def picture(setting: Setting, scores: Scores, path: Path) -> None:
+    """The score over the rounds, one line a start of the graft."""
+    with matplotlib.rc_context({"svg.hashsalt": "flex", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        axes = figure.subplots()
+        sign = 1 if setting.metric == "exact_match" else -1
+        for number, name in enumerate(name for name in DRAWN if name in scores):
+            rounds = sorted(scores[name])
+            values = [sign * np.mean(list(scores[name][at].values())) for at in rounds]
+            axes.plot(rounds, values, "o-", ms=3, color=f"C{number}", label=VARIANTS[name].title)
+        axes.set(xlabel="round", ylabel="exact match %" if sign > 0 else "test loss", title=setting.title)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def write_page(out: Path) -> None:
+    """RESULTS from the jobs in `out`, if there are any, and what the page shows of it."""
+    if rows := collect(out):
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    rows = json.loads(RESULTS.read_text())
+    lines = [BEGIN, ""]
+    for name, setting in SETTINGS.items():
+        scores = scores_of(rows, name)
+        if not scores:
+            continue
+        file = PAGE.parent / "pictures" / f"choosing-{name}.svg"
+        picture(setting, scores, file)
+        lines += [
+            f"### {setting.title[0].upper()}{setting.title[1:]}",
+            "",
+            f"![{setting.title}](pictures/{file.name})",
+            "",
+        ]
+        lines += table(setting, scores)
+    text = PAGE.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    PAGE.write_text(before + "\n".join(lines) + after)

@@ -1,0 +1,159 @@
+"""What the study compares: starts of the graft (one line each), and the settings they are tried in."""
+
+import gzip
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from flex.config import RunConfig, read_config
+from flex.demo import demo_config, write_demo_data
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`group`: variants of one group have the same number of trained parameters and the same steps."""
+
+    title: str
+    group: str
+    method: str = "flex"
+    graft: dict[str, Any] = field(default_factory=dict)
+
+
+ONE, TWO, LORA, OTHER = "one expert wide", "two experts wide", "LoRA on the graft", "no graft"
+_CORRECTION = {"target": "correction"}
+_SMALL = {
+    "refit": True,
+    "ridge": 1.0,
+    "refit_scale": 0.1,
+}  # of the down projection; fitted hard it takes the LoRA's part
+VARIANTS = {
+    "fedavg": Variant("FedAvg", OTHER, "fedavg"),
+    "local": Variant("local LoRA", OTHER, "local"),
+    "rule": Variant("the paper's rule", ONE, graft={"criterion": "reconstruction"}),
+    "random": Variant("random expert (control)", ONE, graft={"criterion": "random"}),
+    "fresh": Variant("fresh module (control)", ONE, graft={"criterion": "fresh"}),
+    "zero": Variant("fresh, down projection 0 (control)", ONE, graft={"criterion": "zero"}),
+    "scaled": Variant("best scaled expert", ONE, graft={"criterion": "scaled"}),
+    "routed": Variant("most used expert", ONE, graft={"criterion": "routed_mass"}),
+    "rule-refit": Variant("the paper's rule, refitted", ONE, graft={"criterion": "reconstruction", "refit": True}),
+    "neurons": Variant("neurons", ONE, graft={"criterion": "neurons"}),
+    "neurons-refit": Variant("neurons, refitted", ONE, graft={"criterion": "neurons", "refit": True}),
+    "scaled-corr": Variant("best scaled expert, correction", ONE, graft={"criterion": "scaled", **_CORRECTION}),
+    "random-corr": Variant(
+        "random expert, refitted to the correction", ONE, graft={"criterion": "random", **_CORRECTION, **_SMALL}
+    ),
+    "neurons-corr": Variant("neurons, correction", ONE, graft={"criterion": "neurons", **_CORRECTION}),
+    "neurons-corr-refit": Variant(
+        "neurons, refitted to the correction", ONE, graft={"criterion": "neurons", **_CORRECTION, **_SMALL}
+    ),
+    "rule-convex": Variant(
+        "the paper's rule, convex", ONE, graft={"criterion": "reconstruction", "combine": "convex", "logit_bias": 0.0}
+    ),
+    "rule-router": Variant(
+        "the paper's rule, gate from the router", ONE, graft={"criterion": "reconstruction", "gate": "router"}
+    ),
+    "random-2": Variant("two random experts (control)", TWO, graft={"criterion": "random", "experts": 2}),
+    "renormalized-2": Variant("two experts, router's weights", TWO, graft={"criterion": "renormalized", "experts": 2}),
+    "subset-2": Variant("two experts, best scales", TWO, graft={"criterion": "scaled_subset", "experts": 2}),
+    "rule-lora": Variant("the paper's rule", LORA, graft={"criterion": "reconstruction", "training": "lora"}),
+    "random-lora": Variant("random expert (control)", LORA, graft={"criterion": "random", "training": "lora"}),
+    "neurons-corr-lora": Variant(
+        "neurons, refitted to the correction", LORA,
+        graft={"criterion": "neurons", "training": "lora", **_CORRECTION, **_SMALL},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`metric`: what its test part is judged by; `variants`: empty for all."""
+
+    title: str
+    metric: str
+    seeds: tuple[int, ...]
+    variants: tuple[str, ...] = ()
+
+
+_CORE = (
+    *("fedavg", "rule", "random", "fresh", "zero", "scaled", "neurons", "neurons-refit"),
+    *("scaled-corr", "random-corr", "neurons-corr", "neurons-corr-refit"),
+)
+_REAL = ("fedavg", "rule", "random", "fresh", "neurons-refit", "scaled-corr", "random-corr", "neurons-corr-refit")
+SETTINGS = {
+    "demo": Setting("the demo's clients, all their examples", "exact_match", (5, 6, 7)),
+    "demo-20": Setting("the demo's clients, 20 examples each", "exact_match", (5, 6, 7), _CORE),
+    "dolly-4": Setting("Dolly, four clients of one category each", "loss", (0, 1, 2), _REAL),
+    "dolly-10": Setting("Dolly, ten Dirichlet(0.5) clients", "loss", (0, 1, 2), _REAL),
+}
+DOLLY_CATEGORIES = ("closed_qa", "information_extraction", "classification", "summarization")
+
+
+def configure(setting: str, variant: str, seed: int, folder: Path, base: Path | None, dolly: Path | None) -> RunConfig:
+    """The run of one (setting, variant, seed); writes its data below `folder` where they are not there yet."""
+    job, method = folder / setting / variant / f"seed{seed}", VARIANTS[variant].method
+    common = [f"graft.{key}={json.dumps(value)}" for key, value in VARIANTS[variant].graft.items()]
+    common += [f'train.methods=["{method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
+    if setting.startswith("demo"):
+        data = folder / f"data-seed{seed}"
+        if not (data / "train.jsonl").exists():
+            write_demo_data(data, seed)
+        paths = {name: str(data / f"{name}.jsonl") for name in ("train", "test")}
+        own = [f"data.{name}={json.dumps(path)}" for name, path in paths.items()]
+        own += ['data.general=""', "evaluate.every=3", "evaluate.rouge=false", "data.max_test=100"]
+        own += ["data.max_train=20"] if setting == "demo-20" else []
+        return demo_config(job, [*own, *common])
+    if base is None or dolly is None:
+        raise SystemExit(f"the setting {setting} needs --base (a pretrained MoE) and --dolly (a folder)")
+    data = dolly_clients(folder / f"{setting}-seed{seed}", dolly, 10 if setting == "dolly-10" else 0, seed)
+    own = [f"model.path={json.dumps(str(base))}", f"output={json.dumps(str(job))}", 'data.clients_by="client"']
+    own += [f"data.{name}={json.dumps(str(data / f'{name}.jsonl'))}" for name in ("train", "test")]
+    own += [
+        "data.max_length=256",
+        "lora.rank=8",
+        "lora.alpha=16.0",
+        "lora.dropout=0.0",
+        "graft.calibration_sequences=64",
+    ]
+    own += ["train.rounds=8", "train.steps=5", "train.batch_size=4", "train.learning_rate=2e-3", "evaluate.every=2"]
+    own += [
+        "graft.calibration_sequences=64",
+        "train.graft_learning_rate=2e-3",
+        "train.final_learning_rate=2e-4",
+        "evaluate.rouge=false",
+    ]
+    return read_config(None, [*own, *common])
+
+
+def dolly_clients(folder: Path, dolly: Path, clients: int, seed: int, train: int = 120, test: int = 40) -> Path:
+    """Dolly's records with a column `client`: one category each (`clients` 0), or mixed by a Dirichlet(0.5) draw."""
+    if (folder / "test.jsonl").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, rng = np.random.default_rng(seed), Random(f"dolly/{seed}")
+    shares = (
+        np.eye(len(DOLLY_CATEGORIES)) if clients == 0 else generator.dirichlet([0.5] * len(DOLLY_CATEGORIES), clients)
+    )
+    for part, count in (("train", train), ("test", test)):
+        pools = defaultdict(list)
+        with gzip.open(dolly / f"{part}.jsonl.gz", "rt") as file:
+            for line in file:
+                record = json.loads(line)
+                pools[record["category"]].append(record)
+        for pool in pools.values():
+            rng.shuffle(pool)
+        lines = []
+        for number, share in enumerate(shares):
+            name = DOLLY_CATEGORIES[number] if clients == 0 else f"client {number}"
+            for _ in range(count):
+                open_shares = np.array([s if pools[c] else 0 for s, c in zip(share, DOLLY_CATEGORIES, strict=True)])
+                if open_shares.sum() == 0:
+                    open_shares = np.array([float(bool(pools[c])) for c in DOLLY_CATEGORIES])
+                category = generator.choice(DOLLY_CATEGORIES, p=open_shares / open_shares.sum())
+                lines.append(json.dumps(pools[category].pop() | {"client": name}))
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
