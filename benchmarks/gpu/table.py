@@ -38,8 +38,7 @@ def section(record: Record, command: str) -> str:
         *simple_table(record, "step", "A training step of the whole model"),
         *simple_table(record, "small", "Few tokens, no gradients"),
         *fact_lines(record),
-        *(["Not measured:", ""] if record.skipped else []),
-        *(f"- {' '.join(map(str, key))}: {reason}" for key, reason in record.skipped.items()),
+        *skipped_lines(record),
     ]
     return "\n".join(lines)
 
@@ -98,6 +97,12 @@ def fact_lines(record: Record) -> list[str]:
             facts = ", ".join(f"{name} {value}" for name, value in row.items() if name != "measured")
             lines.append(f"- {key.part}, {key.shape}, {key.what}: {facts}")
     return [*lines, ""] if lines else []
+
+
+def skipped_lines(record: Record) -> list[str]:
+    """The tiles that the sweep left out are in its own file."""
+    lines = [f"- {' '.join(map(str, key))}: {why}" for key, why in record.skipped.items() if key.part != "sweep"]
+    return ["Not measured:", "", *lines] if lines else []
 
 
 def ratio(record: Record, ours: Key, peer: str) -> str:
