@@ -42,7 +42,8 @@ aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 
 test-gpu:  ## on a machine with a device whose torch, triton and transformers are installed and that needs no network
 	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py
+	$(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py \
+		tests/test_subsets.py tests/test_neurons.py tests/test_refit.py
 
 # Calls of at most 10 minutes add up to one file: MINUTES is for one of them, PART names parts (see benchmarks/gpu).
 MINUTES ?= 9
