@@ -82,7 +82,7 @@ class LoraSettings:
 class TrainSettings:
     """The federated run and the local steps. The rate is a cosine over the rounds, constant within one."""
 
-    methods: tuple[str, ...] = ("base", "local", "fedavg", "flex", "flex-random", "flex-fresh")
+    methods: tuple[str, ...] = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
     seeds: tuple[int, ...] = (0,)
     strategy: str = "fedavg"
     rounds: int = 100

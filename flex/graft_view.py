@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flex.choice import Choice
-from flex.report_figures import RESIDUAL_MAX, RESIDUAL_MIN, residual_stops
+from flex.report_figures import COUNT_COLOURS, RESIDUAL_MAX, RESIDUAL_MIN, residual_stops
 
 RESIDUALS = LinearSegmentedColormap.from_list("residual", residual_stops())
-COUNTS = LinearSegmentedColormap.from_list("count", ["#f5f3ee", "#86b6e0", "#1b5fa8"])
 LEVELS = "▁▂▃▄▅▆▇█"
 MOST_CELL = 6  # characters
 
@@ -76,7 +75,7 @@ def heat_map(choices: Sequence[Choice], columns: int) -> RenderableType:
             if not counted and expert in choice.parts.experts:
                 text = f"[{text}]" if cell >= MOST_CELL else "█" * cell
             share = value / most if counted else _residual_level(value)
-            colour = (COUNTS if counted else RESIDUALS)(share)
+            colour = (COUNT_COLOURS if counted else RESIDUALS)(share)
             dark = sum(c * w for c, w in zip(colour[:3], (0.3, 0.6, 0.1), strict=True)) < 0.5
             style = Style(bgcolor=_hex(colour), color="white" if dark else "black")
             line.append(text.center(cell) if len(text) <= cell else " " * cell, style)
@@ -118,7 +117,7 @@ def write_picture(path: Path, client_id: str, choices: Sequence[Choice]) -> Path
     figure = Figure(figsize=(10 if stepwise else 6, height), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2 if stepwise else 1, squeeze=False)[0]
     norm = Normalize(0) if counted else LogNorm(RESIDUAL_MIN, RESIDUAL_MAX, clip=True)
-    image = panels[0].imshow(values, cmap=COUNTS if counted else RESIDUALS, norm=norm, aspect="auto")
+    image = panels[0].imshow(values, cmap=COUNT_COLOURS if counted else RESIDUALS, norm=norm, aspect="auto")
     bar = figure.colorbar(image, ax=panels[0], label="neurons taken" if counted else "residual (1: as bad as none)")
     if not counted:
         ticks = (RESIDUAL_MIN, 0.7, 1.0, 1.4, RESIDUAL_MAX)

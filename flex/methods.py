@@ -12,12 +12,13 @@ MERGED_EXPERTS = ("renormalized", "scaled_subset", "random")
 NEW_MODULE = ("fresh", "zero")
 CRITERIA = (*WHOLE_EXPERT, *MERGED_EXPERTS, *NEW_MODULE, "neurons")
 TARGETS = ("output", "correction")
+CONFIGURED = "configured"  # a graft that is what the configuration says, in all its settings
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the comparison. `lora`: shared, personal or none; `graft`: its criterion, or none. What `flex` says
-    is the paper's, and the one that `graft.criterion` of a configuration changes; the controls stay what they are.
+    """One line of the comparison. `lora`: shared, personal or none. `graft`: none, `CONFIGURED`, or the criterion of a
+    method that stays what it is whatever the configuration says of the graft's choice (`GraftSettings.of`).
     `rival`: what a client keeps to itself instead of a graft, see `rivals.py`; "lora", "expert" or none."""
 
     title: str
@@ -30,7 +31,8 @@ METHODS = {
     "base": Method("untrained base", lora=None, graft=None),
     "local": Method("local LoRA, nothing shared", lora="personal", graft=None),
     "fedavg": Method("FedAvg LoRA", lora="shared", graft=None),
-    "flex": Method("FLEx: shared LoRA + grafted expert", lora="shared", graft="reconstruction"),
+    "flex": Method("FLEx: shared LoRA + a graft, by default of neurons", lora="shared", graft=CONFIGURED),
+    "flex-paper": Method("FLEx with the paper's rule: the expert that reconstructs best", "shared", "reconstruction"),
     "flex-random": Method("control: the graft is a random expert", lora="shared", graft="random"),
     "flex-fresh": Method("control: the graft is a fresh module", lora="shared", graft="fresh"),
     "flex-private-lora": Method("control: a second, private LoRA for the graft", "shared", None, rival="lora"),
@@ -43,7 +45,10 @@ ADAPTED = "routed_mass"  # the rule for `flex-adapt`: an expert that no token is
 class GraftSettings:
     """The personal expert: how it is chosen, what is fitted, its sigmoid gate (`opening`), and what of it trains.
 
-    criterion: of `flex` (the controls have their own), see `graft.py`.
+    The defaults of criterion, target, refit, ridge and refit_scale are those that won in `docs/choosing-the-graft.md`;
+    they hold one by one, so another criterion alone still is refitted to the correction.
+
+    criterion: of `flex` (the other methods have their own), see `graft.py`.
     experts: how many experts `renormalized`, `scaled_subset` and `random` merge into one graft of their widths' sum.
     width: of a graft of `neurons` or a new module; 0: what the experts it stands for would have.
     candidates: how many neurons survive the first pass; 0: four times the width.
@@ -55,14 +60,14 @@ class GraftSettings:
     after_rounds: so many rounds share alone; then the graft is chosen, in the function with that round's shared LoRA.
     """
 
-    criterion: str = "reconstruction"
+    criterion: str = "neurons"
     experts: int = 1
     width: int = 0
     candidates: int = 0
-    target: str = "output"
-    refit: bool = False
-    ridge: float = 1e-2
-    refit_scale: float = 1.0
+    target: str = "correction"
+    refit: bool = True
+    ridge: float = 1.0
+    refit_scale: float = 0.1  # fitted at full length it takes over what the shared LoRA should learn
     gate: str = "zeros"
     combine: str = "additive"
     logit_bias: float = -4.0  # sigmoid(-4) = 0.018: training starts next to the pretrained function
@@ -92,7 +97,7 @@ class GraftSettings:
             require(
                 value == plain or self.criterion in allowed,
                 f"graft.{name} is {value}, which the criterion {self.criterion!r} has no use for; "
-                f"wanted {plain}, or one of {', '.join(allowed)}",
+                f"wanted {plain}, or graft.criterion = one of {', '.join(allowed)}",
             )
         for name in ("width", "candidates", "after_rounds"):
             require(getattr(self, name) >= 0, f"graft.{name} is {getattr(self, name)}; wanted 0 or more")
@@ -102,7 +107,8 @@ class GraftSettings:
         )
         require(
             not self.refit or self.criterion not in NEW_MODULE,
-            f"graft.refit is on, but {self.criterion!r} starts from nothing that could be fitted; wanted false",
+            f"graft.refit is true (its default), but {self.criterion!r} starts from nothing that could be fitted; "
+            "wanted graft.refit = false",
         )
         require(
             self.gate == "zeros" or self.criterion not in NEW_MODULE,
@@ -115,10 +121,10 @@ class GraftSettings:
             require(getattr(self, name) >= 1, f"graft.{name} is {getattr(self, name)}; wanted 1 or more")
 
     def of(self, method: Method) -> "GraftSettings":
-        """These settings for one method. A control has its own criterion and fits nothing, but trains as `flex` does;
-        its size is that of `flex` as far as it can be (a random expert has the width of an expert)."""
+        """These settings for one method. The paper's rule and the controls have their own criterion and fit nothing,
+        but train as `flex` does; their size is that of `flex` as far as it can be (an expert has an expert's width)."""
         criterion = ADAPTED if method.rival == "expert" else method.graft
-        if criterion in (None, METHODS["flex"].graft):
+        if criterion in (None, CONFIGURED):
             return self
         new = criterion in NEW_MODULE
         return dataclasses.replace(
@@ -129,7 +135,7 @@ class GraftSettings:
             candidates=0,
             target="output",
             refit=False,
-            gate="zeros" if new else self.gate,
+            gate=self.gate if criterion == "random" else "zeros",
         )
 
     def graft_width(self, intermediate_size: int) -> int:

@@ -8,13 +8,16 @@ import statistics
 from html import escape
 
 from flex import report_figures as figures
+from flex.report_grafts import grafts
 from flex.report_html import (
+    MAX_PANELS,
     Run,
     cell,
     chip,
     dash,
     figure,
     folded,
+    left_out,
     legend,
     method_cell,
     panels,
@@ -28,18 +31,15 @@ from flex.report_numbers import (
     Job,
     format_bytes,
     format_count,
-    little_used,
     measures,
     primary_measure,
-    worse_than_zero,
 )
 
 _DIRECTIONS = {"up": "from a client to the server", "down": "from the server to a client"}
-MAX_PANELS = 16  # small multiples beyond this are left out, and the page says how many
 
 
 def evidence(run: Run) -> list[str]:
-    return [_per_client(run), _losses(run), _grafts(run), _openness(run), _sent(run), _truncated(run)]
+    return [_per_client(run), _losses(run), *grafts(run), _openness(run), _sent(run), _truncated(run)]
 
 
 def _per_client(run: Run) -> str:
@@ -94,95 +94,8 @@ def _losses(run: Run) -> str:
         intro + (" The axis is logarithmic." if log else ""),
         legend(run, methods),
         panels(pictures),
-        _left_out(len(shown)),
+        left_out(len(shown)),
     )
-
-
-def _left_out(count: int) -> str:
-    return f'<p class="note">{count - MAX_PANELS} more clients are not drawn.</p>' if count > MAX_PANELS else ""
-
-
-def _grafts(run: Run) -> str:
-    jobs = [job for job in run.jobs if any(event.get("candidates") for event in job.grafts.values())]
-    jobs = [job for job in jobs if any(event.get("chosen") is not None for event in job.grafts.values())]
-    if not jobs:
-        return ""
-    blocks = [_graft_job(run, job, drawn=job.method == jobs[0].method) for job in jobs]
-    titles = [f"{run.rows[job.method]['label']}, seed {job.seed}" for job in jobs]
-    criteria = sorted({str(event["criterion"]) for event in jobs[0].grafts.values() if event.get("criterion")})
-    intro = (
-        "Before training, each client measures on its own data how well each pretrained expert alone stands in for a "
-        f"whole layer; it copies one (criterion: {escape(', '.join(criteria))}) and trains the copy. The residual is "
-        "the length of the error over the length of the layer's output: 0 is a perfect stand-in, 1 is as bad as no "
-        "expert at all, above 1 is worse. The share is the part of the layer's routing weight that the expert gets."
-    )
-    colours = ",".join(figures.residual_stops())
-    scale = (
-        f'<div class="scale"><span>≤ {figures.RESIDUAL_MIN} explains much</span>'
-        f'<i style="background:linear-gradient(90deg,{colours})"></i>'
-        f"<span>≥ {figures.RESIDUAL_MAX:.0f} (1, in the middle, is no better than nothing)</span>"
-        f'<span><span class="ring"></span> the chosen one</span></div>'
-    )
-    first = f"<h3>{escape(titles[0])}</h3>{_choice_warning(run, jobs[0])}{scale}{blocks[0]}"
-    rest = "".join(folded(title, block) for title, block in zip(titles[1:], blocks[1:], strict=True))
-    return section("Which expert each layer grafted", intro, first, rest)
-
-
-def _choice_warning(run: Run, job: Job) -> str:
-    chosen = [event for event in job.grafts.values() if event.get("chosen") is not None]
-    worse, unused = sum(map(worse_than_zero, chosen)), sum(map(little_used, chosen))
-    parts = []
-    if worse:
-        parts.append(
-            f"in {worse} of {len(chosen)} places even the chosen expert is worse than none (residual 1 or more)"
-        )
-    if unused:
-        parts.append(f"in {unused} of {len(chosen)} the client's router gives it less than a quarter of an even share")
-    if not parts:
-        return ""
-    text = "; ".join(parts)
-    return f'<p class="warn">Be careful with this choice: {text}. Such places are marked ▲ below.</p>'
-
-
-def _graft_job(run: Run, job: Job, drawn: bool) -> str:
-    """Heat maps and chosen experts of one job. A control is not `drawn`: its residuals are those FLEx measured."""
-    layers = sorted({layer for _, layer in job.grafts})
-    clients = [client for client in run.clients if any(client == owner for owner, _ in job.grafts)]
-    pictures = []
-    for client in clients[:MAX_PANELS] if drawn else []:
-        events = [job.grafts[client, layer] for layer in layers if (client, layer) in job.grafts]
-        events = [event for event in events if event.get("candidates")]
-        if events:
-            svg = figures.heat_panel(
-                [event["candidates"] for event in events],
-                [event.get("chosen") for event in events],
-                [event["layer"] for event in events],
-                f"Residual of every expert for client {client}, by layer",
-            )
-            pictures.append(figure(svg, client))
-    rows = []
-    for layer in layers:
-        cells = [f"<th scope=row>layer {layer}</th>"]
-        cells += [_choice_cell(job.grafts.get((client, layer))) for client in clients]
-        rows.append(table_row(cells))
-    head = ["", *(f"{escape(client)}<br><small>expert · residual · share</small>" for client in clients)]
-    choices = table(head, rows)
-    if len(layers) * len(clients) > 80:
-        choices = folded("The chosen experts in numbers", choices)
-    return (panels(pictures) + _left_out(len(clients)) if pictures else "") + choices
-
-
-def _choice_cell(event: Event | None) -> str:
-    if event is None or event.get("chosen") is None:
-        return "<td>–</td>"
-    residual, mass = event.get("residual"), event.get("routed_mass")
-    parts = [
-        f"<b>{escape(str(event['chosen']))}</b>",
-        "–" if residual is None else f"<span{' class=warn' if worse_than_zero(event) else ''}>{residual:.2f}</span>",
-        "–" if mass is None else f"<span{' class=warn' if little_used(event) else ''}>{100 * mass:.1f} %</span>",
-    ]
-    flag = '<span class="warn">▲</span> ' if worse_than_zero(event) or little_used(event) else ""
-    return f"<td>{flag}{' · '.join(parts)}</td>"
 
 
 def _openness(run: Run) -> str:

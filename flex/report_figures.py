@@ -25,13 +25,13 @@ INK, SOFT, LINE, PAGE = (
     "#0a0b03",
     "#0a0b04",
 )  # stand-ins: text, lesser text, grid lines, background
-MARKS = 9  # method colours --mark-0 ... --mark-8 in report.css
+MARKS = 12  # method colours --mark-0 ... --mark-11 in report.css
 LAYERS = 6  # layer colours --layer-0 ... --layer-5
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PAGE: "--card"}
 _VARIABLES |= {f"#0b0c{i:02x}": f"--mark-{i}" for i in range(MARKS)}
 _VARIABLES |= {f"#0b0d{i:02x}": f"--layer-{i}" for i in range(LAYERS)}
 
-DASHES = ("-", "--", ":")  # solid for methods, dashed and dotted for the two controls
+DASHES = ("-", "--", ":", "-.")  # solid for methods, the others in turn for what stands in place of the graft
 
 # Relative residual of an expert, log scale around 1: below 1 it explains something of the layer's output, above it is
 # worse than the zero function. Both ends stay apart for the colour-blind and on paper.
@@ -39,6 +39,8 @@ RESIDUAL_MIN, RESIDUAL_MAX = 0.5, 2.0
 _RESIDUAL_COLOURS = LinearSegmentedColormap.from_list(
     "residual", ["#1b5fa8", "#86b6e0", "#f5f3ee", "#f0a868", "#b4480f"]
 )
+# How many neurons came from an expert, from none to the most.
+COUNT_COLOURS = LinearSegmentedColormap.from_list("count", ["#f5f3ee", "#86b6e0", "#1b5fa8"])
 
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -77,6 +79,11 @@ def mark(index: int) -> str:
 def residual_stops() -> list[str]:
     """The colours of the residual scale from RESIDUAL_MIN over 1 to RESIDUAL_MAX, for the legend."""
     return [matplotlib.colors.to_hex(_RESIDUAL_COLOURS(i / 8)) for i in range(9)]
+
+
+def count_stops() -> list[str]:
+    """The colours of the neuron counts from 0 to the most, for the legend."""
+    return [matplotlib.colors.to_hex(COUNT_COLOURS(i / 8)) for i in range(9)]
 
 
 def comparison_panel(
@@ -150,17 +157,39 @@ def heat_panel(
     residuals: Sequence[Sequence[float]], chosen: Sequence[int | None], layers: Sequence[int], alt: str
 ) -> str:
     """Relative residual of every expert (columns) in every layer (rows) of one client; a ring marks the chosen one."""
-    width = max(len(row) for row in residuals)
-    grid = np.full((len(residuals), width), np.nan)
-    for row, values in enumerate(residuals):
-        grid[row, : len(values)] = [math.nan if value is None else value for value in values]
+    norm = Normalize(math.log(RESIDUAL_MIN), math.log(RESIDUAL_MAX), clip=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        grid = np.log(_grid(residuals))
+    rings = [(expert, row) for row, expert in enumerate(chosen) if expert is not None]
+    return _map(grid, norm, _RESIDUAL_COLOURS, rings, layers, alt)
+
+
+def count_panel(counts: Sequence[Sequence[int]], most: int, layers: Sequence[int], alt: str) -> str:
+    """How many neurons of every expert (columns) went into the graft of every layer (rows) of one client."""
+    return _map(_grid(counts), Normalize(0, most), COUNT_COLOURS, [], layers, alt)
+
+
+def _grid(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """[layers, experts]; NaN where a layer has fewer experts than another."""
+    grid = np.full((len(rows), max(map(len, rows))), np.nan)
+    for own, values in zip(grid, rows, strict=True):
+        own[: len(values)] = [math.nan if value is None else value for value in values]
+    return grid
+
+
+def _map(
+    grid: np.ndarray,
+    norm: Normalize,
+    colours: LinearSegmentedColormap,
+    rings: Sequence[tuple[int, int]],
+    layers: Sequence[int],
+    alt: str,
+) -> str:
+    num_rows, width = grid.shape
     with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _panel(height=min(2.4, 0.5 + 0.17 * len(residuals)))
+        figure, axes = _panel(height=min(2.4, 0.5 + 0.17 * num_rows))
         axes.grid(False)
-        norm = Normalize(math.log(RESIDUAL_MIN), math.log(RESIDUAL_MAX), clip=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            axes.imshow(np.log(grid), norm=norm, cmap=_RESIDUAL_COLOURS, aspect="auto", interpolation="none")
-        rings = [(expert, row) for row, expert in enumerate(chosen) if expert is not None]
+        axes.imshow(grid, norm=norm, cmap=colours, aspect="auto", interpolation="none")
         if rings:
             size = max(2.5, min(6.0, 90 / width))
             axes.plot(*zip(*rings, strict=True), "o", ms=size, mfc="white", mec="black", mew=1.1, linestyle="none")

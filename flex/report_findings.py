@@ -21,6 +21,16 @@ Row = dict[str, Any]
 
 IN_WORDS = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "loss": "loss"}
 
+# What stands in place of FLEx's graft, and what a run does not show where that does as well.
+IN_PLACE = {
+    "flex-paper": ("the paper's rule", "that this graft is better than the paper's"),
+    "flex-random": ("a random expert", "that it matters what is grafted"),
+    "flex-fresh": ("a fresh module", "that starting from pretrained weights matters"),
+    "flex-private-lora": ("a private LoRA", "that a graft is better than a private LoRA"),
+    "flex-adapt": ("an expert adapted in place", "that a graft is better than adapting an expert"),
+}
+OF_CAPACITY = ("flex-random", "flex-fresh")  # without these a run cannot tell a good graft from mere private capacity
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -124,17 +134,18 @@ def _headline(main: Row, summary: list[Row], measure: Measure) -> str:
 
 
 def _controls(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
-    """Random expert and fresh module: same size, same training; only the start of the private module differs."""
+    """Same size, same training; only what stands in place of the graft differs."""
     verdicts: dict[str, str] = {}
     parts = []
-    for method, name in zip(CONTROLS, ("a random expert", "a fresh module"), strict=True):
+    for method in CONTROLS:
+        name = IN_PLACE[method][0]
         found = difference(main, rows[method], measure) if method in rows else None
         if found is None:
             continue
         verdicts[method] = found.verdict
         noise = measure.format(found.noise)
         ending = {
-            "level": f"{name} does as well ({found}, noise {noise})",
+            "level": f"{name} does as well ({found}, within the noise of {noise})",
             "worse": f"{name} does better than FLEx ({found})",
             "behind": f"{name} is ahead of FLEx ({found}, less than twice the noise of {noise}: not settled)",
             "better": f"{name} does worse ({found})",
@@ -142,27 +153,30 @@ def _controls(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
             "open": f"{name} differs ({found}), and one seed does not tell whether that means anything",
         }
         parts.append(ending[found.verdict])
-    if not parts:
-        return [
+    sentences = []
+    if parts:
+        text = f"In place of FLEx's graft, {_join(parts)}; the numbers are FLEx minus the other."
+        sentences.append(text + _what_controls_show(main, rows, measure, verdicts))
+    if not any(method in verdicts for method in OF_CAPACITY):
+        sentences.append(
             "The controls (a random expert, a fresh module) are not in this run, so it cannot tell whether the choice "
-            "of the expert matters or only the private capacity."
-        ]
-    text = f"In place of the chosen expert, {_join(parts)}; the numbers are FLEx minus control."
+            "of the graft matters or only the private capacity."
+        )
+    return sentences
+
+
+def _what_controls_show(main: Row, rows: dict[str, Row], measure: Measure, verdicts: dict[str, str]) -> str:
     as_good = [method for method, verdict in verdicts.items() if verdict in ("level", "behind", "worse")]
     if as_good:
-        doubt = {
-            ("flex-random",): "that the rule's choice of the expert matters",
-            ("flex-fresh",): "that starting from a pretrained expert matters",
-        }.get(tuple(as_good), "that choosing an expert matters, or starting from a pretrained one")
-        text += f" So this run does not show {doubt}"
+        text = f" So this run does not show {_join([IN_PLACE[method][1] for method in as_good], 'or')}"
         fedavg = difference(main, rows["fedavg"], measure) if "fedavg" in rows else None
-        gains = fedavg is not None and fedavg.verdict == "better"
-        text += "; the gain over FedAvg comes from having a private module." if gains else "."
-    elif all(verdict == "better" for verdict in verdicts.values()):
-        text += " So the choice of the expert earns its place here."
-    else:
-        text += " Whether the choice of the expert matters is left open."
-    return [text]
+        gains = fedavg is not None and fedavg.verdict == "better" and as_good != ["flex-paper"]
+        return text + ("; the gain over FedAvg comes from having a private module." if gains else ".")
+    if not any(method in verdicts for method in OF_CAPACITY):
+        return ""
+    if all(verdict == "better" for verdict in verdicts.values()):
+        return " So the graft earns its place here."
+    return " Whether it matters what is grafted is left open."
 
 
 def _groups(main: Row, summary: list[Row]) -> list[str]:
@@ -251,7 +265,8 @@ def _budget(rows: dict[str, Row]) -> list[str]:
     text += "."
     smaller = [rows[method]["label"] for method in ("local", "fedavg") if method in rows]
     if smaller and parameters.get("personal"):
-        text += f" {_join(smaller)} train no such module: part of the distance to FLEx may be its mere size."
+        verb = "train" if len(smaller) > 1 else "trains"
+        text += f" {_join(smaller)} {verb} no such module: part of the distance to FLEx may be its mere size."
     return [text]
 
 
@@ -304,5 +319,5 @@ def _value(row: Row, measure: Measure) -> str:
     return measure.format(stat["mean"], stat["spread"]) + (" %" if measure.name == "exact_match" else "")
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+def _join(parts: list[str], word: str = "and") -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" {word} " + parts[-1]

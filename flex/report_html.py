@@ -14,6 +14,8 @@ from flex.report_numbers import CONTROLS, METHODS, Event, Job, Measure, collect_
 
 Row = dict[str, Any]
 
+MAX_PANELS = 16  # small multiples beyond this are left out, and the page says how many
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,12 +68,12 @@ class Run:
 
 
 def dash(method: str) -> int:
-    """Line style, so that no reading depends on colour alone: 1 and 2 for the controls, 0 for the others."""
-    return CONTROLS.index(method) + 1 if method in CONTROLS else 0
+    """Line style, so that no reading depends on colour alone: 1, 2, 3 in turn for the controls, 0 for the others."""
+    return CONTROLS.index(method) % 3 + 1 if method in CONTROLS else 0
 
 
 def chip(run: Run, method: str) -> str:
-    style = f"border-color:var(--mark-{run.marks[method]})"
+    style = f"color:var(--mark-{run.marks[method]})"
     return f'<span class="chip dash{dash(method)}" style="{style}"></span>'
 
 
@@ -115,6 +117,10 @@ def figure(svg: str, caption: str, remark: str = "") -> str:
 
 def panels(items: Iterable[str], wide: bool = False) -> str:
     return f'<div class="panels{" wide" if wide else ""}">{"".join(items)}</div>'
+
+
+def left_out(count: int) -> str:
+    return f'<p class="note">{count - MAX_PANELS} more clients are not drawn.</p>' if count > MAX_PANELS else ""
 
 
 def section(title: str, intro: str, *body: str) -> str:

@@ -26,11 +26,16 @@ METHODS: dict[str, tuple[str, str]] = {
     "base": ("Base model", "as it came, not trained here"),
     "local": ("Local", "each client alone, nothing is sent"),
     "fedavg": ("FedAvg", "one averaged LoRA for all, nothing private"),
-    "flex": ("FLEx", "averaged LoRA + a private expert, chosen by reconstruction"),
+    "flex": ("FLEx", "averaged LoRA + a private module of pretrained neurons, fitted to what the loss asks for"),
+    "flex-paper": ("Paper's rule", "FLEx, but the private expert is the one that reconstructs best"),
     "flex-random": ("Random expert", "control: FLEx, but the expert is drawn at random"),
     "flex-fresh": ("Fresh module", "control: FLEx, but the private module is newly initialised"),
+    "flex-private-lora": ("Private LoRA", "control: a second, private LoRA in place of the private module"),
+    "flex-adapt": ("Adapted expert", "control: one pretrained expert adapted in place of the private module"),
 }
-CONTROLS = ("flex-random", "flex-fresh")
+# What has something else in place of FLEx's graft, so that one sees what the graft is good for.
+CONTROLS = ("flex-paper", "flex-random", "flex-fresh", "flex-private-lora", "flex-adapt")
+USUAL_GRAFT = ("neurons", "correction", True)  # criterion, target and refit of the FLEx that METHODS describes
 
 # A chosen expert with less than this part of an even share (1/E) of the routing weight is one the client hardly uses.
 LITTLE_USED_SHARE = 0.25
@@ -189,6 +194,8 @@ def summarise(all_events: Iterable[Event]) -> list[dict[str, Any]]:
 def _summarise_method(jobs: list[Job]) -> dict[str, Any]:
     method = jobs[0].method
     label, about = METHODS.get(method, (method, ""))
+    if method == "flex":
+        about = _flex_about(jobs) or about
     counted = [job for job in jobs if job.finished] or jobs
     infos = [job.info["trained_parameters"] for job in jobs if job.info and job.info.get("trained_parameters")]
     seconds = [job.done["seconds"] for job in jobs if job.done and job.done.get("seconds") is not None]
@@ -240,6 +247,17 @@ def _bytes_per_round(jobs: list[Job]) -> dict[str, float] | None:
         return None
     trains = [event for job in jobs for event in job.trains.values()]
     return {way: sum(event.get(f"bytes_{way}") or 0 for event in trains) / len(rounds) for way in ("up", "down")}
+
+
+def _flex_about(jobs: list[Job]) -> str:
+    """What FLEx's private module is where the run was configured otherwise; by the events, which say what was done."""
+    for event in (event for job in jobs for event in job.grafts.values() if event.get("criterion")):
+        refitted = (event.get("unexplained") or {}).get("after") is not None
+        found = (event["criterion"], event.get("target", "output"), refitted)
+        if found != USUAL_GRAFT:
+            fit = "refitted" if refitted else "not refitted"
+            return f"averaged LoRA + a private module, chosen by “{found[0]}” for the {found[1]}, {fit}"
+    return ""
 
 
 def _graft_counts(jobs: list[Job]) -> dict[str, int] | None:

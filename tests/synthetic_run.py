@@ -11,7 +11,7 @@ from flex.report_numbers import AFTER
 
 Event = dict[str, Any]
 
-METHODS = ("base", "local", "fedavg", "flex", "flex-random", "flex-fresh")
+METHODS = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
 CLIENTS = ("aurora", "birch", "cedar", "dune", "ember")
 
 # What the working experiment measured: exact match of shared skill, own conventions and general, then test loss.
@@ -20,6 +20,7 @@ LEVELS = {
     "local": (0.64, 0.32, 0.21, 0.92),
     "fedavg": (0.93, 0.15, 0.11, 1.64),
     "flex": (0.90, 0.44, 0.25, 0.81),
+    "flex-paper": (0.88, 0.40, 0.26, 1.21),
     "flex-random": (0.88, 0.43, 0.28, 0.81),
     "flex-fresh": (0.91, 0.42, 0.24, 0.75),
 }
@@ -100,7 +101,7 @@ def _job(
         for ab, shape in (("A", [8, 128]), ("B", [128, 8]))
     ]
     events += [{"event": "sent", "direction": way, "tensors": tensors} for way in ("up", "down")]
-    if method in ("flex", "flex-random"):
+    if method in ("flex", "flex-paper", "flex-random"):
         events += [_graft(dice, method, c, layer, experts) for c in clients for layer in range(layers)]
     size = sum(tensor["bytes"] for tensor in tensors)
     for round_index in range(1, rounds + 1):
@@ -129,19 +130,46 @@ def _job(
 
 
 def _graft(dice: random.Random, method: str, client: str, layer: int, experts: int) -> Event:
+    """FLEx takes 96 neurons for the correction, the others one expert for the output."""
     candidates = [max(0.6, dice.gauss(0.9 + 0.3 * (layer > 0), 0.2)) for _ in range(experts)]
-    chosen = min(range(experts), key=candidates.__getitem__) if method == "flex" else dice.randrange(experts)
-    return {
+    common = {
         "event": "graft",
         "client_id": client,
         "layer": layer,
         "module": f"model.layers.{layer}.mlp.experts",
-        "criterion": "reconstruction" if method == "flex" else "random",
         "candidates": candidates,
-        "chosen": chosen,
-        "residual": candidates[chosen],
         "routed_mass": 0.15 if layer < 2 else 0.006,
         "seconds": 0.1,
+        "width": 96,
+    }
+    if method == "flex":
+        owners = [dice.randrange(experts) for _ in range(96)]
+        before = dice.uniform(0.9, 0.99)
+        left = {
+            "before": before - 0.1,
+            "after": before - 0.3,
+            "held_out_before": before,
+            "held_out_after": before - 0.1,
+        }
+        return common | {
+            "criterion": "neurons",
+            "target": "correction",
+            "chosen": None,
+            "residual": None,
+            "experts": [],
+            "neurons": [owners.count(expert) for expert in range(experts)],
+            "unexplained": left,
+            "curve": [[0, 1.0], [96, before]],
+        }
+    chosen = min(range(experts), key=candidates.__getitem__) if method == "flex-paper" else dice.randrange(experts)
+    return common | {
+        "criterion": "reconstruction" if method == "flex-paper" else "random",
+        "target": "output",
+        "chosen": chosen,
+        "residual": candidates[chosen],
+        "experts": [chosen],
+        "neurons": [96 * (expert == chosen) for expert in range(experts)],
+        "unexplained": {"before": candidates[chosen] ** 2},
     }
 
 

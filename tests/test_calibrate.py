@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_config
+from tiny import graft_settings, tiny_config
 
 from flex import calibrate
 from flex import graft as grafting
 from flex.calibrate import Sequences, Tokens
-from flex.config import METHODS, GraftSettings
+from flex.config import METHODS
 from flex.errors import FlexError
 from flex.layer_sums import LayerScores, router_of
 from flex.model import unwrap, wrap
@@ -48,12 +48,12 @@ def examples_of(setting, count):
 
 
 def choose(setting, examples, batch_size=4, folder=None, progress=None, **settings):
-    settings = GraftSettings(**settings)
+    settings = graft_settings(**settings)
     return grafting.choose_grafts(setting.base, setting.encoder, examples, settings, batch_size, "", folder, progress)
 
 
 def scores_of(setting, examples, batch_size, target="output", **settings):
-    settings = GraftSettings(**settings, target=target)
+    settings = graft_settings(**settings, target=target)
     sums = {name: LayerScores(setting.base, name, settings) for name in setting.base.layers}
     sequences = Sequences.of(examples, batch_size, False)
     calibrate.run_pass(setting.base, setting.encoder, sequences, sums, target, {})
@@ -241,9 +241,9 @@ def test_held_out_sequences_choose_and_fit_nothing(setting):
 def test_a_model_in_bf16(setting, tmp_path, settings):
     config = tiny_config(tmp_path).with_values(model={"dtype": "bfloat16"})
     half = prepare(config, 0)
-    wrap(half.base, METHODS["flex"], config.lora, GraftSettings(**settings), seed=0)
+    wrap(half.base, METHODS["flex"], config.lora, graft_settings(**settings), seed=0)
     choices = choose(half, examples_of(half, 16), **settings)
-    grafting.build(half.base, choices, GraftSettings(**settings), 0)
+    grafting.build(half.base, choices, graft_settings(**settings), 0)
     full = choose(setting, examples_of(setting, 16), **settings)
     for choice, wanted in zip(choices, full, strict=True):
         assert choice.unexplained.before == pytest.approx(wanted.unexplained.before, rel=0.15)
@@ -331,7 +331,7 @@ def test_routers_that_are_no_softmax_of_one_weight_are_refused(setting, tmp_path
 def test_sums_of_no_tokens_are_no_sums(setting):
     """A batch without a response token adds nothing to a correction, and a client without any is told."""
     name = next(iter(setting.base.layers))
-    layer = LayerScores(setting.base, name, GraftSettings())
+    layer = LayerScores(setting.base, name, graft_settings())
     before = {k: v.clone() for k, v in layer.tensors().items()}
     nothing = torch.zeros(0, 32)
     layer.add(Tokens(nothing, nothing, nothing, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)), False)

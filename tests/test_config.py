@@ -1,9 +1,14 @@
 """Configurations: what a file or `--set` may say, and what a wrong one is told."""
 
+from pathlib import Path
+
 import pytest
 
 from flex.config import METHODS, RunConfig, read_config, write_config
 from flex.errors import FlexError
+from flex.methods import CRITERIA
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def test_written_configuration_reads_back_the_same(tmp_path):
@@ -35,16 +40,36 @@ def test_overrides_win_over_the_file_and_widen_numbers(tmp_path):
         ),
         ("[graft]\ntarget = 'F'\n", "graft.target is 'F'; wanted one of output, correction"),
         ("[graft]\nexperts = 4\n", "graft.experts is 4; wanted 1, 2 or 3"),
-        ("[graft]\nexperts = 2\n", "graft.experts is 2, which the criterion 'reconstruction' has no use for; wanted 1"),
-        ("[graft]\nwidth = 9\n", "graft.width is 9, which the criterion 'reconstruction' has no use for; wanted 0"),
-        ("[graft]\ncandidates = 9\n", "graft.candidates is 9, which the criterion 'reconstruction' has no use for"),
+        (
+            "[graft]\nexperts = 2\n",
+            "graft.experts is 2, which the criterion 'neurons' has no use for; wanted 1, or graft.criterion = one of "
+            "renormalized, scaled_subset, random, fresh, zero",
+        ),
+        (
+            "[graft]\ncriterion = 'scaled'\nwidth = 9\n",
+            "graft.width is 9, which the criterion 'scaled' has no use for; wanted 0, or graft.criterion = one of "
+            "neurons, fresh, zero",
+        ),
+        (
+            "[graft]\ncriterion = 'scaled'\ncandidates = 9\n",
+            "graft.candidates is 9, which the criterion 'scaled' has no use for; wanted 0, or graft.criterion = one of "
+            "neurons",
+        ),
+        ("[graft]\nwidth = 9\ncandidates = 8\n", "graft.candidates is 8; wanted at least the width, 9"),
         ("[graft]\ncriterion = 'neurons'\nwidth = -1\n", "graft.width is -1; wanted 0 or more"),
         (
             "[graft]\ncriterion = 'neurons'\nwidth = 9\ncandidates = 8\n",
             "graft.candidates is 8; wanted at least the width, 9",
         ),
-        ("[graft]\ncriterion = 'fresh'\nrefit = true\n", "graft.refit is on, but 'fresh' starts from nothing"),
-        ("[graft]\ncriterion = 'zero'\ngate = 'router'\n", "graft.gate is 'router', but 'zero' grafts no expert"),
+        (
+            "[graft]\ncriterion = 'fresh'\n",
+            "graft.refit is true (its default), but 'fresh' starts from nothing that could be fitted; "
+            "wanted graft.refit = false",
+        ),
+        (
+            "[graft]\ncriterion = 'zero'\nrefit = false\ngate = 'router'\n",
+            "graft.gate is 'router', but 'zero' grafts no expert",
+        ),
         ("[graft]\nafter_rounds = -1\n", "graft.after_rounds is -1; wanted 0 or more"),
         ("[graft]\nridge = 0\n", "graft.ridge is 0.0; wanted a number above 0"),
         ("[graft]\ntraining = 'lora'\nrank = 0\n", "graft.rank is 0; wanted 1 or more"),
@@ -67,4 +92,22 @@ def test_missing_file_is_named(tmp_path):
 
 def test_methods_share_what_they_say():
     assert METHODS["local"].lora == "personal"
-    assert {m for m, v in METHODS.items() if v.graft} == {"flex", "flex-random", "flex-fresh"}
+    assert [m for m, v in METHODS.items() if v.graft] == ["flex", "flex-paper", "flex-random", "flex-fresh"]
+    assert METHODS["flex"].graft not in CRITERIA  # flex has no criterion of its own
+    assert all(v.graft in CRITERIA for m, v in METHODS.items() if v.graft and m != "flex")
+
+
+def test_what_won_the_study_is_the_default_and_the_papers_rule_stands_beside_it():
+    graft = RunConfig().graft
+    assert (graft.criterion, graft.target, graft.gate) == ("neurons", "correction", "zeros")
+    assert (graft.refit, graft.ridge, graft.refit_scale) == (True, 1.0, 0.1)
+    methods = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
+    assert RunConfig().train.methods == methods
+
+
+def test_in_the_papers_setting_flex_is_the_papers_rule():
+    config = read_config(CONFIGS / "paper.toml")
+    assert config.graft.of(METHODS["flex"]) == config.graft
+    assert config.graft.of(METHODS["flex-paper"]) == config.graft
+    assert (config.graft.criterion, config.graft.target, config.graft.refit) == ("reconstruction", "output", False)
+    assert config.train.methods == ("base", "local", "fedavg", "flex", "flex-random", "flex-fresh")

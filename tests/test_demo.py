@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flex import demo
-from flex.config import EvaluateSettings
+from flex.config import EvaluateSettings, RunConfig
 from flex.data import Encoder, read_records
 from flex.demo_language import NEW_SKILL, SKILLS, build_tokenizer
 from flex.evaluate import score
@@ -161,6 +161,8 @@ def test_the_runs_config_names_the_clients_and_takes_overrides(tmp_path):
     config = demo.demo_config(tmp_path, ["train.rounds=3"])
     assert config.data.clients == tuple(client.client_id for client in demo.CLIENTS)
     assert config.train.rounds == 3
+    assert config.train.methods == RunConfig().train.methods
+    assert (config.graft.criterion, config.graft.target, config.graft.refit) == ("neurons", "correction", True)
     assert config.data.for_seed(2).test == str(tmp_path / "data-seed2" / "test.jsonl")
     assert Path(config.model.path) == demo.BASE_FOLDER
     assert set(demo.describe_clients(SEED)) == set(config.data.clients)

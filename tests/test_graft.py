@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_model, tiny_config
+from tiny import PAPER, graft_settings, save_model, tiny_config
 
 from flex import commands
 from flex import graft as grafting
@@ -34,7 +34,7 @@ def setting(tmp_path_factory):
 
 def grafted(setting, examples, seed="seed", **settings):
     """The choices with these settings, written into grafts on the model."""
-    settings = GraftSettings(**settings)
+    settings = graft_settings(**settings)
     wrap(setting.base, METHODS["flex"], tiny_lora(), settings, seed=0)
     choices = grafting.choose_grafts(setting.base, setting.encoder, examples, settings, BATCH, seed)
     grafting.build(setting.base, choices, settings, 0)
@@ -149,7 +149,7 @@ def test_what_the_built_graft_leaves_is_what_the_choice_says(setting, settings, 
     """The graft on the model, applied to the layer's inputs, on the sequences it was fitted to and on the others."""
     examples = setting.clients[0].train + setting.clients[1].train  # 20: two are held out
     choices = grafted(setting, examples, target=target, **settings)
-    cut = 18 if GraftSettings(**settings).fits else 20
+    cut = 18 if graft_settings(**settings).fits else 20
     fitted, held_out = (seen(setting, part, target) for part in (examples[:cut], examples[18:]))
     for choice in choices:
         graft, left = setting.base.layers[choice.module].graft, choice.unexplained
@@ -295,9 +295,7 @@ def test_the_gate_starts_at_the_routers_rows(setting):
 
 
 def test_controls_keep_their_criterion_and_the_size_of_flex():
-    settings = GraftSettings(
-        criterion="neurons", width=60, refit=True, gate="router", training="lora", target="correction"
-    )
+    settings = GraftSettings(width=60, gate="router", training="lora")
     assert settings.of(METHODS["flex"]) is settings
     assert settings.of(METHODS["fedavg"]) is settings
     fresh = settings.of(METHODS["flex-fresh"])
@@ -305,8 +303,34 @@ def test_controls_keep_their_criterion_and_the_size_of_flex():
     drawn = settings.of(METHODS["flex-random"])
     assert (drawn.criterion, drawn.graft_width(24), drawn.gate, drawn.target) == ("random", 24, "router", "output")
     merged = GraftSettings(criterion="scaled_subset", experts=2)
-    widths = [merged.of(METHODS[m]).graft_width(24) for m in ("flex", "flex-random", "flex-fresh")]
-    assert widths == [48, 48, 48]
+    grafted = [m for m, method in METHODS.items() if method.graft]
+    assert [merged.of(METHODS[m]).graft_width(24) for m in grafted] == [48, 24, 48, 48]
+    assert [GraftSettings().of(METHODS[m]).graft_width(24) for m in grafted] == [24, 24, 24, 24]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"width": 60, "candidates": 90, "gate": "router", "training": "lora", "combine": "convex", "logit_bias": 0.0},
+        {"criterion": "scaled_subset", "experts": 2, "refit": False},
+        {"criterion": "fresh", "width": 60, "refit": False},
+    ],
+    ids=lambda s: s.get("criterion", "neurons"),
+)
+def test_the_papers_rule_is_the_papers_whatever_flex_is(settings):
+    configured = GraftSettings(**settings)
+    paper = configured.of(METHODS["flex-paper"])
+    chosen = ("criterion", "target", "refit", "gate", "experts", "width", "candidates")
+    assert [getattr(paper, name) for name in chosen] == ["reconstruction", "output", False, "zeros", 1, 0, 0]
+    for name in ("training", "rank", "alpha", "combine", "logit_bias", "after_rounds", "calibration_sequences"):
+        assert getattr(paper, name) == getattr(configured, name)
+
+
+def test_another_criterion_alone_is_refitted_to_the_correction_too():
+    settings = GraftSettings(criterion="routed_mass")
+    assert (settings.target, settings.refit, settings.ridge, settings.refit_scale) == ("correction", True, 1.0, 0.1)
+    assert settings.fits
 
 
 @torch.no_grad()
@@ -337,7 +361,8 @@ def test_a_closed_graft_leaves_the_logits_as_they_are(setting):
     "settings",
     [
         {"training": "lora", "rank": 2, "alpha": 4.0},
-        {"criterion": "neurons", "width": 7, "refit": True, "target": "correction"},
+        {"width": 7},
+        {"criterion": "reconstruction"},
         {"criterion": "scaled_subset", "experts": 2, "training": "lora", "combine": "convex"},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
@@ -367,7 +392,9 @@ def test_a_run_with_any_graft_keeps_it_at_home_and_resumes(tmp_path, settings):
     grafts = [e for e in events if e["event"] == "graft"]
     assert len(grafts) == 4
     for event in grafts:
-        assert event["criterion"] == settings.get("criterion", "reconstruction")
+        assert event["criterion"] == settings.get("criterion", "neurons")
+        assert event["target"] == "correction"
+        assert event["unexplained"]["held_out_after"] is not None
         assert sum(event["neurons"]) == event["width"]
         assert event["seconds"] > 0
         assert event["peak_bytes"] > 2**20
@@ -384,7 +411,7 @@ def test_a_run_with_any_graft_keeps_it_at_home_and_resumes(tmp_path, settings):
         assert all(torch.equal(again[name], own[name]) for name in own)
 
 
-@pytest.mark.parametrize("settings", [{}, {"criterion": "neurons", "refit": True, "target": "correction"}])
+@pytest.mark.parametrize("settings", [{}, PAPER], ids=["neurons", "paper"])
 def test_a_graft_after_shared_rounds_starts_from_what_they_gave(tmp_path, settings):
     """Until then the client is one of FedAvg, to the bit; then its graft is chosen with the shared LoRA at work."""
     train = {"rounds": 3, "steps": 2, "methods": ("fedavg", "flex")}
@@ -435,11 +462,12 @@ def test_the_command_shows_what_was_taken(tmp_path, monkeypatch):
     shown = Console(record=True, width=150, file=io.StringIO(), force_terminal=True)
     monkeypatch.setattr(commands, "console", shown)
     for overrides, words in (
-        ([], ["client a", "reconstruction", "residual of each expert", "expert "]),
         (
-            ["graft.criterion=neurons", "graft.refit=true"],
-            ["neurons of ", "neurons taken from each expert", "share over the width", "held out", "calibrating", "█"],
+            [],
+            ["client a", "neurons, target correction", "neurons of ", "neurons taken from each expert", "calibrating"],
         ),
+        (["graft.width=30"], ["held out", "share over the width", "█"]),
+        (["graft.criterion=reconstruction", "graft.refit=false"], ["residual of each expert", "expert "]),
         (["graft.criterion=scaled_subset", "graft.experts=2"], ["experts 0, "]),
     ):
         picture = tmp_path / "out" / "graft" / "a" / "choice.png"

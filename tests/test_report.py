@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 from synthetic_run import CLIENTS, DEMO, Event, scored, synthetic_events, write_run
 
-from flex import report_figures
+from flex import report_figures, report_page
 from flex.errors import FlexError
+from flex.methods import METHODS as TRAINED
 from flex.report import findings, read_events, summarise, terminal_table, write_report
-from flex.report_numbers import AFTER, BEFORE, Measure, format_bytes, format_count
+from flex.report_numbers import AFTER, BEFORE, METHODS, Measure, format_bytes, format_count
 
 TEST = Measure("test", "", "exact_match")
 GROUP = Measure("test", "own conventions", "exact_match")
@@ -87,7 +88,7 @@ def small() -> list[Event]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of words: drawing takes most of a report's time."""
-    for panel in ("comparison_panel", "loss_panel", "heat_panel", "openness_panel"):
+    for panel in ("comparison_panel", "loss_panel", "heat_panel", "count_panel", "openness_panel"):
         monkeypatch.setattr(report_figures, panel, lambda *values: "<svg></svg>")
 
 
@@ -116,7 +117,7 @@ CASES = {
         "layers": 1,
         "seeds": (0,),
     },
-    "many layers and experts": {"methods": ("flex",), "seeds": (0,), "layers": 24, "experts": 60},
+    "many layers and experts": {"methods": ("flex", "flex-paper"), "seeds": (0,), "layers": 24, "experts": 60},
     "more clients than panels": {"methods": ("flex",), "seeds": (0,), "clients": tuple(f"c{i}" for i in range(18))},
     "no header": {"methods": ("base", "fedavg", "flex"), "header": False, "seeds": (0,)},
 }
@@ -171,8 +172,9 @@ def test_means_and_spreads(demo: list[Event]) -> None:
     assert rows["local"]["bytes_per_round"] == {"up": 0, "down": 0}
     assert rows["base"]["bytes_per_round"] is None
     assert rows["base"]["grafts"] is None
-    assert rows["flex"]["grafts"]["choices"] == 2 * 4 * len(CLIENTS)
-    assert rows["flex"]["grafts"]["little_used"] == 2 * 2 * len(CLIENTS)
+    assert rows["flex"]["grafts"] is None
+    assert rows["flex-paper"]["grafts"]["choices"] == 2 * 4 * len(CLIENTS)
+    assert rows["flex-paper"]["grafts"]["little_used"] == 2 * 2 * len(CLIENTS)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -205,11 +207,71 @@ def test_the_last_of_two_equal_events_counts() -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_choices_worse_than_nothing_are_warned_of(tmp_path: Path, small: list[Event]) -> None:
-    events = [{**e, "residual": 1.25, "routed_mass": 0.5} if e["event"] == "graft" else e for e in small]
+    paper = [{**e, "method": "flex"} for e in small if e.get("method") == "flex-paper"]  # a run configured so
+    others = [e for e in small if e.get("method") not in ("flex", "flex-paper")]
+    events = [{**e, "residual": 1.25, "routed_mass": 0.5} if e["event"] == "graft" else e for e in [*others, *paper]]
     assert any("8 grafts, in 8 the chosen expert" in sentence for sentence in findings(summarise(events)))
     text = read_page(write_report(write_run(tmp_path, events))).text
     assert "in 4 of 4 places even the chosen expert is worse than none" in text
     assert "1.25" in text
+
+
+def test_what_neurons_a_graft_is_made_of_is_drawn_and_said(tmp_path: Path, small: list[Event]) -> None:
+    """A panel per client, all on one scale, and how much of the target stays; a copied expert is shown apart."""
+    counts = {"aurora": [[30, 66, 0], [96, 0, 0]], "birch": [[40, 40, 16], [0, 48, 48]]}
+    shares = iter((0.90, 0.95, 0.92, 1.02))
+    events = without(small, "graft")
+    for client, layers in counts.items():
+        for layer, neurons in enumerate(layers):
+            before = next(shares)
+            left = {"before": 0.5, "after": 0.4, "held_out_before": before, "held_out_after": before - 0.1}
+            event = {"event": "graft", "method": "flex", "seed": 0, "client_id": client, "layer": layer, "width": 96}
+            event |= {"criterion": "neurons", "target": "correction", "chosen": None, "candidates": [1.0] * 3}
+            events.append(event | {"neurons": neurons, "unexplained": left})
+    path = write_report(write_run(tmp_path, events))
+    text = read_page(path).text
+    assert "the chosen parts as they are leave 93.5 % (90.0 to 102.0) of the target unexplained" in text
+    assert "and 83.5 % (80.0 to 92.0) with their down projection refitted" in text
+    assert "sequences that nothing was fitted to" in text
+    assert "96 neurons of the 96 in a graft" in text
+    assert "Which expert each layer grafted" not in text
+    page = path.read_text(encoding="utf-8")
+    for client in counts:
+        assert f"Neurons taken from every expert for client {client}, by layer" in page
+    for event in events:
+        if event["event"] == "graft":
+            event["unexplained"] |= {"held_out_before": None, "held_out_after": None}
+    text = read_page(write_report(write_run(tmp_path, events))).text
+    assert "sequences that the graft was fitted to, the chosen parts as they are leave 50.0 % (50.0 to 50.0)" in text
+
+    both = read_page(write_report(write_run(tmp_path, small)))
+    assert "Paper's rule, seed 0" in both.text.partition("Which expert each layer grafted")[2]
+    assert "FLEx, seed 0" in both.text.partition("Which expert each layer grafted")[0]
+
+
+def test_a_flex_that_was_configured_otherwise_is_described_as_it_was(small: list[Event]) -> None:
+    about = {row["method"]: row["about"] for row in summarise(small)}
+    assert about["flex"].endswith("fitted to what the loss asks for")
+    paper = [{**e, "method": "flex"} for e in small if e.get("method") == "flex-paper"]
+    wanted = "averaged LoRA + a private module, chosen by “reconstruction” for the output, not refitted"
+    assert summarise(paper)[0]["about"] == wanted
+
+
+@pytest.mark.parametrize("colours", ["light", "dark", "print"])
+def test_every_method_has_a_colour_of_its_own(colours: str) -> None:
+    style = report_page.STYLE.read_text(encoding="utf-8")
+    part = {"light": 0, "dark": 1, "print": 2}[colours]
+    palette = dict(re.findall(r"--(mark-\d+): (#\w+)", style.split(":root {")[part + 1]))
+    assert set(palette) == {f"mark-{i}" for i in range(report_figures.MARKS)}
+    assert len(set(palette.values())) == report_figures.MARKS == len(METHODS) + 3
+    assert set(METHODS) == set(TRAINED)
+
+
+def test_stand_in_colours_become_those_of_the_page(tmp_path: Path, small: list[Event]) -> None:
+    page = write_report(write_run(tmp_path, small)).read_text(encoding="utf-8")
+    assert not re.search(r"#0[ab]0[abcd]", page)
+    for method in ("flex", "flex-paper", "flex-random", "flex-fresh"):
+        assert f"var(--mark-{list(METHODS).index(method)})" in page
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -71,13 +71,37 @@ def test_findings_name_a_control_that_is_as_good() -> None:
 
     said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.6, 0.6]))))
     assert "a random expert does worse" in said
-    assert "does not show that starting from a pretrained expert matters" in said
+    assert "does not show that starting from pretrained weights matters" in said
 
     said = " ".join(findings(summarise(events + scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.4, 0.4]))))
     assert "earns its place" in said
     assert "does not show" not in said
 
     assert "cannot tell whether the choice" in " ".join(findings(summarise(events)))
+
+
+def test_findings_compare_with_the_papers_rule_like_with_a_control() -> None:
+    events = scored("fedavg", [0.3, 0.3]) + scored("flex", [0.6, 0.6])
+    same, worse = (scored("flex-paper", [value, value]) for value in (0.6, 0.4))
+    controls = scored("flex-random", [0.4, 0.4]) + scored("flex-fresh", [0.4, 0.4])
+
+    said = findings(summarise(events + same + controls))
+    assert "Paper" not in said[0]  # the headline compares with what shares differently
+    assert "In place of FLEx's graft, the paper's rule does as well (+0.0 ± 0.0, within the noise of 0.7)" in said[1]
+    assert "does not show that this graft is better than the paper's." in said[1]
+    assert "gain over FedAvg" not in said[1]
+
+    said = findings(summarise(events + worse + controls))
+    assert "the paper's rule does worse (+20.0 ± 0.0), a random expert does worse" in said[1]
+    assert said[1].endswith("So the graft earns its place here.")
+
+    said = findings(summarise(events + worse))
+    assert said[1].endswith("the numbers are FLEx minus the other.")
+    assert "cannot tell whether the choice" in said[2]
+
+    said = findings(summarise(events + same + controls + scored("flex-private-lora", [0.7, 0.7])))
+    assert "and a private LoRA does better than FLEx (−10.0 ± 0.0)" in said[1]
+    assert "better than the paper's or that a graft is better than a private LoRA; the gain over FedAvg" in said[1]
 
 
 def test_findings_when_flex_loses() -> None:

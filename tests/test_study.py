@@ -1,13 +1,15 @@
 """The study's own arithmetic, and that every variant in it is a run that can be configured."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.study import page
+from benchmarks.study import page, variants
 from benchmarks.study.variants import SETTINGS, VARIANTS, configure, dolly_clients
+from flex.config import METHODS, GraftSettings
 
 
 def test_sign_flips_are_counted() -> None:
@@ -28,6 +30,27 @@ def test_every_variant_is_a_run(variant: str, tmp_path: Path) -> None:
     config = configure("demo-20", variant, 5, tmp_path, None, None)
     assert config.train.methods == (VARIANTS[variant].method,)
     assert config.data.max_train == 20
+
+
+def test_the_papers_rule_of_the_study_is_the_papers_whatever_the_defaults_are(tmp_path: Path) -> None:
+    config = configure("demo-20", "rule", 5, tmp_path, None, None)
+    rule = config.graft.of(METHODS["flex"])
+    paper = {"criterion": "reconstruction", "target": "output", "refit": False, "ridge": 1e-2, "refit_scale": 1.0}
+    assert rule == GraftSettings(**paper, logit_bias=-2.0)  # the demo's bias
+    fitted = configure("demo-20", "rule-refit", 5, tmp_path, None, None).graft
+    assert fitted == dataclasses.replace(rule, refit=True)
+
+
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.graft])
+def test_a_variant_says_all_that_decides_its_graft(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the package's defaults are: the settings in the run are those of this file."""
+    given = []
+    monkeypatch.setattr(variants, "demo_config", lambda folder, overrides: given.extend(overrides))
+    configure("demo-20", variant, 5, tmp_path, None, None)
+    named = {line.partition("=")[0] for line in given}
+    assert {f"graft.{name}" for name in ("criterion", "target", "refit", "ridge", "refit_scale")} <= named
 
 
 def test_settings_name_variants_that_exist() -> None:

@@ -6,8 +6,15 @@ from pathlib import Path
 import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from flex.config import RunConfig
+from flex.config import GraftSettings, RunConfig
 from flex.demo_language import build_tokenizer
+
+PAPER = {"criterion": "reconstruction", "target": "output", "refit": False, "ridge": 1e-2, "refit_scale": 1.0}
+
+
+def graft_settings(**settings: object) -> GraftSettings:
+    """The paper's settings, and those that are named instead: what is tested does not hang on the defaults."""
+    return GraftSettings(**{**PAPER, **settings})
 
 
 def save_model(folder: Path, seed: int = 0, **changes: object) -> Path:

@@ -24,6 +24,8 @@ class Variant:
     graft: dict[str, Any] = field(default_factory=dict)
 
 
+# The paper's start. A variant says what differs from it, so that no default of the package decides what was measured.
+_PAPER = {"target": "output", "refit": False, "ridge": 1e-2, "refit_scale": 1.0, "gate": "zeros", "training": "full"}
 ONE, TWO, LORA, OTHER = "one expert wide", "two experts wide", "LoRA on the graft", "no graft"
 _CORRECTION = {"target": "correction"}
 _SMALL = {
@@ -96,7 +98,8 @@ DOLLY_CATEGORIES = ("closed_qa", "information_extraction", "classification", "su
 def configure(setting: str, variant: str, seed: int, folder: Path, base: Path | None, dolly: Path | None) -> RunConfig:
     """The run of one (setting, variant, seed); writes its data below `folder` where they are not there yet."""
     job, method = folder / setting / variant / f"seed{seed}", VARIANTS[variant].method
-    common = [f"graft.{key}={json.dumps(value)}" for key, value in VARIANTS[variant].graft.items()]
+    graft = {**_PAPER, **VARIANTS[variant].graft} if VARIANTS[variant].graft else {}
+    common = [f"graft.{key}={json.dumps(value)}" for key, value in graft.items()]
     common += [f'train.methods=["{method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
     if setting.startswith("demo"):
         data = folder / f"data-seed{seed}"
