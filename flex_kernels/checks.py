@@ -44,10 +44,7 @@ def check_activation(activation: str) -> None:
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, else the tensor's own."""
-    device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type) if _autocast_is_on(tensor) else tensor.dtype
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +54,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
     """The public functions have already cast; a backend's own products must not be cast again."""
-    device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if _autocast_is_on(tensor) else contextlib.nullcontext()
+
+
+def _autocast_is_on(tensor: Tensor) -> bool:
+    # Not asked of torch.amp.is_autocast_available: torch 2.11 cannot compile that.
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
