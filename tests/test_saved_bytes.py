@@ -93,6 +93,11 @@ def saved_bytes(layer: OlmoeExperts, shape: Shape, implementation: str, plain: n
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}.values())
 
 
+def assert_theirs(measured: int, shape: Shape, size: int) -> None:
+    """transformers 5.17 keeps a mask of one byte a row besides."""
+    assert measured - shape.grouped_mm_bytes(size) in (0, shape.num_tokens * shape.top_k)
+
+
 def in_plain_torch(graft: nn.Module, hidden_states: Tensor) -> Tensor:
     gate, up = F.linear(hidden_states, graft.gate_up_proj).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, graft.down_proj)
@@ -104,7 +109,7 @@ def in_plain_torch(graft: nn.Module, hidden_states: Tensor) -> Tensor:
 def test_the_formulas_are_what_is_measured(shape: Shape, dtype: torch.dtype, recompute: bool) -> None:
     layer = layer_of(shape, dtype, "cpu")
     layer.recompute = recompute
-    assert saved_bytes(layer, shape, "grouped_mm") == shape.grouped_mm_bytes(dtype.itemsize)
+    assert_theirs(saved_bytes(layer, shape, "grouped_mm"), shape, dtype.itemsize)
     assert saved_bytes(layer, shape, "flex") == shape.flex_bytes(dtype.itemsize, None, recompute)
     flex_kernels.attach_graft(layer, width=24)
     assert saved_bytes(layer, shape, "flex") == shape.flex_bytes(dtype.itemsize, 24, recompute)
@@ -117,7 +122,8 @@ def test_under_half_of_grouped_mm_on_real_shapes(name: str) -> None:
     layer = layer_of(shape, torch.bfloat16, "meta")
     wide = layer.recompute = shape.intermediate_size > shape.hidden_size
     theirs, ours = (saved_bytes(layer, shape, implementation) for implementation in ("grouped_mm", "flex"))
-    assert (ours, theirs) == (shape.flex_bytes(2, None, wide), shape.grouped_mm_bytes(2))
+    assert ours == shape.flex_bytes(2, None, wide)
+    assert_theirs(theirs, shape, 2)
     assert ours < 0.5 * theirs
     graft = flex_kernels.attach_graft(layer)[""]
     ours = saved_bytes(layer, shape, "flex")
