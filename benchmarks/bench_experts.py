@@ -32,7 +32,6 @@ def ceiling_beside(shape: Shape, dtype: torch.dtype) -> Ceiling:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("what", ["forward", "training"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_layer(shape: Shape, dtype: torch.dtype, what: str, provider: str, benchmark, rows: list[Row]) -> None:
     layers = layers_of(shape, dtype)
     run = getattr(layers, what)(provider)

@@ -91,7 +91,6 @@ def scoring_of(shape: Shape, dtype: torch.dtype) -> Scoring:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_score(shape: Shape, dtype: torch.dtype, provider: str, benchmark, score_rows: list[ScoreRow]) -> None:
     of_provider = getattr(scoring_of(shape, dtype), provider)
     run = of_provider()

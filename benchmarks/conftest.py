@@ -2,11 +2,13 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import results
-from shapes import SHAPES, SMALL
+import torch
+from shapes import SCORED, SHAPES, SMALL, Shape
 
 ROWS = pytest.StashKey[list[results.Row]]()
 SCORES = pytest.StashKey[list[results.ScoreRow]]()
@@ -26,8 +28,14 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shape" in metafunc.fixturenames:
-        shapes = SMALL if metafunc.config.getoption("benchmark_disable") else SHAPES
-        metafunc.parametrize("shape", shapes, ids=lambda shape: shape.name, scope="session")
+        small = metafunc.config.getoption("benchmark_disable")
+        cases = cases_of(SMALL if small else SCORED if "score_rows" in metafunc.fixturenames else SHAPES)
+        ids = [f"{shape.name}-{str(dtype).removeprefix('torch.')}" for shape, dtype in cases]
+        metafunc.parametrize(("shape", "dtype"), cases, ids=ids, scope="session")
+
+
+def cases_of(shapes: Sequence[Shape]) -> list[tuple[Shape, torch.dtype]]:
+    return [(shape, getattr(torch, name)) for shape in shapes for name in shape.dtypes]
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +54,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     caps = "".join(f"{name}={os.environ[name]} " for name in CAPS if name in os.environ)
     command = caps + "pytest " + shlex.join(session.config.invocation_params.args)
     sections = {}
-    if len(rows) == len(SHAPES) * 2 * 2 * 3:
+    if len(rows) == len(cases_of(SHAPES)) * 2 * 3:
         sections[results.isa()] = results.section(rows, command)
-    if len(scores) == len(SHAPES) * 2 * 3:
+    if len(scores) == len(cases_of(SCORED)) * 3:
         sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
     if exitstatus == 0 and sections:
         results.write(sections)
