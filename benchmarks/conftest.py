@@ -58,5 +58,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         sections[results.isa()] = results.section(rows, command)
     if len(scores) == len(cases_of(SCORED)) * 3:
         sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
-    if exitstatus == 0 and sections:
+    if sections:
         results.write(sections)

@@ -76,11 +76,12 @@ class Layers:
             else:
                 self.modules[provider] = GraftedByHand(experts, self.graft)
 
-        self.hidden_states = torch.randn(shape.num_tokens, H).to(dtype)
-        probabilities = torch.softmax(torch.randn(shape.num_tokens, E), dim=-1)
+        num_tokens = max(shape.num_tokens, CHECKED_TOKENS)  # of one token, a gradient may be all rounding
+        self.hidden_states = torch.randn(num_tokens, H).to(dtype)
+        probabilities = torch.softmax(torch.randn(num_tokens, E), dim=-1)
         weights, self.top_k_index = probabilities.topk(shape.top_k)
         self.top_k_weights = weights.to(dtype)
-        self.d_out = torch.randn(shape.num_tokens, H).to(dtype)
+        self.d_out = torch.randn(num_tokens, H).to(dtype)
 
     def forward(self, provider: str, num_tokens: int | None = None) -> Callable[[], Tensor]:
         module, inputs = self.modules[provider], self._inputs(num_tokens)
@@ -96,7 +97,7 @@ class Layers:
         module, (hidden_states, index, weights) = self.modules[provider], self._inputs(num_tokens)
         leaves = [hidden_states.detach().requires_grad_(), weights.detach().requires_grad_()]
         leaves += [parameter for name, parameter in self._trained(module)]
-        d_out = self.d_out[:num_tokens]
+        d_out = self.d_out[: len(hidden_states)]
 
         def run() -> list[Tensor]:
             out = module(leaves[0], index, leaves[1])
@@ -132,7 +133,8 @@ class Layers:
         return sum(storages.values())
 
     def _inputs(self, num_tokens: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.hidden_states[:num_tokens], self.top_k_index[:num_tokens], self.top_k_weights[:num_tokens]
+        rows = slice(self.shape.num_tokens if num_tokens is None else num_tokens)
+        return self.hidden_states[rows], self.top_k_index[rows], self.top_k_weights[rows]
 
     @staticmethod
     def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
