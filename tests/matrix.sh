@@ -16,5 +16,5 @@ try() {
         tests/test_experts.py tests/test_route.py tests/test_combine.py tests/test_score.py
 }
 
-try oldest "torch==2.11.0" "triton==3.6.0" "transformers==5.17.0" "setuptools<82"
+try oldest "torch==2.11.0" "triton==3.6.0" "transformers==5.17.0" "setuptools>=77,<82"
 try newest --upgrade torch triton transformers peft flwr
