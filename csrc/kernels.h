@@ -23,7 +23,8 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-constexpr int64_t kChunkWords = 16;  // of one row in an A panel: one cache line
+constexpr int64_t kLineBytes = 64;               // of a cache
+constexpr int64_t kChunkWords = kLineBytes / 4;  // of one row in an A panel
 
 constexpr int64_t scalar_bytes(Scalar scalar) { return scalar == Scalar::kFloat32 ? 4 : 2; }
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

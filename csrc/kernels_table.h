@@ -74,10 +74,11 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
 }
 
 // kLanes columns at a time, each summed along the depth in its own vector; the transposition turns the sums upright.
+// The next kLanes columns are fetched meanwhile: they lie behind these, and no prefetcher follows kLanes short streams.
 template <bool kPairs, class T>
 void multiply_in_place(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first, float* c,
                        int64_t c_stride) {
-  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
+  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes, kFetched = kLanes * kStep * sizeof(T);
   for (int64_t column = 0; column < columns; column += kLanes) {
     const T* from[kLanes];  // past the last column: that one again, and its sum is never read
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -86,11 +87,14 @@ void multiply_in_place(int64_t rows, int64_t columns, int64_t depth, const float
     }
     for (int64_t row = 0; row < rows; ++row) {
       const float* words = a + row * kChunkWords;
+      const char* next = reinterpret_cast<const char*>(from[0]) + kLanes * b.stride * int64_t{sizeof(T)};
       Float sums[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) sums[i] = zeros();
       int64_t step = 0;
       for (; step + kStep <= depth; step += kStep) {
         const Float x = load(words);
+        for (int64_t byte = 0; byte < kFetched; byte += kLineBytes) __builtin_prefetch(next + byte, 0, 2);
+        next += kFetched;
         for (int64_t i = 0; i < kLanes; ++i)
           sums[i] = multiply_add<kPairs>(x, load_words<kPairs>(from[i] + step, kStep), sums[i]);
         words += kLanes;
