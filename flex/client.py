@@ -114,10 +114,10 @@ class ClientRuntime:
         own = self.attach(client_id, round_index - 1, shared)
         if self.method.graft and round_index > self.graft_settings.after_rounds and not self._grafted():
             own = PersonalState(self._graft(client_id, round_index), control=own.control)
-        optimizer = self._optimizer(round_index)
+        optimizer = self.optimizer(round_index)
         load_moments(optimizer, self.parts.personal, own.moments)
         drift = {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()}
-        loss, openings = self._steps(client, round_index, optimizer, proximal_mu, drift)
+        loss, openings = self.steps(client, round_index, optimizer, proximal_mu, drift)
         update = self.shared_arrays()
         if control:
             c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
@@ -216,7 +216,7 @@ class ClientRuntime:
             digest.update(name.encode() + array.tobytes())
         return digest.hexdigest()
 
-    def _optimizer(self, round_index: int) -> torch.optim.Optimizer:
+    def optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
         train = self.config.train
         private = self.method.graft or self.method.rival
@@ -231,7 +231,7 @@ class ClientRuntime:
             weight_decay=train.weight_decay,
         )
 
-    def _steps(
+    def steps(
         self,
         client: ClientData,
         round_index: int,
@@ -239,6 +239,7 @@ class ClientRuntime:
         proximal_mu: float,
         drift: dict[str, Tensor],
     ) -> tuple[float, list[float] | None]:
+        """The local steps of a turn on what stands in the model: their mean loss and each layer's mean opening."""
         train = self.config.train
         model, trained = self.base.model, list(self.parts.trained().values())
         anchors = [(p, p.detach().clone()) for p in self.parts.shared.values()] if proximal_mu else []

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 
 from flex.config import EvaluateSettings
@@ -65,6 +64,8 @@ def score(
 
 def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings) -> float:
     """Mean ROUGE-L F1 (stemmed) of greedy decoding, in [0, 1]."""
+    from rouge_score.rouge_scorer import RougeScorer  # training needs none of it
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     total = 0.0
     for indices in by_length(examples, settings.batch_size):

@@ -4,14 +4,18 @@ A message carries one ArrayRecord `arrays` (float32) and one ConfigRecord `confi
 of the same tensors and one MetricRecord with at least `num-examples`; a reply to evaluation the MetricRecord alone.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flex.errors import FlexError
-from flex.flower import Array, ArrayRecord, Message, MetricRecord, RecordDict
+
+if TYPE_CHECKING:  # Flower itself only where a record is made: a client's turn needs none
+    from flex.flower import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 Arrays = dict[str, np.ndarray]
 
@@ -21,6 +25,8 @@ NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
 
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Arrays as they travel: float32, whatever the arithmetic made of them."""
+    from flex.flower import Array, ArrayRecord
+
     return ArrayRecord({name: Array(np.asarray(a, dtype=np.float32)) for name, a in arrays.items()})
 
 
@@ -102,6 +108,8 @@ def weighted_mean(updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]
 
 def mean_metrics(metrics: Sequence[Mapping[str, Any]], sizes: Sequence[float]) -> MetricRecord:
     """The weighted mean of every number, or list of numbers of one length, that all clients reported."""
+    from flex.flower import MetricRecord
+
     mean = {}
     for key in metrics[0]:
         values = [np.asarray(m[key], dtype=np.float64) for m in metrics if key in m]
