@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint install format bench aot test-gpu bench-gpu test-matrix clean
+.PHONY: demo test check lint install format bench aot test-gpu bench-gpu test-matrix test-wheel clean
 
 demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a table and runs/demo/report.html
 	$(BIN)/flex demo --output runs/demo
@@ -53,6 +53,9 @@ bench-gpu:  ## on such a machine: everything measured beside every peer; writes 
 
 test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own
 	bash tests/matrix.sh
+
+test-wheel:  ## the suite against an installed wheel, in an empty virtual environment
+	bash tests/wheel.sh
 
 clean:
 	rm -rf build *.egg-info flex_kernels/*.so

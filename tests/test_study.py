@@ -72,7 +72,8 @@ def test_the_page_says_what_the_jobs_measured(tmp_path: Path, monkeypatch: pytes
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| the paper's rule | 50.0 | 50.0 |  | +25.0, p = 0.500 (+25.0) |" in text
+    assert "| one expert wide, round 12 | seeds | mean | over the paper's rule | over random expert (control) |" in text
+    assert "| the paper's rule | 1 | 50.0 |  | +25.0, p = 0.500, 1 of 1 |" in text
     assert (tmp_path / "pictures" / "choosing-demo.svg").exists()
 
 

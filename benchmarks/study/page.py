@@ -2,7 +2,7 @@
 
 Differences are paired: the same client with the same data and seed, once with each start of the graft. Their p-values
 are of the sign-flip test (two-sided; exact up to 2^15 flips, 100,000 drawn ones beyond). Clients of one seed share a
-LoRA, so the pairs are not quite independent; the difference of every seed stands beside.
+LoRA, so the pairs are not quite independent; in how many seeds the difference is positive stands beside.
 """
 
 import itertools
@@ -24,7 +24,8 @@ BEGIN, END = "<!-- made by benchmarks.study: begin -->", "<!-- end -->"
 REFERENCES = {  # group -> what its members are compared with
     "one expert wide": ("rule", "random", "fresh"),
     "two experts wide": ("random-2",),
-    "LoRA on the graft": ("rule-lora", "random-lora"),
+    "LoRA on the graft": ("rule-lora", "random-lora", "fresh-lora"),
+    "something else kept private": ("neurons-corr-refit", "random", "fedavg"),
 }
 DRAWN = ("fedavg", "rule", "random", "fresh", "neurons-refit", "random-corr", "neurons-corr-refit")
 
@@ -81,40 +82,47 @@ def seed_means(scores: dict[Pair, float]) -> list[float]:
 
 
 def table(setting: Setting, scores: Scores) -> list[str]:
+    """Two tables for each group of variants: after few steps (the first round that was evaluated), and at the end."""
     unit = "exact match %" if setting.metric == "exact_match" else "loss"
-    sign = 1 if setting.metric == "exact_match" else -1
-    digits = 1 if setting.metric == "exact_match" else 3
     rounds = sorted(next(iter(scores.values())))
-    first, last = rounds[0], rounds[-1]
     lines = [
-        f"Test {unit} after aggregation, mean over clients, ± deviation over seeds. Differences are at round {last}, "
-        "better is positive; each with its p-value and its value in every seed.",
+        f"Test {unit} after aggregation, mean over clients, ± deviation over seeds. Differences: better is positive; "
+        "each with its p-value, and in how many seeds it is positive.",
         "",
     ]
     for group in dict.fromkeys(variant.group for variant in VARIANTS.values()):
         names = [name for name in scores if VARIANTS[name].group == group]
-        names.sort(key=lambda name: -np.mean(list(scores[name][last].values())))
-        references = [name for name in REFERENCES.get(group, ()) if name in scores]
-        if not names:
-            continue
-        head = [group, f"round {first}", f"round {last}", *(f"over {VARIANTS[name].title}" for name in references)]
-        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name in names:
-            cells = [VARIANTS[name].title]
-            for at in (first, last):
-                means = seed_means(scores[name][at])
-                spread = f" ± {np.std(means, ddof=1):.{digits}f}" if len(means) > 1 else ""
-                cells.append(f"{sign * np.mean(means):.{digits}f}{spread}")
-            for other in references:
-                if other == name:
-                    cells.append("")
-                    continue
-                differences, by_seed = paired(scores[name][last], scores[other][last])
-                each = ", ".join(f"{value:+.{digits}f}" for value in by_seed.values())
-                cells.append(f"{differences.mean():+.{digits}f}, p = {sign_flip(differences):.3f} ({each})")
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        for at in (rounds[0], rounds[-1]):
+            lines += group_table(group, at, setting, scores, names)
     return lines
+
+
+def group_table(group: str, at: int, setting: Setting, scores: Scores, names: list[str]) -> list[str]:
+    """The variants `names` at one round, the best first, each beside the group's references."""
+    if not names:
+        return []
+    sign, digits = (1, 1) if setting.metric == "exact_match" else (-1, 3)
+    references = [name for name in REFERENCES.get(group, ()) if name in scores]
+    head = [f"{group}, round {at}", "seeds", "mean", *(f"over {VARIANTS[name].title}" for name in references)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in sorted(names, key=lambda name: -np.mean(seed_means(scores[name][at]))):
+        means = seed_means(scores[name][at])
+        spread = f" ± {np.std(means, ddof=1):.{digits}f}" if len(means) > 1 else ""
+        cells = [VARIANTS[name].title, str(len(means)), f"{sign * np.mean(means):.{digits}f}{spread}"]
+        for other in references:
+            differences, by_seed = paired(scores[name][at], scores[other][at])
+            if other == name or not by_seed:
+                cells.append("")
+                continue
+            ahead = sum(value > 0 for value in by_seed.values())
+            p_value = f"p {format_p(sign_flip(differences))}"
+            cells.append(f"{differences.mean():+.{digits}f}, {p_value}, {ahead} of {len(by_seed)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def format_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def picture(setting: Setting, scores: Scores, path: Path) -> None:

@@ -27,12 +27,10 @@ class Variant:
 # The paper's start. A variant says what differs from it, so that no default of the package decides what was measured.
 _PAPER = {"target": "output", "refit": False, "ridge": 1e-2, "refit_scale": 1.0, "gate": "zeros", "training": "full"}
 ONE, TWO, LORA, OTHER = "one expert wide", "two experts wide", "LoRA on the graft", "no graft"
+RIVAL = "something else kept private"
 _CORRECTION = {"target": "correction"}
-_SMALL = {
-    "refit": True,
-    "ridge": 1.0,
-    "refit_scale": 0.1,
-}  # of the down projection; fitted hard it takes the LoRA's part
+# Of the down projection; fitted hard it takes the LoRA's part.
+_SMALL = {"refit": True, "ridge": 1.0, "refit_scale": 0.1}
 VARIANTS = {
     "fedavg": Variant("FedAvg", OTHER, "fedavg"),
     "local": Variant("local LoRA", OTHER, "local"),
@@ -53,6 +51,10 @@ VARIANTS = {
     "neurons-corr-refit": Variant(
         "neurons, refitted to the correction", ONE, graft={"criterion": "neurons", **_CORRECTION, **_SMALL}
     ),
+    "neurons-corr-refit-3": Variant(
+        "the same, chosen after 3 shared rounds", ONE,
+        graft={"criterion": "neurons", **_CORRECTION, **_SMALL, "after_rounds": 3},
+    ),
     "rule-convex": Variant(
         "the paper's rule, convex", ONE, graft={"criterion": "reconstruction", "combine": "convex", "logit_bias": 0.0}
     ),
@@ -64,10 +66,13 @@ VARIANTS = {
     "subset-2": Variant("two experts, best scales", TWO, graft={"criterion": "scaled_subset", "experts": 2}),
     "rule-lora": Variant("the paper's rule", LORA, graft={"criterion": "reconstruction", "training": "lora"}),
     "random-lora": Variant("random expert (control)", LORA, graft={"criterion": "random", "training": "lora"}),
+    "fresh-lora": Variant("fresh module (control)", LORA, graft={"criterion": "fresh", "training": "lora"}),
     "neurons-corr-lora": Variant(
         "neurons, refitted to the correction", LORA,
         graft={"criterion": "neurons", "training": "lora", **_CORRECTION, **_SMALL},
     ),
+    "private-lora": Variant("a second, private LoRA", RIVAL, "flex-private-lora"),
+    "adapt": Variant("the most used expert, trained in place", RIVAL, "flex-adapt"),
 }  # fmt: skip
 
 
@@ -87,7 +92,7 @@ _CORE = (
 )
 _REAL = ("fedavg", "rule", "random", "fresh", "neurons-refit", "scaled-corr", "random-corr", "neurons-corr-refit")
 SETTINGS = {
-    "demo": Setting("the demo's clients, all their examples", "exact_match", (5, 6, 7)),
+    "demo": Setting("the demo's clients, all their examples", "exact_match", (5, 6, 7, 8, 9, 10)),
     "demo-20": Setting("the demo's clients, 20 examples each", "exact_match", (5, 6, 7), _CORE),
     "dolly-4": Setting("Dolly, four clients of one category each", "loss", (0, 1, 2), _REAL),
     "dolly-10": Setting("Dolly, ten Dirichlet(0.5) clients", "loss", (0, 1, 2), _REAL),
@@ -115,20 +120,10 @@ def configure(setting: str, variant: str, seed: int, folder: Path, base: Path | 
     data = dolly_clients(folder / f"{setting}-seed{seed}", dolly, 10 if setting == "dolly-10" else 0, seed)
     own = [f"model.path={json.dumps(str(base))}", f"output={json.dumps(str(job))}", 'data.clients_by="client"']
     own += [f"data.{name}={json.dumps(str(data / f'{name}.jsonl'))}" for name in ("train", "test")]
-    own += [
-        "data.max_length=256",
-        "lora.rank=8",
-        "lora.alpha=16.0",
-        "lora.dropout=0.0",
-        "graft.calibration_sequences=64",
-    ]
+    own += ["data.max_length=256", "lora.rank=8", "lora.alpha=16.0", "lora.dropout=0.0"]
     own += ["train.rounds=8", "train.steps=5", "train.batch_size=4", "train.learning_rate=2e-3", "evaluate.every=2"]
-    own += [
-        "graft.calibration_sequences=64",
-        "train.graft_learning_rate=2e-3",
-        "train.final_learning_rate=2e-4",
-        "evaluate.rouge=false",
-    ]
+    own += ["train.graft_learning_rate=2e-3", "train.final_learning_rate=2e-4", "graft.calibration_sequences=64"]
+    own += ["evaluate.rouge=false"]
     return read_config(None, [*own, *common])
 
 
