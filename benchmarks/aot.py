@@ -37,6 +37,7 @@ from triton.backends.driver import DriverBase
 
 from flex_kernels.kernels import combine, experts, route, score, tiles
 from flex_kernels.kernels.routing_plan import routing_plan
+from flex_kernels.layer_inputs import LayerInputs
 
 KIB = 1 << 10
 
@@ -230,14 +231,11 @@ def layer_case(
             empty(num_tokens, dtype=torch.float32),
         )
     plan = (sorted_pairs, expert_offsets, routing_weights)
-    out, *saved = experts.experts_fwd(
-        hidden_states, *plan, gate_up_proj, down_proj, *graft, combine, activation, training
-    )
+    layer = LayerInputs(hidden_states, *plan, gate_up_proj, down_proj, *graft)
+    out, *saved = experts.experts_fwd(layer, combine, activation, training)
     if training:
-        experts.preactivations_fwd(hidden_states, *plan, gate_up_proj, down_proj, *graft)
-        experts.experts_bwd(
-            out, hidden_states, *plan, gate_up_proj, down_proj, *graft, *saved, combine, activation, *needs
-        )
+        experts.preactivations_fwd(layer)
+        experts.experts_bwd(out, layer, *saved, combine, activation, *needs)
 
 
 def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:

@@ -10,95 +10,37 @@ import torch
 from torch import Tensor
 
 from flex_kernels import native
+from flex_kernels.layer_inputs import LayerInputs
 
 MAX_PAIRS = torch.iinfo(torch.int32).max
 
 
 def experts_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    activation: str,
-    save_preactivations: bool,
+    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch_experts.experts_fwd`: out [T, H], preactivations [T*K, 2I], graft_preactivations [T, 2I_g]."""
-    layer, kept = _layer(
-        hidden_states,
-        sorted_pairs,
-        expert_offsets,
-        routing_weights,
-        gate_up_proj,
-        down_proj,
-        graft_gate_up_proj,
-        graft_down_proj,
-        graft_logits,
-        combine,
-        activation,
-    )
-    out = torch.empty_like(kept[0])
-    grafted = graft_gate_up_proj is not None
-    preactivations = out.new_empty(sorted_pairs.shape[0] if save_preactivations else 0, gate_up_proj.shape[1])
-    graft_preactivations = out.new_empty(
-        out.shape[0] if save_preactivations and grafted else 0, graft_gate_up_proj.shape[0] if grafted else 0
-    )
+    described, kept = _described(layer, combine, activation)
+    out = torch.empty_like(kept.hidden_states)
+    preactivations, graft_preactivations = _empty_preactivations(layer, save_preactivations)
     native.module().experts_forward(
-        layer, out.data_ptr(), preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
+        described, out.data_ptr(), preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
     )
     return out, preactivations, graft_preactivations
 
 
-def preactivations_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
     """`torch_experts.preactivations_fwd`: [T*K, 2I] and [T, 2I_g]."""
-    layer, kept = _layer(
-        hidden_states,
-        sorted_pairs,
-        expert_offsets,
-        routing_weights,
-        gate_up_proj,
-        down_proj,
-        graft_gate_up_proj,
-        graft_down_proj,
-        graft_logits,
-        "additive",
-        "silu",
-    )
-    grafted = graft_gate_up_proj is not None
-    preactivations = kept[0].new_empty(sorted_pairs.shape[0], gate_up_proj.shape[1])
-    graft_preactivations = kept[0].new_empty((len(kept[0]), graft_gate_up_proj.shape[0]) if grafted else (0, 0))
+    described, _kept = _described(layer, "additive", "silu")  # neither matters before the activation
+    preactivations, graft_preactivations = _empty_preactivations(layer, True)
     native.module().experts_forward(
-        layer, 0, preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
+        described, 0, preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
     )
     return preactivations, graft_preactivations
 
 
 def experts_bwd(
     d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
+    layer: LayerInputs,
     preactivations: Tensor,
     graft_preactivations: Tensor,
     combine: str,
@@ -109,41 +51,29 @@ def experts_bwd(
     need_graft_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`torch_experts.experts_bwd`: every gradient but those of the experts' weights; not needed: an empty tensor."""
-    layer, kept = _layer(
-        hidden_states,
-        sorted_pairs,
-        expert_offsets,
-        routing_weights,
-        gate_up_proj,
-        down_proj,
-        graft_gate_up_proj,
-        graft_down_proj,
-        graft_logits,
-        combine,
-        activation,
-    )
+    described, kept = _described(layer, combine, activation)
+    x = kept.hidden_states
     rows = {
-        "d_out": (d_out, hidden_states.shape),
-        "preactivations": (preactivations, (sorted_pairs.shape[0], gate_up_proj.shape[1])),
+        "d_out": (d_out, tuple(x.shape)),
+        "preactivations": (preactivations, (len(kept.sorted_pairs), kept.gate_up_proj.shape[1])),
     }
-    if graft_gate_up_proj is not None:
-        rows["graft_preactivations"] = (graft_preactivations, (len(hidden_states), graft_gate_up_proj.shape[0]))
-    inputs = [_checked(name, x, hidden_states.dtype, tuple(shape)) for name, (x, shape) in rows.items()]
+    if layer.has_graft:
+        rows["graft_preactivations"] = (graft_preactivations, (len(x), 2 * layer.graft_width))
+    inputs = [_checked(name, tensor, x.dtype, shape) for name, (tensor, shape) in rows.items()]
 
     def wanted(need: bool, like: Tensor | None) -> Tensor:
-        return torch.empty_like(like) if need and like is not None else kept[0].new_empty(0)
+        return torch.empty_like(like) if need and like is not None else x.new_empty(0)
 
-    x, _, _, weights, _, _, *graft = kept
     grads = (
         wanted(need_hidden, x),
-        wanted(need_routing_weights, weights),
-        wanted(need_graft, graft[0]),
-        wanted(need_graft, graft[1]),
-        wanted(need_graft_logits, graft[2]),
+        wanted(need_routing_weights, kept.routing_weights),
+        wanted(need_graft, kept.graft_gate_up_proj),
+        wanted(need_graft, kept.graft_down_proj),
+        wanted(need_graft_logits, kept.graft_logits),
     )
     addresses = [tensor.data_ptr() for tensor in inputs] + [0] * (3 - len(inputs))
     gradients = native.module().Gradients(*(grad.data_ptr() for grad in grads))
-    native.module().experts_backward(layer, *addresses, gradients, torch.get_num_threads())
+    native.module().experts_backward(described, *addresses, gradients, torch.get_num_threads())
     return grads
 
 
@@ -176,62 +106,55 @@ def score_neurons(
     return energy, correlation
 
 
-def _layer(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    activation: str,
-) -> tuple[object, list[Tensor | None]]:
+def _described(layer: LayerInputs, combine: str, activation: str) -> tuple[object, LayerInputs]:
     """The layer as csrc reads it, and the tensors that must live as long as it is used."""
-    (num_tokens, hidden_size), top_k = hidden_states.shape, routing_weights.shape[1]
-    num_experts, _, width = down_proj.shape
+    (num_tokens, hidden_size), top_k = layer.hidden_states.shape, layer.routing_weights.shape[1]
+    num_experts, _, width = layer.down_proj.shape
     if num_tokens * top_k > MAX_PAIRS:
         raise ValueError(f"hidden_states has {num_tokens} tokens of {top_k} experts each, want fewer than 2^31 pairs")
-    dtype, weight_dtype = hidden_states.dtype, gate_up_proj.dtype
-    grafted = graft_gate_up_proj is not None
-    graft_width = graft_down_proj.shape[1] if grafted else -1
-    tensors = {
-        "hidden_states": (hidden_states, dtype, (num_tokens, hidden_size)),
-        "sorted_pairs": (sorted_pairs, torch.int32, (num_tokens * top_k,)),
-        "expert_offsets": (expert_offsets, torch.int32, (num_experts + 1,)),
-        "routing_weights": (routing_weights, torch.float32, (num_tokens, top_k)),
-        "gate_up_proj": (gate_up_proj, weight_dtype, (num_experts, 2 * width, hidden_size)),
-        "down_proj": (down_proj, weight_dtype, (num_experts, hidden_size, width)),
+    dtype, weight_dtype, graft_width = layer.hidden_states.dtype, layer.gate_up_proj.dtype, layer.graft_width
+    expected = {
+        "hidden_states": (dtype, (num_tokens, hidden_size)),
+        "sorted_pairs": (torch.int32, (num_tokens * top_k,)),
+        "expert_offsets": (torch.int32, (num_experts + 1,)),
+        "routing_weights": (torch.float32, (num_tokens, top_k)),
+        "gate_up_proj": (weight_dtype, (num_experts, 2 * width, hidden_size)),
+        "down_proj": (weight_dtype, (num_experts, hidden_size, width)),
     }
-    if grafted:
-        tensors |= {
-            "graft_gate_up_proj": (graft_gate_up_proj, dtype, (2 * graft_width, hidden_size)),
-            "graft_down_proj": (graft_down_proj, dtype, (hidden_size, graft_width)),
-            "graft_logits": (graft_logits, torch.float32, (num_tokens,)),
+    if layer.has_graft:
+        expected |= {
+            "graft_gate_up_proj": (dtype, (2 * graft_width, hidden_size)),
+            "graft_down_proj": (dtype, (hidden_size, graft_width)),
+            "graft_logits": (torch.float32, (num_tokens,)),
         }
-    kept = [_checked(name, *expected) for name, expected in tensors.items()] + [None] * (9 - len(tensors))
-    layer = native.module().Layer(
+    kept = layer._replace(**{name: _checked(name, getattr(layer, name), *want) for name, want in expected.items()})
+    described = native.module().Layer(
         num_tokens,
         hidden_size,
         num_experts,
         width,
         top_k,
-        graft_width,
+        graft_width if layer.has_graft else -1,
         _scalar(dtype),
         _scalar(weight_dtype),
         combine == "convex",
         _activation(activation),
         *(0 if tensor is None else tensor.data_ptr() for tensor in kept),
     )
-    return layer, kept
+    return described, kept
+
+
+def _empty_preactivations(layer: LayerInputs, wanted: bool) -> tuple[Tensor, Tensor]:
+    """For [T*K, 2I] and the graft's [T, 2I_g]; without rows where not wanted."""
+    pairs, tokens = (len(layer.sorted_pairs), len(layer.hidden_states)) if wanted else (0, 0)
+    empty = layer.hidden_states.new_empty
+    return empty(pairs, layer.gate_up_proj.shape[1]), empty(tokens if layer.has_graft else 0, 2 * layer.graft_width)
 
 
 def _scoring(
     hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
 ) -> tuple[object, list[Tensor]]:
-    """As `_layer`. A target that is wider than the hidden states keeps its precision: both go to fp32."""
+    """As `_described`. A target that is wider than the hidden states keeps its precision: both go to fp32."""
     if target.dtype != hidden_states.dtype:
         hidden_states, target = hidden_states.float(), target.float()
     num_experts, hidden_size, width = down_proj.shape

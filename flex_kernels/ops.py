@@ -29,6 +29,7 @@ from flex_kernels.checks import (
     compute_dtype,
     wide_dtype,
 )
+from flex_kernels.layer_inputs import LayerInputs
 
 Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
 
@@ -52,7 +53,11 @@ def _forward(
     with autocast_off(hidden_states):
         sorted_pairs, _, expert_offsets = planner.routing_plan(expert_indices, gate_up_proj.shape[0])
         plan_of_rows = (sorted_pairs, expert_offsets)
-        results = backend.experts_fwd(hidden_states.contiguous(), *plan_of_rows, routing_weights, gate_up_proj, *rest)
+        *experts_and_graft, combine, activation, save_preactivations = rest
+        layer = LayerInputs(
+            hidden_states.contiguous(), *plan_of_rows, routing_weights, gate_up_proj, *experts_and_graft
+        )
+        results = backend.experts_fwd(layer, combine, activation, save_preactivations)
     return *results, *plan_of_rows
 
 
@@ -101,21 +106,16 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    layer, preactivations, needs = rest[:8], rest[8:10], rest[10:]
-    backend = choose("experts", hidden_states.dtype, layer[3].dtype)
+    layer, preactivations, needs = LayerInputs(hidden_states.contiguous(), *rest[:8]), rest[8:10], rest[10:]
+    backend = choose("experts", hidden_states.dtype, layer.gate_up_proj.dtype)
     with autocast_off(hidden_states):
-        hidden_states = hidden_states.contiguous()
-        preactivations = _preactivations(backend, hidden_states, layer, preactivations)
-        return backend.experts_bwd(d_out.contiguous(), hidden_states, *layer, *preactivations, *needs)
+        preactivations = _preactivations(backend, layer, preactivations)
+        return backend.experts_bwd(d_out.contiguous(), layer, *preactivations, *needs)
 
 
-def _preactivations(
-    backend: ModuleType, hidden_states: Tensor, layer: tuple[Any, ...], kept: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _preactivations(backend: ModuleType, layer: LayerInputs, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What the forward kept, or the same once more."""
-    if kept[0].shape[0] == layer[0].shape[0]:  # a row for each pair
-        return kept
-    return backend.preactivations_fwd(hidden_states, *layer)
+    return kept if len(kept[0]) == len(layer.sorted_pairs) else backend.preactivations_fwd(layer)
 
 
 @torch.library.custom_op(
@@ -183,8 +183,8 @@ def _grafted_experts_bwd_weights(
     experts = (routing_weights, gate_up_proj, down_proj)
     with autocast_off(hidden_states):
         rows = (d_out.contiguous(), hidden_states.contiguous())
-        layer = (*plan_of_rows, *experts, None, None, None)
-        kept = _preactivations(torch_experts, rows[1], layer, (preactivations,))
+        bare = LayerInputs(rows[1], *plan_of_rows, *experts, None, None, None)
+        kept = _preactivations(torch_experts, bare, (preactivations,))
         return torch_experts.expert_weight_grads(*rows, *plan_of_rows, *experts, graft_logits, kept[0], *names)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flex_kernels.layer_inputs import LayerInputs
 from flex_kernels.reference import ACTIVATIONS
 
 
@@ -36,68 +37,36 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 
 def experts_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    activation: str,
-    save_preactivations: bool,
+    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Routed experts, graft, and their sum. Returns out [T, H], preactivations [T*K, 2I], graft_preactivations."""
-    top_k = routing_weights.shape[1]
-    counts = expert_offsets.diff().tolist()
-    rows = hidden_states.index_select(0, _tokens(sorted_pairs, top_k))  # [R, H]
-    preactivations = _grouped_mm(rows, gate_up_proj.transpose(1, 2), counts)
-    expert_out = _grouped_mm(_glu(preactivations, activation), down_proj.transpose(1, 2), counts)
-    out = _sum_over_slots(expert_out, _rows_by_pair(sorted_pairs), top_k, routing_weights)
-    graft_preactivations = hidden_states.new_empty(0, 0)
-    if graft_gate_up_proj is not None:
-        opening = torch.sigmoid(graft_logits)[:, None]
-        graft_preactivations = F.linear(hidden_states, graft_gate_up_proj)
-        graft_out = F.linear(_glu(graft_preactivations, activation), graft_down_proj)
+    top_k = layer.routing_weights.shape[1]
+    preactivations, graft_preactivations = preactivations_fwd(layer)
+    counts = layer.expert_offsets.diff().tolist()
+    expert_out = _grouped_mm(_glu(preactivations, activation), layer.down_proj.transpose(1, 2), counts)
+    out = _sum_over_slots(expert_out, _rows_by_pair(layer.sorted_pairs), top_k, layer.routing_weights)
+    if layer.has_graft:
+        opening = torch.sigmoid(layer.graft_logits)[:, None]
+        graft_out = F.linear(_glu(graft_preactivations, activation), layer.graft_down_proj)
         out = torch.addcmul(out * (1 - opening) if combine == "convex" else out, opening, _wide(graft_out))
     if not save_preactivations:
         preactivations = preactivations.new_empty(0, preactivations.shape[1])
         graft_preactivations = graft_preactivations.new_empty(0, graft_preactivations.shape[1])
-    return out.to(hidden_states.dtype), preactivations, graft_preactivations
+    return out.to(layer.hidden_states.dtype), preactivations, graft_preactivations
 
 
-def preactivations_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
     """The part of `experts_fwd` that a backward without kept pre-activations repeats: [T*K, 2I] and [T, 2I_g]."""
-    rows = hidden_states.index_select(0, _tokens(sorted_pairs, routing_weights.shape[1]))
-    preactivations = _grouped_mm(rows, gate_up_proj.transpose(1, 2), expert_offsets.diff().tolist())
-    if graft_gate_up_proj is None:
-        return preactivations, hidden_states.new_empty(0, 0)
-    return preactivations, F.linear(hidden_states, graft_gate_up_proj)
+    rows = layer.hidden_states.index_select(0, _tokens(layer.sorted_pairs, layer.routing_weights.shape[1]))  # [R, H]
+    preactivations = _grouped_mm(rows, layer.gate_up_proj.transpose(1, 2), layer.expert_offsets.diff().tolist())
+    if not layer.has_graft:
+        return preactivations, rows.new_empty(0, 0)
+    return preactivations, F.linear(layer.hidden_states, layer.graft_gate_up_proj)
 
 
 def experts_bwd(
     d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
+    layer: LayerInputs,
     preactivations: Tensor,
     graft_preactivations: Tensor,
     combine: str,
@@ -108,6 +77,8 @@ def experts_bwd(
     need_graft_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every gradient but those of the experts' weights; what is not needed comes back as an empty tensor."""
+    hidden_states, sorted_pairs, expert_offsets, routing_weights, gate_up_proj, down_proj, *graft = layer
+    graft_gate_up_proj, graft_down_proj, graft_logits = graft
     num_tokens, top_k = routing_weights.shape
     dtype = hidden_states.dtype
     d_hidden, d_graft_gate_up, d_graft_down = (hidden_states.new_empty(0) for _ in range(3))
@@ -193,7 +164,7 @@ def score_experts(
     batch_offsets: Tensor,
     activation: str,
 ) -> Tensor:
-    """`reference.score_experts`, one expert at a time in two reused buffers. Returns [B, E, 3] fp32."""
+    """`reference.score_experts`, one expert at a time. Returns [B, E, 3] fp32."""
     lengths = batch_offsets.diff().to(torch.int64)
     batches = torch.arange(len(lengths), device=lengths.device)
     batch_of_token = torch.repeat_interleave(batches, lengths, output_size=len(hidden_states))

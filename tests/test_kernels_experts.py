@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flex_kernels import plan, reference
 from flex_kernels.kernels import experts, experts_bwd, grouped, tiles
+from flex_kernels.layer_inputs import LayerInputs
 
 pytestmark = pytest.mark.skipif(
     not (plan.INTERPRET or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
@@ -32,12 +33,10 @@ def launch(inputs: list, d_out: Tensor, combine: str) -> list[Tensor | None]:
     """The launchers, and their results in the order of `compare.NAMES`."""
     hidden_states, indices, weights, gate_up, down, *graft = inputs
     pairs, _, offsets = reference.routing_plan(indices, gate_up.shape[0])
-    plan_and_weights = (pairs, offsets, weights, gate_up, down, *graft)
-    out, *saved = experts.experts_fwd(hidden_states, *plan_and_weights, combine, "silu", True)
+    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    out, *saved = experts.experts_fwd(layer, combine, "silu", True)
     needs = (True, True, True, True)
-    d_hidden, d_weights, *d_graft = experts.experts_bwd(
-        d_out, hidden_states, *plan_and_weights, *saved, combine, "silu", *needs
-    )
+    d_hidden, d_weights, *d_graft = experts.experts_bwd(d_out, layer, *saved, combine, "silu", *needs)
     return [out, d_hidden, d_weights, None, None, *d_graft]
 
 
@@ -68,10 +67,9 @@ def test_both_ways_of_reading(
 def test_preactivations_alone_are_the_same_bits() -> None:
     hidden_states, indices, weights, gate_up, down, *graft = layer_inputs(CASES[0])
     pairs, _, offsets = reference.routing_plan(indices, gate_up.shape[0])
-    _, *kept = experts.experts_fwd(
-        hidden_states, pairs, offsets, weights, gate_up, down, *graft, "additive", "silu", True
-    )
-    again = experts.preactivations_fwd(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    _, *kept = experts.experts_fwd(layer, "additive", "silu", True)
+    again = experts.preactivations_fwd(layer)
     for a, b in zip(kept, again, strict=True):
         assert torch.equal(a, b)
 

@@ -1,6 +1,9 @@
 """The kernels on a device, at sizes of real models: errors, repeated bits, CUDA graphs. Not run without one."""
 
+import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,8 +13,9 @@ from compare import assert_double_rule
 from torch import Tensor
 
 from flex_kernels import native_cuda, plan, reference, torch_experts
-from flex_kernels.kernels import experts
+from flex_kernels.kernels import candidates, experts, tiles, tune
 from flex_kernels.kernels.routing_plan import routing_plan
+from flex_kernels.layer_inputs import LayerInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,9 +33,9 @@ FEW_TOKENS = Case("few-tokens", 17, 8, 2048, 768, 128, 768, "most experts idle: 
 def forward_and_backward(backend: ModuleType, inputs: list, d_out: Tensor, combine: str) -> list[Tensor]:
     hidden_states, indices, weights, gate_up, down, *graft = inputs
     pairs, _, offsets = routing_plan(indices, gate_up.shape[0])
-    arguments = (pairs, offsets, weights, gate_up, down, *graft)
-    out, *saved = backend.experts_fwd(hidden_states, *arguments, combine, "silu", True)
-    grads = backend.experts_bwd(d_out, hidden_states, *arguments, *saved, combine, "silu", True, True, True, True)
+    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    out, *saved = backend.experts_fwd(layer, combine, "silu", True)
+    grads = backend.experts_bwd(d_out, layer, *saved, combine, "silu", True, True, True, True)
     return [out, *grads]
 
 
@@ -86,6 +90,66 @@ def test_a_cuda_graph_follows_new_routing(case: Case) -> None:
         graph.replay()
         for a, b in zip(results, forward_and_backward(experts, inputs, d_out, "convex"), strict=True):
             assert torch.equal(a, b)
+
+
+def test_tiles_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On few candidates. The second process, played by empty caches, reads the file and measures nothing."""
+    case = Case("tuned", 500, 4, 512, 384, 8, 256, "quick to measure, a graft narrower than an expert")
+    inputs = layer_inputs(case, torch.bfloat16)
+    d_out = torch.randn(case.num_tokens, case.hidden_size, device="cuda").bfloat16()
+    path, state = tmp_path / "tiles.json", torch.cuda.get_rng_state()
+    monkeypatch.setattr(candidates, "MOST_NEIGHBOURS", 6)
+    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setenv("FLEX_TILES", "")
+    monkeypatch.setenv("FLEX_TUNE", "0")
+    tune._remembered.cache_clear()
+    of_the_table = forward_and_backward(experts, inputs, d_out, "convex")
+    try:
+        monkeypatch.setenv("FLEX_TILES", str(path))
+        monkeypatch.setenv("FLEX_TUNE", "1")
+        tiles._chosen.clear()
+        tune._remembered.cache_clear()
+        with pytest.warns(RuntimeWarning, match="measuring tiles once"):
+            measured = forward_and_backward(experts, inputs, d_out, "convex")
+        (entry,) = json.loads(path.read_text())["entries"]
+        assert entry["chip"] == torch.cuda.get_device_name()
+        assert 0 < entry["ms"] <= entry["default_ms"]
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+
+        monkeypatch.setattr(tune, "measure", None)
+        for new_process in (False, True):
+            if new_process:
+                tiles._chosen.clear()
+                tune._remembered.cache_clear()
+            with warnings.catch_warnings(action="error", category=RuntimeWarning):
+                again = forward_and_backward(experts, inputs, d_out, "convex")
+            for a, b in zip(measured, again, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        tune._remembered.cache_clear()
+    for a, b in zip(measured, of_the_table, strict=True):
+        assert float((a.float() - b.float()).norm() / b.float().norm()) < 2e-2
+
+
+def test_a_capture_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's kernels are compiled, then a graph is captured before anything was measured."""
+    inputs = layer_inputs(FEW_TOKENS, torch.bfloat16)
+    d_out = torch.randn(FEW_TOKENS.num_tokens, FEW_TOKENS.hidden_size, device="cuda").bfloat16()
+    monkeypatch.setenv("FLEX_TILES", "")
+    monkeypatch.setattr(tune, "measure", None)
+    tune._remembered.cache_clear()
+
+    def run() -> list[Tensor]:
+        monkeypatch.setattr(tiles, "_chosen", {})
+        monkeypatch.setenv("FLEX_TUNE", "1" if torch.cuda.is_current_stream_capturing() else "0")
+        return forward_and_backward(experts, inputs, d_out, "convex")
+
+    graph, results = captured(run)
+    assert not tiles._chosen
+    graph.replay()
+    monkeypatch.setenv("FLEX_TUNE", "0")
+    for a, b in zip(results, forward_and_backward(experts, inputs, d_out, "convex"), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import flex_kernels
 from flex_kernels import native, native_experts, plan, reference
+from flex_kernels.layer_inputs import LayerInputs
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module was not built")
 ISAS = native.module().available_isas() if native.module() is not None else []
@@ -56,12 +57,12 @@ def everything(inputs: list, combine: str = "convex", activation: str = "silu") 
     """All that csrc computes for one layer, every gradient included."""
     x, indices, weights, gate_up, down, *graft = inputs
     sorted_pairs, _, offsets = native.routing_plan(indices, gate_up.shape[0])
-    layer = (sorted_pairs, offsets, weights, gate_up, down, *graft)
+    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
     d_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    out, z, graft_z = native_experts.experts_fwd(x, *layer, combine, activation, True)
+    out, z, graft_z = native_experts.experts_fwd(layer, combine, activation, True)
     grafted = graft[0] is not None
     needs = (True, True, grafted, grafted)
-    grads = native_experts.experts_bwd(d_out, x, *layer, z, graft_z, combine, activation, *needs)
+    grads = native_experts.experts_bwd(d_out, layer, z, graft_z, combine, activation, *needs)
     batches = torch.tensor([0, len(x) // 3, len(x)])
     scores = native_experts.score_experts(x, d_out, gate_up, down, batches, activation)
     return [out, z, graft_z, *grads, scores, *native_experts.score_neurons(x, d_out, gate_up, down, activation)]
@@ -107,13 +108,14 @@ def test_activations_far_out(activation: str, dtype: torch.dtype, isa: str) -> N
     gate_up[0, width:, 0] = 1  # up = x[0], which is set to 1 below
     x[:, 0] = 1
     plan_of_rows = native.routing_plan(torch.zeros(2, 1, dtype=torch.int64), 1)
-    layer = (plan_of_rows[0], plan_of_rows[2], torch.ones(2, 1), gate_up, eye[None].clone(), None, None, None)
-    out, z, _ = native_experts.experts_fwd(x, *layer, "additive", activation, True)
+    down, no_graft = eye[None].clone(), (None, None, None)
+    layer = LayerInputs(x, plan_of_rows[0], plan_of_rows[2], torch.ones(2, 1), gate_up, down, *no_graft)
+    out, z, _ = native_experts.experts_fwd(layer, "additive", activation, True)
     wide = x.double()
     act = reference.ACTIVATIONS[activation]
     torch.testing.assert_close(out.double(), act(wide), rtol=2e-6 if dtype == FP32 else 8e-3, atol=5e-7)
     grads = native_experts.experts_bwd(
-        torch.ones_like(x), x, *layer, z, z.new_empty(0, 0), "additive", activation, True, False, False, False
+        torch.ones_like(x), layer, z, z.new_empty(0, 0), "additive", activation, True, False, False, False
     )
     leaf = wide.clone().requires_grad_()
     act(leaf).sum().backward()
@@ -233,8 +235,9 @@ def test_pairs_out_of_range(bad: int) -> None:
     x, indices, weights, gate_up, down, *graft = inputs_of(BY_NAME["plain"], FP32)
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
     sorted_pairs[5] = bad
+    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
     with pytest.raises(ValueError, match=rf"sorted_pairs\[5\] is {bad}, want every pair from 0 to 74 - 1 once"):
-        native_experts.experts_fwd(x, sorted_pairs, offsets, weights, gate_up, down, *graft, "additive", "silu", False)
+        native_experts.experts_fwd(layer, "additive", "silu", False)
 
 
 @pytest.mark.parametrize(("index", "bad"), [(0, 1), (2, -3), (6, 75), (3, 1 << 30)])
@@ -242,8 +245,9 @@ def test_offsets_out_of_range(index: int, bad: int) -> None:
     x, indices, weights, gate_up, down, *graft = inputs_of(BY_NAME["plain"], FP32)
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
     offsets[index] = bad
+    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
     with pytest.raises(ValueError, match=r"expert_offsets\[\d\] is -?\d+, want it to ascend from 0 to at most 74"):
-        native_experts.experts_fwd(x, sorted_pairs, offsets, weights, gate_up, down, *graft, "additive", "silu", False)
+        native_experts.experts_fwd(layer, "additive", "silu", False)
 
 
 def test_inputs_that_do_not_fit_together() -> None:
@@ -251,7 +255,8 @@ def test_inputs_that_do_not_fit_together() -> None:
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
 
     def call(x: Tensor = x, weights: Tensor = weights, down: Tensor = down) -> None:
-        native_experts.experts_fwd(x, sorted_pairs, offsets, weights, gate_up, down, *graft, "additive", "silu", False)
+        layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
+        native_experts.experts_fwd(layer, "additive", "silu", False)
 
     with pytest.raises(TypeError, match=r"float32 and bfloat16, got torch.float16"):
         native_experts.score_neurons(x.half(), x.half(), gate_up, down, "silu")

@@ -17,8 +17,16 @@ from torch import Tensor
 from flex_kernels.kernels.activations import pass_through
 from flex_kernels.kernels.combine import combine_rows
 from flex_kernels.kernels.experts_bwd import experts_bwd
-from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
-from flex_kernels.kernels.tiles import Target, Tile, alignment, contiguous, expert_tiles, operand, target_of, use_tma
+from flex_kernels.kernels.grouped import (
+    Schedule,
+    grouped_rows,
+    locate_tile,
+    make_schedule,
+    quarter_columns,
+    target_and_tiles,
+)
+from flex_kernels.kernels.tiles import Target, Tile, alignment, operand, use_tma
+from flex_kernels.layer_inputs import LayerInputs
 
 __all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
 
@@ -162,75 +170,50 @@ def gate_up_fwd(
 
 
 def experts_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    activation: str,
-    save_preactivations: bool,
+    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H], preactivations [T*K, 2I] in plan order, graft_preactivations [T, 2I_g]; see the module's docstring.
 
     Without `save_preactivations` the last two have no rows. fp32 products run in full precision (`ieee`), as PyTorch's
     own default does.
     """
-    hidden_states, sorted_pairs, expert_offsets = contiguous(hidden_states, sorted_pairs, expert_offsets)
-    routing_weights, gate_up_proj, down_proj = contiguous(routing_weights, gate_up_proj, down_proj)
-    graft_gate_up_proj, graft_down_proj, graft_logits = contiguous(graft_gate_up_proj, graft_down_proj, graft_logits)
-    has_graft = graft_gate_up_proj is not None
-    num_tokens, top_k = routing_weights.shape
+    layer = layer.contiguous()
+    num_tokens = len(layer.hidden_states)
     if num_tokens == 0:
-        graft_width = graft_gate_up_proj.shape[0] if has_graft else 0
-        empty = hidden_states.new_empty
-        return torch.empty_like(hidden_states), empty(0, gate_up_proj.shape[1]), empty(0, graft_width)
-
-    target = target_of(hidden_states.device)
-    sizes = (*down_proj.shape[1:], graft_down_proj.shape[1] if has_graft else 0)
-    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0], sizes)
-    with torch.cuda.device_of(hidden_states):
-        schedule = make_schedule(sorted_pairs, expert_offsets, num_tokens, tiles.block_m)
+        return torch.empty_like(layer.hidden_states), *_no_preactivations(layer)
+    target, tiles = target_and_tiles(layer)
+    with torch.cuda.device_of(layer.hidden_states):
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
         activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(
-            hidden_states, sorted_pairs, top_k, gate_up_proj, graft_gate_up_proj,
-            schedule, target, tiles.gate_up, activation, save_preactivations,
+            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
+            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, activation, save_preactivations,
         )  # fmt: skip
         expert_out = grouped_rows(
-            activations, graft_activations, down_proj, graft_down_proj, schedule, target, tiles.down, inner_last=True
+            activations, graft_activations, layer.down_proj, layer.graft_down_proj,
+            schedule, target, tiles.down, inner_last=True,
+        )  # fmt: skip
+        out = combine_rows(
+            expert_out, schedule.row_of_pair, layer.routing_weights, layer.graft_logits, combine, layer.has_graft
         )
-        out = combine_rows(expert_out, schedule.row_of_pair, routing_weights, graft_logits, combine, has_graft)
     return out, preactivations, graft_preactivations
 
 
-def preactivations_fwd(
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
     """Z alone, for a backward that kept none: preactivations [T*K, 2I] and graft_preactivations [T, 2I_g]."""
-    hidden_states, sorted_pairs, expert_offsets = contiguous(hidden_states, sorted_pairs, expert_offsets)
-    gate_up_proj, graft_gate_up_proj = contiguous(gate_up_proj, graft_gate_up_proj)
-    (num_tokens, hidden_size), top_k = hidden_states.shape, routing_weights.shape[1]
-    graft_width = 0 if graft_gate_up_proj is None else graft_gate_up_proj.shape[0]
+    layer = layer.contiguous()
+    num_tokens = len(layer.hidden_states)
     if num_tokens == 0:
-        return hidden_states.new_empty(0, gate_up_proj.shape[1]), hidden_states.new_empty(0, graft_width)
-    target = target_of(hidden_states.device)
-    sizes = (hidden_size, gate_up_proj.shape[1] // 2, graft_width // 2)
-    tile = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, gate_up_proj.shape[0], sizes).gate_up
-    with torch.cuda.device_of(hidden_states):
-        schedule = make_schedule(sorted_pairs, expert_offsets, num_tokens, tile.block_m)
+        return _no_preactivations(layer)
+    target, tiles = target_and_tiles(layer)
+    with torch.cuda.device_of(layer.hidden_states):
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
         *_, preactivations, graft_preactivations = gate_up_fwd(
-            hidden_states, sorted_pairs, top_k, gate_up_proj, graft_gate_up_proj,
-            schedule, target, tile, "silu", save_preactivations=True, activate=False,
+            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
+            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
         )  # fmt: skip
     return preactivations, graft_preactivations
+
+
+def _no_preactivations(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+    empty = layer.hidden_states.new_empty
+    return empty(0, layer.gate_up_proj.shape[1]), empty(0, 2 * layer.graft_width)

@@ -21,18 +21,16 @@ from torch import Tensor
 
 from flex_kernels.kernels.activations import activation_slope, pass_through
 from flex_kernels.kernels.combine import sum_rows
-from flex_kernels.kernels.grouped import Schedule, grouped_rows, locate_tile, make_schedule, quarter_columns
-from flex_kernels.kernels.tiles import (
-    Target,
-    Tile,
-    alignment,
-    contiguous,
-    expert_tiles,
-    operand,
-    reduction_tokens,
-    target_of,
-    use_tma,
+from flex_kernels.kernels.grouped import (
+    Schedule,
+    grouped_rows,
+    locate_tile,
+    make_schedule,
+    quarter_columns,
+    target_and_tiles,
 )
+from flex_kernels.kernels.tiles import Target, Tile, alignment, contiguous, operand, reduction_tokens, use_tma
+from flex_kernels.layer_inputs import LayerInputs
 
 
 @triton.jit
@@ -280,15 +278,7 @@ def _reduce_products(
 
 def experts_bwd(
     d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
+    layer: LayerInputs,
     preactivations: Tensor,
     graft_preactivations: Tensor,
     combine: str,
@@ -300,41 +290,39 @@ def experts_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d_hidden_states [T, H], d_routing_weights [T, K] fp32, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
     [T] fp32; what is not needed is an empty tensor, and its work is not done."""
-    has_graft = graft_gate_up_proj is not None
-    layer = _Layer(
-        *contiguous(d_out, sorted_pairs, routing_weights, down_proj, graft_down_proj, graft_logits),
-        *contiguous(preactivations, graft_preactivations),
+    layer = layer.contiguous()
+    hidden_states, has_graft = layer.hidden_states, layer.has_graft
+    call = _Layer(
+        *contiguous(d_out), layer.sorted_pairs, layer.routing_weights, layer.down_proj, layer.graft_down_proj,
+        layer.graft_logits, *contiguous(preactivations, graft_preactivations),
         activation=activation,
         convex=has_graft and combine == "convex",
         need_hidden=need_hidden,
         need_routing_weights=need_routing_weights,
         need_graft=has_graft and need_graft,
         need_graft_logits=has_graft and need_graft_logits,
-    )
-    hidden_states, gate_up_proj, graft_gate_up_proj = contiguous(hidden_states, gate_up_proj, graft_gate_up_proj)
-    num_tokens, top_k = routing_weights.shape
+    )  # fmt: skip
+    num_tokens, top_k = layer.routing_weights.shape
     if num_tokens == 0:
-        return _no_tokens(layer, hidden_states, graft_gate_up_proj)
+        return _no_tokens(call, hidden_states, layer.graft_gate_up_proj)
 
     d_hidden_states, d_graft_gate_up_proj, d_graft_down_proj = (hidden_states.new_empty(0) for _ in range(3))
-    target = target_of(hidden_states.device)
-    sizes = (*down_proj.shape[1:], graft_down_proj.shape[1] if has_graft else 0)
-    tiles = expert_tiles(target, hidden_states.dtype, num_tokens * top_k, down_proj.shape[0], sizes)
+    target, tiles = target_and_tiles(layer)
     with torch.cuda.device_of(hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, expert_offsets.contiguous(), num_tokens, tiles.block_m)
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
         d_preactivations, d_graft_preactivations, opened_activations, products, graft_products = _d_preactivations(
-            layer, schedule, target, tiles.d_preactivations
+            call, schedule, target, tiles.d_preactivations
         )
-        d_routing_weights, d_graft_logits = _reduce_products(layer, schedule, products, graft_products)
+        d_routing_weights, d_graft_logits = _reduce_products(call, schedule, products, graft_products)
         if need_hidden:
             d_rows = grouped_rows(
-                d_preactivations, d_graft_preactivations, gate_up_proj, graft_gate_up_proj,
+                d_preactivations, d_graft_preactivations, layer.gate_up_proj, layer.graft_gate_up_proj,
                 schedule, target, tiles.d_hidden, inner_last=False,
             )  # fmt: skip
             d_hidden_states = sum_rows(d_rows, schedule.row_of_pair, num_tokens, top_k, has_graft)
-        if layer.need_graft:
+        if call.need_graft:
             d_graft_gate_up_proj = d_graft_preactivations.T @ hidden_states
-            d_graft_down_proj = layer.d_out.T @ opened_activations
+            d_graft_down_proj = call.d_out.T @ opened_activations
     return d_hidden_states, d_routing_weights, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
 
 

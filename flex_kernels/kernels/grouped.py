@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import Target, Tile, alignment, operand, use_tma
+from flex_kernels.kernels.tiles import ExpertTiles, Target, Tile, alignment, expert_tiles, operand, target_of, use_tma
+from flex_kernels.layer_inputs import LayerInputs
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
 
@@ -41,6 +42,13 @@ class Schedule:
 
     def graft_row_tiles(self, has_graft: bool) -> int:
         return triton.cdiv(self.num_tokens, self.block_m) if has_graft else 0
+
+
+def target_and_tiles(layer: LayerInputs) -> tuple[Target, ExpertTiles]:
+    """What the GEMMs of one layer call are shaped for; forward and backward get the same."""
+    target, (num_experts, *sizes) = target_of(layer.hidden_states.device), layer.down_proj.shape
+    num_rows, dtype = len(layer.sorted_pairs), layer.hidden_states.dtype
+    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, layer.graft_width))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_row_tiles"])
