@@ -40,7 +40,7 @@ bench: $(STAMP)  ## the layer on this CPU beside transformers' own; writes bench
 aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; prints the table
 	$(BIN)/python benchmarks/aot.py
 
-test-gpu:  ## on a machine with a device whose torch, triton and transformers are installed and that needs no network
+test-gpu:  ## on a machine with a device whose torch, triton, transformers and peft are installed; no network
 	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py \
 		tests/test_subsets.py tests/test_neurons.py tests/test_refit.py

@@ -14,8 +14,6 @@ class Shape:
     top_k: int
     intermediate_size: int
     reason: str
-    # bf16 is left out where a peer takes minutes a pass on a CPU without bf16 instructions.
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     @property
     def forward_flops(self) -> int:
@@ -33,7 +31,7 @@ SHAPES = (
     Shape("demo", 400, 128, 16, 2, 96, "a step of `make demo`"),
     Shape("mid-256", 256, 512, 16, 2, 1024, "32 rows an expert: packing the weights counts"),
     Shape("mid-2048", 2048, 512, 16, 2, 1024, "256 rows an expert: near the dense matmul"),
-    Shape("mid-8192", 8192, 512, 16, 2, 1024, "activations larger than any cache", ("float32",)),
+    Shape("mid-8192", 8192, 512, 16, 2, 1024, "activations larger than any cache"),
     Shape("qwen1.5-moe", 512, 2048, 60, 4, 1408, "a layer of a real model: 2 GB of fp32 weights, 34 rows an expert"),
     Shape("qwen1.5-decode", 1, 2048, 60, 4, 1408, "generating: reading the weights is all there is to do"),
 )
