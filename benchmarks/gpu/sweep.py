@@ -6,7 +6,6 @@ four (`tiles.ExpertTiles`), so the ranking also adds up, for each `block_m`, the
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,12 +13,12 @@ from shapes import Shape
 from torch import Tensor
 
 from flex_kernels.kernels import tiles
+from flex_kernels.kernels.candidates import Gemm, all_candidates, gemms, name_of
 from flex_kernels.kernels.tiles import Tile
 from gpu import tile_part
 from gpu.layer_part import check
 from gpu.record import OURS, Key
 from gpu.session import LEAST_SECONDS, OutOfTime, Session
-from gpu.tiles_to_try import candidates, gemms, name_of, operands
 
 SECONDS_A_CANDIDATE = 0.15
 
@@ -40,15 +39,13 @@ def measure(session: Session) -> None:
 def sweep(session: Session, shape: Shape) -> None:
     session.device.release()
     target = tiles.target_of(session.torch_device)
-    sizes = (shape.hidden_size, shape.intermediate_size, shape.intermediate_size)
-    rows = shape.num_tokens * shape.top_k
-    defaults = tiles.expert_tiles(target, session.dtype, rows, shape.num_experts, sizes)
-    runs = gemms(operands(shape, session.dtype, session.device.kind), target)
+    defaults = tile_part.default_tiles(target, session.dtype, shape)
+    runs = gemms(tile_part.sizes_of(shape), session.dtype, target)
     for kernel, gemm in runs.items():
         default = getattr(defaults, kernel)
         truth = gemm(default)
         tiny = [default, replace(default, block_n=default.block_n // 2)]
-        for tile in tiny if session.tiny else candidates(kernel, default):
+        for tile in tiny if session.tiny else all_candidates(kernel, default):
             key = Key("sweep", shape.name, shape.num_tokens, kernel, name_of(tile))
             if not session.again and (key in session.record.figures or key in session.record.skipped):
                 continue
@@ -62,9 +59,9 @@ def sweep(session: Session, shape: Shape) -> None:
                 session.record.add(key, **values, default=tile == default)
 
 
-def measured(session: Session, gemm: Callable[[Tile], Tensor], tile: Tile, truth: Tensor) -> dict[str, float | int]:
+def measured(session: Session, gemm: Gemm, tile: Tile, truth: list[Tensor]) -> dict[str, float | int]:
     """Held against the default tile's result, then timed."""
-    check([gemm(tile)], [truth], session.dtype, name_of(tile))
+    check(gemm(tile), truth, session.dtype, name_of(tile))
     seconds = min(SECONDS_A_CANDIDATE, session.seconds_a_measurement)
     return session.measure({OURS: partial(gemm, tile)}, seconds)[OURS]
 

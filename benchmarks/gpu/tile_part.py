@@ -14,10 +14,10 @@ import torch
 from shapes import Shape
 
 from flex_kernels.kernels import tiles
+from flex_kernels.kernels.candidates import KERNELS, Sizes, all_candidates, gemms, name_of
 from flex_kernels.kernels.tiles import Tile
 from gpu.record import Key
 from gpu.session import MODELS, OutOfTime, Session
-from gpu.tiles_to_try import KERNELS, candidates, gemms, name_of, operands
 
 GEMM_OF = {
     "gate_up": "_gate_up_fwd_kernel",
@@ -31,6 +31,18 @@ KEPT = ("registers", "spills", "shared_bytes", "hgmma", "compile_s")
 TOKENS = 8192
 
 
+def sizes_of(shape: Shape) -> Sizes:
+    """With the graft as wide as an expert."""
+    width = shape.intermediate_size
+    return Sizes(shape.num_tokens, shape.top_k, shape.hidden_size, width, width, shape.num_experts)
+
+
+def default_tiles(target: tiles.Target, dtype: torch.dtype, shape: Shape) -> tiles.ExpertTiles:
+    """What the tables say, whatever this machine's user has measured."""
+    few = tiles.few_rows(shape.num_tokens * shape.top_k, shape.num_experts)
+    return tiles.table_tiles(target, dtype, few, (shape.hidden_size, shape.intermediate_size, shape.intermediate_size))
+
+
 def compile_one(chip: str, kernel: str, tile: Tile, model: Shape) -> dict[str, object]:
     """Registers, spills and the like of one candidate; {"error"} where the compiler refuses it."""
     import aot
@@ -39,7 +51,7 @@ def compile_one(chip: str, kernel: str, tile: Tile, model: Shape) -> dict[str, o
     with aot.compiling_for(chip, found):
         target = aot.CHIPS[chip].target
         try:
-            gemms(operands(model, torch.bfloat16, "meta"), target)[kernel](tile)
+            gemms(sizes_of(model), torch.bfloat16, target)[kernel](tile)
         except Exception as error:  # whatever a compiler says of a tile that it cannot do
             return {"error": (str(error).strip() or repr(error)).splitlines()[0][:200]}
     compiled = next(row for row in found.values() if row.kernel == GEMM_OF[kernel])
@@ -52,10 +64,8 @@ def jobs(chip: str, tiny: bool) -> Iterator[tuple[Key, tuple[str, str, Tile, Sha
     target = aot.CHIPS[chip].target
     for (name, model), kernel in ((pair, kernel) for pair in CLASSES.items() for kernel in KERNELS):
         shape = replace(model, num_tokens=TOKENS)
-        sizes = (shape.hidden_size, shape.intermediate_size, shape.intermediate_size)
-        rows = shape.num_tokens * shape.top_k
-        default = getattr(tiles.expert_tiles(target, torch.bfloat16, rows, shape.num_experts, sizes), kernel)
-        for tile in [default] if tiny else candidates(kernel, default):
+        default = getattr(default_tiles(target, torch.bfloat16, shape), kernel)
+        for tile in [default] if tiny else all_candidates(kernel, default):
             yield Key("tiles", name, 0, kernel, name_of(tile)), (chip, kernel, tile, shape)
 
 

@@ -1,8 +1,10 @@
-"""Tile sizes: plain functions of chip, dtype and rows per expert. No autotuning, nothing measured at run time.
+"""Tile sizes: plain functions of chip, dtype and rows per expert; for the layer, what was measured on this chip first.
 
 A grouped GEMM covers the rows of each expert with tiles of `block_m` rows. All GEMMs of one call share `block_m`, since
-they share one schedule of row tiles; the other sizes belong to the single kernel. Every entry compiles without a spill
-and within the chip's shared memory (`tests/test_aot.py`); none was measured on a device, so they are safe defaults.
+they share one schedule of row tiles; the other sizes belong to the single kernel. Every entry of the tables compiles
+without a spill and within the chip's shared memory (`tests/test_aot.py`); none was measured on a device, so they are
+safe defaults. Nothing is measured at run time unless the user says `FLEX_TUNE=1`; what that found is in a file, and
+from then on comes before the tables (`tune.py`).
 """
 
 import math
@@ -49,18 +51,25 @@ class ExpertTiles:
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are shaped for: a family of chips and how many processors a persistent grid fills."""
+    """What kernels are shaped for: a family of chips and how many processors a persistent grid fills.
+
+    Where there is a chip, also which: nothing is measured on the others, nor remembered of them.
+    """
 
     chip: str
     num_processors: int
+    name: str = ""  # as the driver says it
+    device: str = "meta"  # as torch says it
 
     @property
     def has_tma(self) -> bool:
         return self.chip in ("sm90", "sm100")
 
 
-_INTERPRETER = Target("interpreter", 3)  # three programs: persistent loops take several turns even at test sizes
+# Three programs: persistent loops take several turns even at test sizes.
+_INTERPRETER = Target("interpreter", 3, device="cpu")
 _forced_target: Target | None = None
+_chosen: dict[tuple, ExpertTiles] = {}  # by the arguments of `expert_tiles`, rows by their class
 
 
 def target_of(device: torch.device) -> Target:
@@ -86,7 +95,7 @@ def _device_target(index: int) -> Target:
         chip = {(8, 0): "sm80", (8, 7): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get(
             (properties.major, properties.minor), "small"
         )
-    return Target(chip, properties.multi_processor_count)
+    return Target(chip, properties.multi_processor_count, properties.name, f"cuda:{index}")
 
 
 # chip -> block_m -> tiles of (gate_up, down, d_preactivations, d_hidden): block_n, block_k, num_warps, num_stages
@@ -124,10 +133,13 @@ def alignment(*sizes: int) -> int:
     return common if common >= 8 else 1
 
 
-def expert_tiles(
-    target: Target, dtype: torch.dtype, num_rows: int, num_experts: int, sizes: tuple[int, ...]
-) -> ExpertTiles:
-    """The tiles for `num_rows` (token, slot) pairs spread over `num_experts`; `sizes` are H, I and the graft's I_g."""
+def few_rows(num_rows: int, num_experts: int) -> bool:
+    """The class of a call: whether its experts get few rows each, on average."""
+    return num_rows < FEW_ROWS_PER_EXPERT * num_experts
+
+
+def table_tiles(target: Target, dtype: torch.dtype, few: bool, sizes: tuple[int, ...]) -> ExpertTiles:
+    """The default: what the tables say, whatever was measured."""
     if target.chip == "interpreter":
         table = _TABLE_16_BIT["interpreter"]
     elif dtype == torch.float32:
@@ -136,9 +148,36 @@ def expert_tiles(
         table = {64: _TILES_UNALIGNED}
     else:
         table = _TABLE_16_BIT[target.chip]
-    small, large = min(table), max(table)
-    block_m = small if num_rows < FEW_ROWS_PER_EXPERT * num_experts else large
+    block_m = min(table) if few else max(table)
     return ExpertTiles(*(Tile(block_m, *sizes) for sizes in table[block_m]))
+
+
+def expert_tiles(
+    target: Target, dtype: torch.dtype, num_rows: int, num_experts: int, sizes: tuple[int, ...]
+) -> ExpertTiles:
+    """The tiles for `num_rows` (token, slot) pairs spread over `num_experts`; `sizes` are H, I and the graft's I_g.
+
+    What was measured on this very chip for these sizes, else the table. With `FLEX_TUNE=1` the first call of its kind
+    measures (`tune.py`); in the middle of capturing a CUDA graph that cannot be, and the call takes the table. Without
+    I_g (scoring), and for a target that is not there (compile checks), always the table.
+
+    Raises:
+        ValueError: the file of measured tiles cannot be read, or FLEX_TUNE is neither 0 nor 1.
+    """
+    few = few_rows(num_rows, num_experts)
+    call = (target, dtype, few, num_experts, sizes)
+    tiles = _chosen.get(call)
+    if tiles is None:
+        tiles = table_tiles(target, dtype, few, sizes)
+        if target.name and len(sizes) == 3:
+            from flex_kernels.kernels import tune  # which imports the kernels, and they import this file
+
+            capturing = target.device != "cpu" and torch.cuda.is_current_stream_capturing()
+            tiles = tune.measured_tiles(target, dtype, few, num_experts, sizes, may_measure=not capturing) or tiles
+            if capturing:  # the next call outside may measure
+                return tiles
+        _chosen[call] = tiles
+    return tiles
 
 
 def score_tile(target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tile:
