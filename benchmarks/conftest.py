@@ -13,11 +13,12 @@ from shapes import SCORED, SHAPES, SMALL, Shape
 
 ROWS = pytest.StashKey[list[results.Row]]()
 SCORES = pytest.StashKey[list[results.ScoreRow]]()
+PLANS = pytest.StashKey[list[results.PlanRow]]()
 CAPS = ("FLEX_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[SCORES] = [], []
+    config.stash[ROWS], config.stash[SCORES], config.stash[PLANS] = [], [], []
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -34,6 +35,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ids = [f"{shape.name}-{str(dtype).removeprefix('torch.')}" for shape, dtype in cases]
         metafunc.parametrize(("shape", "dtype"), cases, ids=ids, scope="session")
 
+    if "plan_shape" in metafunc.fixturenames:
+        shapes = SMALL if metafunc.config.getoption("benchmark_disable") else SHAPES
+        metafunc.parametrize("plan_shape", shapes, ids=[shape.name for shape in shapes])
+
 
 def cases_of(shapes: Sequence[Shape]) -> list[tuple[Shape, torch.dtype]]:
     return list(itertools.product(shapes, (torch.float32, torch.bfloat16)))
@@ -49,9 +54,14 @@ def score_rows(request: pytest.FixtureRequest) -> list[results.ScoreRow]:
     return request.config.stash[SCORES]
 
 
+@pytest.fixture(scope="session")
+def plan_rows(request: pytest.FixtureRequest) -> list[results.PlanRow]:
+    return request.config.stash[PLANS]
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Writes the tables of what was measured whole, not a part that `-k` picked."""
-    rows, scores = session.config.stash[ROWS], session.config.stash[SCORES]
+    rows, scores, plans = (session.config.stash[key] for key in (ROWS, SCORES, PLANS))
     caps = "".join(f"{name}={os.environ[name]} " for name in CAPS if name in os.environ)
     command = caps + "pytest " + shlex.join(session.config.invocation_params.args)
     sections = {}
@@ -59,5 +69,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         sections[results.isa()] = results.section(rows, command)
     if len(scores) == len(cases_of(SCORED)) * 3:
         sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
+    if len(plans) == len(SHAPES) * 3:
+        sections["Routing plan"] = results.plan_section(plans, command)
     if sections:
         results.write(sections)

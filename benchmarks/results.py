@@ -78,6 +78,15 @@ class ScoreRow:
         return flops / self.seconds / 1e9
 
 
+@dataclass(frozen=True)
+class PlanRow:
+    """One number: a provider planning a shape's pairs."""
+
+    shape: Shape
+    provider: str  # flex, sort + bincount or torch
+    seconds: float
+
+
 def measure_ceiling(size: int = 2048) -> Ceiling:
     def best(run: Callable[[], object]) -> float:
         run()
@@ -149,17 +158,8 @@ def line_of(row: Row, rows: list[Row]) -> str:
 
 
 def scoring_section(rows: list[ScoreRow], command: str) -> str:
-    header = [
-        "shape",
-        "dtype",
-        "flex ms",
-        "GFLOP/s",
-        "products ms",
-        "of products",
-        "published ms",
-        "gain",
-        "[T, E, H] MB",
-    ]
+    header = ["shape", "dtype", "flex ms", "GFLOP/s", "products ms", "of products", "published ms", "gain"]
+    header.append("[T, E, H] MB")
     lines = [f"## {isa()}, scoring", "", machine(), "", f"    {command}", "", "### Scoring", ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for row in rows:
@@ -182,6 +182,18 @@ def scoring_section(rows: list[ScoreRow], command: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", '"[T, E, H]" is what the published way keeps and flex never holds.', ""]
     return "\n".join(lines)
+
+
+def plan_section(rows: list[PlanRow], command: str) -> str:
+    header = ["shape", "pairs", "flex us", "sort + bincount us", "gain", "PyTorch's whole plan us"]
+    lines = ["## Routing plan", "", machine(), "", f"    {command}", ""]
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for shape in dict.fromkeys(row.shape for row in rows):
+        seconds = {row.provider: row.seconds for row in rows if row.shape == shape}
+        ours, sort, whole = (1e6 * seconds[name] for name in ("flex", "sort + bincount", "torch"))
+        pairs = shape.num_tokens * shape.top_k
+        lines.append(f"| {shape.name} | {pairs} | {ours:.1f} | {sort:.1f} | {sort / ours:.1f}x | {whole:.1f} |")
+    return "\n".join([*lines, ""])
 
 
 def write(measured: dict[str, str]) -> None:
