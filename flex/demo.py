@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -205,11 +205,15 @@ class DemoPaths(NamedTuple):
     general: Path
 
 
-def write_demo_data(folder: str | Path, seed: int) -> DemoPaths:
-    """Write train.jsonl and test.jsonl (all clients, column "client") and general.jsonl (forgetting) into `folder`."""
+def write_demo_data(folder: str | Path, seed: int, num_train: int | None = None) -> DemoPaths:
+    """Write train.jsonl and test.jsonl (all clients, column "client") and general.jsonl (forgetting) into `folder`.
+
+    `num_train`: examples of every client, instead of its own number.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = [client_records(client, seed) for client in CLIENTS]
+    clients = [replace(client, num_train=num_train or client.num_train) for client in CLIENTS]
+    splits = [client_records(client, seed) for client in clients]
     paths = DemoPaths(folder / "train.jsonl", folder / "test.jsonl", folder / "general.jsonl")
     _write_jsonl(paths.train, itertools.chain.from_iterable(train for train, _ in splits))
     _write_jsonl(paths.test, itertools.chain.from_iterable(test for _, test in splits))

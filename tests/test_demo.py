@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,15 @@ def by_client(records: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_as_many_examples_as_asked_for(tmp_path: Path) -> None:
+    own = demo.write_demo_data(tmp_path / "own", SEED)
+    many = demo.write_demo_data(tmp_path / "many", SEED, num_train=700)
+    records = [json.loads(line) for line in many.train.read_text().splitlines()]
+    assert Counter(record["client"] for record in records) == {client.client_id: 700 for client in demo.CLIENTS}
+    assert len({(record["instruction"], record["context"]) for record in records}) == len(records)
+    assert many.general.read_text() == own.general.read_text()
 
 
 def test_one_seed_gives_one_data_set_and_another_seed_another(tmp_path):

@@ -91,11 +91,13 @@ _CORE = (
     *("scaled-corr", "random-corr", "neurons-corr", "neurons-corr-refit"),
 )
 _REAL = ("fedavg", "rule", "random", "fresh", "neurons-refit", "scaled-corr", "random-corr", "neurons-corr-refit")
+_FEW = ("rule", "random", "fresh", "neurons-corr-refit")
 SETTINGS = {
     "demo": Setting("the demo's clients, all their examples", "exact_match", (5, 6, 7, 8, 9, 10)),
     "demo-20": Setting("the demo's clients, 20 examples each", "exact_match", (5, 6, 7), _CORE),
+    "demo-2000": Setting("the demo's clients, 2,000 examples each", "exact_match", (5, 6, 7), _FEW),
     "dolly-4": Setting("Dolly, four clients of one category each", "loss", (0, 1, 2), _REAL),
-    "dolly-10": Setting("Dolly, ten Dirichlet(0.5) clients", "loss", (0, 1, 2), _REAL),
+    "dolly-10": Setting("Dolly, ten Dirichlet(0.5) clients", "loss", (0, 1, 2), _FEW),
 }
 DOLLY_CATEGORIES = ("closed_qa", "information_extraction", "classification", "summarization")
 
@@ -107,9 +109,10 @@ def configure(setting: str, variant: str, seed: int, folder: Path, base: Path | 
     common = [f"graft.{key}={json.dumps(value)}" for key, value in graft.items()]
     common += [f'train.methods=["{method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
     if setting.startswith("demo"):
-        data = folder / f"data-seed{seed}"
+        many = 2000 if setting == "demo-2000" else None
+        data = folder / (f"data-{many}-seed{seed}" if many else f"data-seed{seed}")
         if not (data / "train.jsonl").exists():
-            write_demo_data(data, seed)
+            write_demo_data(data, seed, many)
         paths = {name: str(data / f"{name}.jsonl") for name in ("train", "test")}
         own = [f"data.{name}={json.dumps(path)}" for name, path in paths.items()]
         own += ['data.general=""', "evaluate.every=3", "evaluate.rouge=false", "data.max_test=100"]
