@@ -58,7 +58,7 @@ def test_settings_name_variants_that_exist() -> None:
 
 
 def test_the_page_says_what_the_jobs_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variant, exact in (("rule", 0.5), ("random", 0.25)):
+    for variant, exact in (("rule", 0.5), ("random", 0.25), ("neurons-corr-refit", 0.75)):
         folder = tmp_path / "study" / "demo" / variant / "seed5"
         folder.mkdir(parents=True)
         event = {"event": "evaluate", "split": "test", "when": "after_aggregation", "round": 12, "loss": 1.0}
@@ -74,6 +74,7 @@ def test_the_page_says_what_the_jobs_measured(tmp_path: Path, monkeypatch: pytes
     assert "old" not in text
     assert "| one expert wide, round 12 | seeds | mean | over the paper's rule | over random expert (control) |" in text
     assert "| the paper's rule | 1 | 50.0 |  | +25.0, p = 0.500, 1 of 1 |" in text
+    assert "| the demo's clients, all their examples | 12 | 1 | +25.0, p = 0.500, 1 of 1 | +50.0" in text
     assert (tmp_path / "pictures" / "choosing-demo.svg").exists()
 
 

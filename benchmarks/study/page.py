@@ -27,6 +27,7 @@ REFERENCES = {  # group -> what its members are compared with
     "LoRA on the graft": ("rule-lora", "random-lora", "fresh-lora"),
     "something else kept private": ("neurons-corr-refit", "random", "fedavg"),
 }
+DEFAULT = "neurons-corr-refit"  # what `flex` starts from
 DRAWN = ("fedavg", "rule", "random", "fresh", "neurons-refit", "random-corr", "neurons-corr-refit")
 
 Pair = tuple[int, str]  # seed, client
@@ -109,20 +110,39 @@ def group_table(group: str, at: int, setting: Setting, scores: Scores, names: li
         means = seed_means(scores[name][at])
         spread = f" ± {np.std(means, ddof=1):.{digits}f}" if len(means) > 1 else ""
         cells = [VARIANTS[name].title, str(len(means)), f"{sign * np.mean(means):.{digits}f}{spread}"]
-        for other in references:
-            differences, by_seed = paired(scores[name][at], scores[other][at])
-            if other == name or not by_seed:
-                cells.append("")
-                continue
-            ahead = sum(value > 0 for value in by_seed.values())
-            p_value = f"p {format_p(sign_flip(differences))}"
-            cells.append(f"{differences.mean():+.{digits}f}, {p_value}, {ahead} of {len(by_seed)}")
+        cells += ["" if other == name else lead(setting, scores[name][at], scores[other][at]) for other in references]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def format_p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def leads(rows: Sequence[dict]) -> list[str]:
+    """The default start beside its three references, in every setting, after few steps and at the end."""
+    references = REFERENCES[VARIANTS[DEFAULT].group]
+    head = ["setting", "round", "seeds", *(f"over {VARIANTS[name].title}" for name in references)]
+    lines = ["### The lead of the default start", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for setting_name, setting in SETTINGS.items():
+        scores = scores_of(rows, setting_name)
+        if DEFAULT not in scores:
+            continue
+        rounds = sorted(scores[DEFAULT])
+        for at in (rounds[0], rounds[-1]):
+            cells = [setting.title, str(at), str(len(seed_means(scores[DEFAULT][at])))]
+            cells += [lead(setting, scores[DEFAULT][at], scores[name][at]) for name in references if name in scores]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def lead(setting: Setting, mine: dict[Pair, float], other: dict[Pair, float]) -> str:
+    """Mean difference of the pairs, its p-value, and in how many seeds it is positive."""
+    differences, by_seed = paired(mine, other)
+    if not by_seed:
+        return ""
+    digits, ahead = 1 if setting.metric == "exact_match" else 3, sum(value > 0 for value in by_seed.values())
+    return f"{differences.mean():+.{digits}f}, p {format_p(sign_flip(differences))}, {ahead} of {len(by_seed)}"
 
 
 def picture(setting: Setting, scores: Scores, path: Path) -> None:
@@ -149,7 +169,7 @@ def write_page(out: Path) -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     rows = json.loads(RESULTS.read_text())
-    lines = [BEGIN, ""]
+    lines = [BEGIN, "", *leads(rows)]
     for name, setting in SETTINGS.items():
         scores = scores_of(rows, name)
         if not scores:
