@@ -70,6 +70,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if len(scores) == len(cases_of(SCORED)) * 3:
         sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
     if len(plans) == len(SHAPES) * 3:
-        sections["Routing plan"] = results.plan_section(plans, command)
+        sections["routing plan"] = results.plan_section(plans, command)
     if sections:
         results.write(sections)

@@ -186,7 +186,7 @@ def scoring_section(rows: list[ScoreRow], command: str) -> str:
 
 def plan_section(rows: list[PlanRow], command: str) -> str:
     header = ["shape", "pairs", "flex us", "sort + bincount us", "gain", "PyTorch's whole plan us"]
-    lines = ["## Routing plan", "", machine(), "", f"    {command}", ""]
+    lines = ["## routing plan", "", machine(), "", f"    {command}", ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for shape in dict.fromkeys(row.shape for row in rows):
         seconds = {row.provider: row.seconds for row in rows if row.shape == shape}
