@@ -74,7 +74,7 @@ class Job:
         bar: Bar,
         steps_per_round: int,
     ):
-        self.steps_per_round, self.told = steps_per_round, (folder / "server").exists()
+        self.steps_per_round, self.told = steps_per_round, bool(rounds_in(folder / "server"))
         self.setting, self.config, self.folder, self.log, self.bar = setting, config, folder, log, bar
         self.method, self.seed, self.started = method, seed, time.perf_counter()
         self.header = {

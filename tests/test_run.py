@@ -170,6 +170,19 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path, pause):
     assert_same_run(output, unbroken)
 
 
+def test_killed_before_the_first_round_was_kept_it_says_again_what_was_sent(finished, tmp_path):
+    """The server's folder is there, its file is not yet: what had been written is forgotten, and written anew."""
+    folder, config = finished
+    config = config.with_values(train={"methods": ("flex",)})
+    config = dataclasses.replace(config, output=str(tmp_path / "killed"))
+    (tmp_path / "killed" / "flex-seed0" / "server").mkdir(parents=True)
+    run(config, QUIET)
+    events = [
+        without_times(read_events(f / "flex-seed0" / "metrics.jsonl")) for f in (tmp_path / "killed", folder / "run")
+    ]
+    assert events[0] == events[1]
+
+
 def test_resumes_from_every_round_to_the_same_bits(tmp_path):
     """Stopped after each single round, by an error in the next: what a crash leaves."""
     config = tiny_config(tmp_path, train={"rounds": 3, "steps": 2, "batch_size": 3, "methods": ("flex", "local")})
