@@ -71,6 +71,10 @@ VARIANTS = {
         "neurons, refitted to the correction", LORA,
         graft={"criterion": "neurons", "training": "lora", **_CORRECTION, **_SMALL},
     ),
+    "private-lora-small": Variant(
+        "no graft, but a second, private LoRA", LORA, "flex-private-lora",
+        graft={"criterion": "reconstruction", "training": "lora"},
+    ),
     "private-lora": Variant("a second, private LoRA", RIVAL, "flex-private-lora"),
     "adapt": Variant("the most used expert, trained in place", RIVAL, "flex-adapt"),
 }  # fmt: skip
