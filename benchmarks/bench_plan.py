@@ -8,18 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from gpu.plan_part import sort_and_bincount
 from results import PlanRow
 from shapes import Shape
-from torch import Tensor
 
 from flex_kernels import plan, reference, torch_experts
 
 ROUNDS = 200
-
-
-def sort_and_bincount(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    ids = expert_indices.flatten()
-    return ids.sort(stable=True).indices, torch.bincount(ids, minlength=num_experts)
 
 
 @pytest.mark.parametrize("provider", ["flex", "sort + bincount", "torch"])

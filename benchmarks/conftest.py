@@ -71,5 +71,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         sections[f"{results.isa()}, scoring"] = results.scoring_section(scores, command)
     if len(plans) == len(SHAPES) * 3:
         sections["routing plan"] = results.plan_section(plans, command)
-    if sections:
+    if exitstatus == 0 and sections:
         results.write(sections)
