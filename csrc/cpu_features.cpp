@@ -14,7 +14,7 @@ struct Isa {
 };
 
 std::vector<Isa> every_isa() {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // asks the operating system too: registers that it does not save do not count
   avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -22,7 +22,11 @@ std::vector<Isa> every_isa() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  return {{"avx512_bf16", avx512_bf16, avx512_kernels(), avx512_bf16_kernels()},
+#if defined(__x86_64__) && __GNUC__ >= 11
+  amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted();
+#endif
+  return {{"amx", amx, avx512_kernels(), amx_kernels()},
+          {"avx512_bf16", avx512_bf16, avx512_kernels(), avx512_bf16_kernels()},
           {"avx512", avx512, avx512_kernels(), nullptr},
           {"avx2", avx2, avx2_kernels(), nullptr},
           {"portable", true, portable_kernels(), nullptr}};

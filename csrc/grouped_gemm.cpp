@@ -14,9 +14,6 @@ constexpr int64_t kSliceWords = 256;
 constexpr int64_t kSpanRows = 10 * kBlockRows, kMostColumns = 4 * kColumnUnit;
 constexpr int64_t kTasksPerThread = 6;
 
-// So few rows do not pay for packing B: they read it where it lies, once from memory and then from cache.
-constexpr int64_t kFewRows = 4;
-
 struct Task {
   int64_t product, row, rows, column, columns;
 };
@@ -37,8 +34,11 @@ Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products
     const int64_t depth_words = (product.depth + kernels.word_elements - 1) / kernels.word_elements;
     const int64_t words = std::min(round_up(depth_words, kChunkWords), kSliceWords);
     const int64_t columns = padded(kernels, product, std::min(product.columns, kMostColumns / (product.twin ? 2 : 1)));
-    const int64_t rows = std::min(product.rows, depth_words <= kSliceWords ? kBlockRows : kSpanRows);
-    const int64_t few = product.b.along_depth ? kernels.panel_rows * round_up(depth_words, kChunkWords) : 0;
+    const int64_t few_rows =
+        product.b.along_depth ? round_up(std::min<int64_t>(product.rows, kernels.few_rows), kernels.panel_rows) : 0;
+    const int64_t few = few_rows * round_up(depth_words, kChunkWords);
+    const int64_t block_rows = std::min(product.rows, depth_words <= kSliceWords ? kBlockRows : kSpanRows);
+    const int64_t rows = std::max(round_up(block_rows, kernels.panel_rows), few_rows);
     most.a = std::max({most.a, round_up(std::min(product.rows, kBlockRows), kernels.panel_rows) * words, few});
     most.b = std::max(most.b, columns * words);
     most.c = std::max(most.c, round_up(rows * columns, kChunkWords));
@@ -78,17 +78,21 @@ std::vector<Task> tasks_of(const std::vector<Product>& products, int threads) {
   return tasks;
 }
 
+Rows rows_from(const Operand& a, int64_t row) {
+  Rows rows = a.rows;
+  if (rows.gather != nullptr)
+    rows.gather += row;
+  else
+    rows.data = static_cast<const char*>(rows.data) + row * rows.stride * scalar_bytes(a.scalar);
+  return rows;
+}
+
 void pack_a(const Kernels& kernels, const Operand& a, int64_t row, int64_t rows, int64_t begin, int64_t depth,
             float* panels) {
   const int scalar = static_cast<int>(a.scalar);
   if (!a.along_depth)
     return kernels.pack_a_depth[scalar](a.rows, row, rows, begin, depth, a.depth_scale, panels);
-  Rows from = a.rows;
-  if (from.gather != nullptr)
-    from.gather += row;
-  else
-    from.data = static_cast<const char*>(from.data) + row * from.stride * scalar_bytes(a.scalar);
-  kernels.pack_a_rows[scalar](from, rows, begin, depth, panels);
+  kernels.pack_a_rows[scalar](rows_from(a, row), rows, begin, depth, panels);
 }
 
 void pack_b(const Kernels& kernels, const Operand& b, int64_t column, int64_t columns, int64_t begin, int64_t depth,
@@ -107,13 +111,16 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
     epilogue({product, task.row + row, rows, task.column, task.columns, block, product.twin ? block + half : nullptr,
               stride});
   };
-  if (product.rows <= kFewRows && product.b.along_depth) {
+  const bool along_depth = product.a.along_depth && product.b.along_depth;
+  if (product.rows <= kernels.few_rows && along_depth && product.depth > 0) {
     const auto multiply = kernels.multiply_in_place[static_cast<int>(product.b.scalar)];
-    pack_a(kernels, product.a, task.row, task.rows, 0, product.depth, a);
+    kernels.pack_few[static_cast<int>(product.a.scalar)](rows_from(product.a, task.row), task.rows, 0, product.depth, a);
     multiply(task.rows, task.columns, product.depth, a, product.b.rows, task.column, c, stride);
     if (product.twin)
       multiply(task.rows, task.columns, product.depth, a, product.b.rows, product.twin + task.column, c + half, stride);
-    return finish(0, task.rows, c);
+    for (int64_t row = 0; row < task.rows; row += kBlockRows)
+      finish(row, std::min(kBlockRows, task.rows - row), c + row * stride);
+    return;
   }
   const int64_t slice = kSliceWords * kernels.word_elements;
   for (int64_t begin = 0; begin < product.depth || begin == 0; begin += slice) {

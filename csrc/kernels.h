@@ -1,7 +1,7 @@
 // The inner loops of the layer on a CPU, one table of them per instruction set.
 //
 // A matrix product is C [rows, columns] = A [rows, depth] B [depth, columns] on packed operands. Depth is counted in
-// 32-bit words: one fp32, or, where the machine multiplies bf16 pairs (AVX512-BF16), two neighbouring bf16.
+// 32-bit words: one fp32, or, where the machine multiplies bf16 pairs (AVX512-BF16, AMX), two neighbouring bf16.
 //
 //   A panel: kPanelRows rows,        [depth / 16][row][16 words]: a row keeps its 64-byte pieces, so that gathering a
 //                                    row is copying, and the loop reads memory in one direction
@@ -49,10 +49,14 @@ struct Kernels {
                           const float* depth_scale, float* panels);
   void (*pack_b_rows[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
   void (*pack_b_depth[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
-  // C (+)= A B; columns is a multiple of panel_columns.
+  // C (+)= A B; columns is a multiple of panel_columns. C has room for whole panels of rows: what is beyond `rows` may be
+  // overwritten.
   void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
                    int64_t c_stride, bool accumulate);
-  // The same for a few rows and memory rows along the depth, by B's scalar type: B is read where it lies. `a` is a panel.
+  // The same for at most `few_rows` rows and memory rows along the depth, by B's scalar type: B is read where it lies.
+  // `a` is what pack_few made of them, by A's type: whole panels of rows.
+  int few_rows;
+  void (*pack_few[2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
   void (*multiply_in_place[2])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
                                float* c, int64_t c_stride);
 
@@ -78,5 +82,8 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* amx_kernels();
+// Asks the operating system for the tile registers, once; false where it has none to give.
+bool amx_permitted();
 
 }  // namespace flex

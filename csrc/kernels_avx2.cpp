@@ -13,6 +13,8 @@
 #pragma GCC target("avx2,fma")
 #include "simd_avx2.h"
 // After its simd header:
+#include "multiply_lanes.h"
+// Last:
 #include "kernels_table.h"
 #pragma GCC pop_options
 #endif

@@ -14,6 +14,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "simd_avx512.h"
 // After its simd header:
+#include "multiply_lanes.h"
+// Last:
 #include "kernels_table.h"
 #pragma GCC pop_options
 #endif

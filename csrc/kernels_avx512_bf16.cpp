@@ -15,6 +15,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #include "simd_avx512.h"
 // After its simd header:
+#include "multiply_lanes.h"
+// Last:
 #include "kernels_table.h"
 #pragma GCC pop_options
 #endif

@@ -7,6 +7,8 @@
 #include "kernels.h"
 #include "simd_portable.h"
 // After its simd header:
+#include "multiply_lanes.h"
+// Last:
 #include "kernels_table.h"
 
 namespace flex {

@@ -9,7 +9,11 @@ namespace {
 
 struct Simd {
   static constexpr int kLanes = 16;
+#if defined(FLEX_AMX)
+  static constexpr int kPanelRows = 16, kPanelVectors = 2;  // a tile register has 16 rows of 16 words
+#else
   static constexpr int kPanelRows = 12, kPanelVectors = 2;  // 24 sums, 2 columns, 1 broadcast in 32 registers
+#endif
   typedef __m512 Float;
   typedef uint32_t Word __attribute__((vector_size(64)));
   typedef uint16_t Half __attribute__((vector_size(32)));

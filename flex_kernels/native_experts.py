@@ -2,8 +2,8 @@
 
 fp32 and bf16, accumulated in fp32; the experts' weights may have either dtype. Threads are torch's own: as many as
 `torch.get_num_threads()`, in torch's OpenMP pool. The same input gives the same bits for any number of threads. The
-instruction set is the best one here; the environment variable `FLEX_ISA` (avx512_bf16, avx512, avx2, portable) forces
-another.
+instruction set is the best one here; the environment variable `FLEX_ISA` (amx, avx512_bf16, avx512, avx2, portable)
+forces another.
 """
 
 import torch

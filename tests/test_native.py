@@ -140,6 +140,22 @@ def test_any_number_of_threads_the_same_bits(case: Case, dtype: torch.dtype, isa
     assert_any_threads(case, dtype)
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="needs AMX")
+def test_amx_sums_a_row_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows read the weights where they lie, many pack them first: a token's bits are the same in any company."""
+    monkeypatch.setenv("FLEX_ISA", "amx")
+    case = Case("company", 420, 1, 1090, 150, 1, 140, "more rows than are read in place, a depth of three slices")
+    x, indices, weights, gate_up, down, *graft = inputs_of(case, BF16)
+    results = []
+    for count in (420, 192, 65, 17, 1):
+        sorted_pairs, _, offsets = native.routing_plan(indices[:count], 1)
+        some = (x[:count], sorted_pairs, offsets, weights[:count], gate_up, down, *graft[:2], graft[2][:count])
+        out, z, graft_z = native_experts.experts_fwd(LayerInputs(*some), "convex", "silu", True)
+        results.append([out[:1], z[:1], graft_z[:1]])
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
 def test_waves_on_any_number_of_threads() -> None:
     assert_any_threads(WAVES, FP32)
 
