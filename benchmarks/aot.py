@@ -2,8 +2,9 @@
 
 The launchers themselves run, on tensors without memory (torch's meta device), for a forced target: what is compiled is
 exactly what a launch on that chip would compile. Nothing is launched. Of each kernel the table shows registers, spills,
-shared memory and matrix instructions; the exit code is 1 if a default configuration spills a register, asks for
-more shared memory than the chip has, or is a 16-bit GEMM for sm_90 without HGMMA.
+shared memory and matrix instructions, and how many programs fit a processor of those that are started; the exit code is
+1 if a default configuration spills a register, asks for more shared memory than the chip has, or is a 16-bit GEMM for
+sm_90 without HGMMA or with one that waits for the one before (ptxas: "serialized").
 
     python benchmarks/aot.py [--quick] [--targets sm90,gfx942] [--jobs N] [--json FILE]
 """
@@ -50,6 +51,15 @@ class Chip:
     target: tiles.Target
     shared_bytes: int
 
+    def resident(self, registers: int, shared_bytes: int, num_warps: int) -> int:
+        """How many programs of this size run on one processor at a time; registers are a thread's."""
+        registers = triton.cdiv(registers, 8) * 8
+        if self.gpu.backend == "hip":  # four units of 512 registers a lane
+            return min(512 // registers * 4 // num_warps, self.shared_bytes // max(shared_bytes, 1))
+        # A program costs 1 KB more than it asks for, and the processor has one for the first.
+        by_memory = (self.shared_bytes + KIB) // (shared_bytes + KIB)
+        return min(64 * KIB // (registers * num_warps * self.gpu.warp_size), by_memory)
+
 
 CHIPS = {
     "sm80": Chip(GPUTarget("cuda", 80, 32), tiles.Target("sm80", 108), 163 * KIB),
@@ -59,8 +69,8 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), tiles.Target("gfx942", 304), 64 * KIB),
 }
 QUICK_CHIPS = ("sm80", "sm90", "sm100", "gfx942")
-GEMM_KERNELS = ("_gate_up_fwd_kernel", "_grouped_rows_kernel", "_d_preactivations_kernel")
-GEMM_KERNELS += ("_score_experts_kernel", "_score_neurons_kernel")
+PERSISTENT_KERNELS = ("_gate_up_fwd_kernel", "_grouped_rows_kernel", "_d_preactivations_kernel")
+GEMM_KERNELS = (*PERSISTENT_KERNELS, "_score_experts_kernel", "_score_neurons_kernel")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -77,8 +87,11 @@ class Compiled:
     shared_bytes: int
     matrix_instructions: int  # HGMMA, HMMA, UTC*MMA or MFMA, whatever the chip has
     hgmma: int
+    hgmma_waits: int
     tma: int
     async_copies: int
+    resident: int  # programs that one processor runs at a time
+    per_processor: int  # of a persistent kernel: how many are started
     compile_s: float
 
     def faults(self) -> list[str]:
@@ -89,6 +102,8 @@ class Compiled:
             found.append(f"{self.shared_bytes} bytes of shared memory, {CHIPS[self.target].shared_bytes} are there")
         if self.target == "sm90" and self.kernel in GEMM_KERNELS and self.dtype != "fp32" and not self.hgmma:
             found.append("no HGMMA")
+        if self.hgmma_waits > max(self.hgmma, 2):
+            found.append("HGMMA that waits for the one before")
         return found
 
 
@@ -132,7 +147,8 @@ def compiling_for(target: str, found: dict[str, Compiled]) -> Iterator[None]:
         kernel = original_run(self, *args, grid=grid, warmup=True, **kwargs)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
         if kernel.hash not in found:
-            found[kernel.hash] = describe(kernel, self, args, kwargs, target, time.perf_counter() - start)
+            programs = triton.cdiv(grid[0], CHIPS[target].target.num_processors)
+            found[kernel.hash] = describe(kernel, self, args, kwargs, target, programs, time.perf_counter() - start)
         return kernel
 
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
@@ -145,18 +161,22 @@ def compiling_for(target: str, found: dict[str, Compiled]) -> Iterator[None]:
         tiles.force_target(None)
 
 
-def describe(kernel, function, args: tuple, kwargs: dict, target: str, seconds: float) -> Compiled:
+def describe(kernel, function, args: tuple, kwargs: dict, target: str, programs: int, seconds: float) -> Compiled:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     dtype = next((names[a.dtype] for a in args if isinstance(a, Tensor) and a.is_floating_point()), "int")
     shown = {k: int(v) if isinstance(v, bool) else v for k, v in kwargs.items() if k != "num_warps" or v != 4}
+    name, shared_bytes = function.fn.__name__, kernel.metadata.shared
+    code = read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])
     return Compiled(
-        kernel=function.fn.__name__,
+        kernel=name,
         target=target,
         dtype=dtype,
         options=" ".join(f"{k.lower()}={v}" for k, v in shown.items()),
-        shared_bytes=kernel.metadata.shared,
+        shared_bytes=shared_bytes,
+        resident=CHIPS[target].resident(code["registers"], shared_bytes, kernel.metadata.num_warps),
+        per_processor=programs if name in PERSISTENT_KERNELS else 0,
         compile_s=round(seconds, 2),
-        **(read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])),
+        **code,
     )
 
 
@@ -181,6 +201,7 @@ def read_cubin(cubin: bytes) -> dict[str, int]:
         "spills": count("LDL", "STL"),
         "matrix_instructions": count("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA"),
         "hgmma": count("HGMMA"),
+        "hgmma_waits": count("WARPGROUP.DEPBAR"),
         "tma": count("UTMALDG", "UTMASTG"),
         "async_copies": count("LDGSTS"),
     }
@@ -195,6 +216,7 @@ def read_amdgcn(code: str) -> dict[str, int]:
         "spills": field("vgpr_spill_count"),  # scalar registers spill into vector registers, not into memory
         "matrix_instructions": len(re.findall(r"^\s+v_mfma", code, re.MULTILINE)),
         "hgmma": 0,
+        "hgmma_waits": 0,
         "tma": 0,
         "async_copies": 0,
     }
@@ -327,8 +349,23 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         compiled = [row for rows in pool.map(compile_all, targets, itertools.repeat(arguments.quick)) for row in rows]
     columns = "{kernel:26} {target:7} {dtype:5} {registers:>5} {spills:>6} {shared_bytes:>7} {matrix_instructions:>5}"
-    columns += " {hgmma:>5} {tma:>4} {async_copies:>5} {compile_s:>5}  {options}"
-    heads = ("kernel", "target", "dtype", "options", "regs", "spills", "shared", "mma", "hgmma", "tma", "async", "s")
+    columns += " {hgmma:>5} {hgmma_waits:>5} {tma:>4} {async_copies:>5} {resident:>4} {per_processor:>4} {compile_s:>5}"
+    columns += "  {options}"
+    heads = (
+        "kernel",
+        "target",
+        "dtype",
+        "options",
+        "regs",
+        "spills",
+        "shared",
+        "mma",
+        "hgmma",
+        "waits",
+        "tma",
+        "async",
+    )
+    heads += ("fit", "of", "s")
     print(columns.format(**dict(zip((field.name for field in dataclasses.fields(Compiled)), heads, strict=True))))
     for row in compiled:
         faults = "".join(f"  FAULT: {fault}" for fault in row.faults())

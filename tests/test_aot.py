@@ -58,6 +58,7 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
         if row["kernel"] in GEMMS and row["dtype"] == "bf16":
             assert row["matrix_instructions"] > 0, row
             assert (row["tma"] > 0) == (row["target"] in ("sm90", "sm100")), row
+        assert row["per_processor"] <= row["resident"], row
 
 
 def test_another_number_of_tokens_compiles_nothing() -> None:
@@ -80,10 +81,14 @@ print(first, len(found))
 def test_faults_are_found() -> None:
     script = """
 import aot
-good = aot.Compiled("_grouped_rows_kernel", "sm90", "bf16", "", 128, 0, 1000, 8, 8, 4, 0, 0.1)
-print(good.faults(), aot.dataclasses.replace(good, spills=2, hgmma=0, shared_bytes=1 << 20).faults())
+good = aot.Compiled("_grouped_rows_kernel", "sm90", "bf16", "", 128, 0, 1000, 8, 8, 2, 4, 0, 2, 2, 0.1)
+bad = {"spills": 2, "hgmma": 0, "hgmma_waits": 9, "shared_bytes": 1 << 20}
+print(good.faults(), aot.dataclasses.replace(good, **bad).faults())
+print([aot.CHIPS["sm90"].resident(*of) for of in ((128, 0, 8), (129, 0, 8), (168, 113 << 10, 4), (168, 114 << 10, 4))])
+print([aot.CHIPS["gfx942"].resident(*of) for of in ((128, 0, 8), (100, 48 << 10, 4))])
 """
     result = run("-c", script)
     assert result.stdout.startswith("[] ["), result.stderr
-    for fault in ("2 spills", "no HGMMA", "shared memory"):
+    for fault in ("2 spills", "no HGMMA", "shared memory", "waits for the one before"):
         assert fault in result.stdout
+    assert result.stdout.splitlines()[1:] == ["[2, 1, 2, 1]", "[2, 1]"]

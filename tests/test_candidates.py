@@ -1,5 +1,7 @@
 """Which tiles are tried, on the user's chip and by the benchmark: the default first, and nothing that cannot fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,4 +42,7 @@ def test_the_benchmark_tries_many_more() -> None:
         assert tried[0] == getattr(table, kernel)
         assert len(set(tried)) == len(tried)
         counts[kernel] = len(tried)
-    assert counts == {"gate_up": 31, "down": 52, "d_preactivations": 52, "d_hidden": 52}
+        assert {tile.per_processor for tile in tried} == {1, 2}
+        pairs = {(replace(tile, per_processor=1)) for tile in tried if tile.per_processor == 2}
+        assert not pairs & set(tried[1:]), "alone where two fit"
+    assert counts == {"gate_up": 35, "down": 58, "d_preactivations": 58, "d_hidden": 58}

@@ -176,7 +176,7 @@ def test_the_file_can_be_read_by_a_person(path: Path) -> None:
     (entry,) = content["entries"]
     assert entry["chip"] == "NVIDIA H200"
     assert entry["tiles"]["down"] == {
-        "block_m": 64, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 3, "group_m": 8
+        "block_m": 64, "block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 3, "per_processor": 1, "group_m": 8
     }  # fmt: skip
     assert (entry["ms"], entry["default_ms"], entry["rows"]) == (1.25, 1.5, "few")
     assert set(entry) >= {"torch", "triton", "date", "dtype", "hidden_size", "num_experts"}

@@ -27,7 +27,7 @@ GEMM_OF = {
 }
 # Triton compiles anew where an integer becomes a multiple of 16. Of the five models only the experts' number does so.
 CLASSES = {"60 experts": MODELS[0], "64 experts": MODELS[1]}
-KEPT = ("registers", "spills", "shared_bytes", "hgmma", "compile_s")
+KEPT = ("registers", "spills", "shared_bytes", "hgmma", "hgmma_waits", "resident", "compile_s")
 TOKENS = 8192
 
 

@@ -27,6 +27,8 @@ SHARED_BYTES = {
     "interpreter": 99 << 10,
 }
 ACCUMULATORS_A_THREAD = 128
+REGISTERS = 65536  # of a processor
+LEAST_OTHER_REGISTERS = 32  # a thread
 MOST_NEIGHBOURS = 12
 Gemm = Callable[[Tile], list[Tensor]]
 
@@ -44,24 +46,40 @@ class Sizes:
 
 
 def name_of(tile: Tile) -> str:
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages} g{tile.group_m}"
+    sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
+    return f"{sizes} p{tile.per_processor} g{tile.group_m}"
 
 
 def fits(kernel: str, tile: Tile, chip: str, element_bytes: int) -> bool:
-    """By arithmetic; the compiler may still refuse it."""
-    pairs = 2 if kernel == "gate_up" else 1
+    """By arithmetic; the compiler may still refuse it, or use more registers than it counts here."""
+    pairs, threads = 2 if kernel == "gate_up" else 1, 32 * tile.num_warps
     shared_bytes = element_bytes * tile.num_stages * tile.block_k * (tile.block_m + pairs * tile.block_n)
-    accumulators = pairs * tile.block_m * tile.block_n // (32 * tile.num_warps)
-    return shared_bytes <= SHARED_BYTES[chip] and accumulators <= ACCUMULATORS_A_THREAD
+    accumulators = pairs * tile.block_m * tile.block_n // threads
+    registers = tile.per_processor * threads * (accumulators + LEAST_OTHER_REGISTERS)
+    return (
+        tile.per_processor * shared_bytes <= SHARED_BYTES[chip]
+        and accumulators <= ACCUMULATORS_A_THREAD
+        and registers <= REGISTERS
+    )
 
 
 def all_candidates(kernel: str, default: Tile) -> Iterator[Tile]:
-    """For 16-bit operands on Hopper: the default first, then every product of usual sizes that fits."""
+    """For 16-bit operands on Hopper: the default first, then every product of usual sizes that fits.
+
+    Where two programs fit a processor, one alone would leave half of it idle and is not tried; two stages are tried
+    only where they make room for the second program.
+    """
     yield default
-    sizes = itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5), (8,))
-    grouped = [replace(default, group_m=group_m) for group_m in (1, 4, 16, 32)]
-    for tile in [*grouped, *itertools.starmap(Tile, sizes)]:
-        if tile != default and fits(kernel, tile, "sm90", 2):
+    for group_m in (1, 4, 16, 32):
+        yield replace(default, group_m=group_m)
+    for *sizes, num_stages in itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5)):
+        alone, shared, roomier = (
+            Tile(*sizes, *rest) for rest in ((num_stages, 1), (num_stages, 2), (num_stages + 1, 2))
+        )
+        two_fit = fits(kernel, shared, "sm90", 2)
+        tile = shared if two_fit else alone
+        needless = num_stages == 2 and (not two_fit or fits(kernel, roomier, "sm90", 2))
+        if tile != default and not needless and fits(kernel, tile, "sm90", 2):
             yield tile
 
 
@@ -71,9 +89,12 @@ def neighbours(kernel: str, default: Tile, chip: str, element_bytes: int) -> lis
     At most `MOST_NEIGHBOURS`, and as many of each height, since the four kernels must agree on one.
     """
     columns, stages = default.block_n, default.num_stages
+    shared = {"block_n": columns // 2, "num_warps": 4, "num_stages": min(stages, 3), "per_processor": 2}
+    alone = {"num_warps": 8, "per_processor": 1}
     changes: list[dict[str, int]] = [
         {},
         {"block_n": columns // 2},
+        shared if default.per_processor == 1 else alone,
         {"num_stages": stages - 1},
         {"num_warps": 4 if default.num_warps == 8 else 8},
         {"block_n": columns * 2},

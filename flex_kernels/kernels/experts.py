@@ -155,7 +155,7 @@ def gate_up_fwd(
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
     max_tiles = schedule.max_row_tiles * triton.cdiv(intermediate_size, tile.block_n)
     max_tiles += graft_row_tiles * triton.cdiv(graft_size, tile.block_n)
-    _gate_up_fwd_kernel[(min(max_tiles, target.num_processors),)](
+    _gate_up_fwd_kernel[(target.programs(tile, max_tiles),)](
         hidden_states, sorted_pairs,
         operand(gate_up_proj, tma, block_shape), operand(graft_gate_up_proj, tma, block_shape),
         activations, graft_activations, preactivations, graft_preactivations,

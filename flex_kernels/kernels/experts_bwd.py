@@ -235,7 +235,7 @@ def _d_preactivations(
     even = hidden_size % tile.block_k == 0
     tma = use_tma(target, layer.down_proj, layer.graft_down_proj) and even
     block_shape = [tile.block_k, tile.block_n]
-    _d_preactivations_kernel[(min(max_tiles, target.num_processors),)](
+    _d_preactivations_kernel[(target.programs(tile, max_tiles),)](
         layer.d_out, layer.sorted_pairs, layer.routing_weights, layer.graft_logits,
         operand(layer.down_proj, tma, block_shape), operand(layer.graft_down_proj, tma, block_shape),
         layer.preactivations, layer.graft_preactivations,

@@ -250,7 +250,7 @@ def grouped_rows(
     source_block = [tile.block_m, tile.block_k]
     weight_block = [tile.block_n, tile.block_k] if inner_last else [tile.block_k, tile.block_n]
     max_tiles = (schedule.max_row_tiles + graft_row_tiles) * triton.cdiv(out_size, tile.block_n)
-    _grouped_rows_kernel[(min(max_tiles, target.num_processors),)](
+    _grouped_rows_kernel[(target.programs(tile, max_tiles),)](
         operand(rows, tma, source_block), operand(graft_rows, tma, source_block),
         operand(weights, tma, weight_block), operand(graft_weights, tma, weight_block),
         out,

@@ -25,13 +25,18 @@ TMA_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """`block_m` rows by `block_n` columns of output, `block_k` of the sum at a time, `group_m` row tiles an L2 visit"""
+    """`block_m` rows by `block_n` columns of output, `block_k` of the sum at a time, `group_m` row tiles an L2 visit.
+
+    `per_processor` programs share a processor: while one stores its tile, another multiplies. More than fit is slower
+    by little: those that find no place begin when others end.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    per_processor: int = 1
     group_m: int = 8
 
 
@@ -64,6 +69,10 @@ class Target:
     @property
     def has_tma(self) -> bool:
         return self.chip in ("sm90", "sm100")
+
+    def programs(self, tile: Tile, max_tiles: int) -> int:
+        """How many a persistent grid starts, each of which takes every so manieth tile."""
+        return min(max_tiles, self.num_processors * tile.per_processor)
 
 
 # Three programs: persistent loops take several turns even at test sizes.
@@ -98,33 +107,34 @@ def _device_target(index: int) -> Target:
     return Target(chip, properties.multi_processor_count, properties.name, f"cuda:{index}")
 
 
-# chip -> block_m -> tiles of (gate_up, down, d_preactivations, d_hidden): block_n, block_k, num_warps, num_stages
-_TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    "interpreter": {32: ((64, 32, 1, 1),) * 4},
+# chip -> block_m -> tiles of (gate_up, down, d_preactivations, d_hidden): block_n, block_k, num_warps, num_stages, and
+# per_processor, as many as the registers and shared memory that the compiler reports leave room for (`make aot`).
+_TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int, int], ...]]] = {
+    "interpreter": {32: ((64, 32, 1, 1, 1),) * 4},
     "sm80": {
-        64: ((64, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3)),
-        128: ((64, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3), (128, 64, 8, 3)),
+        64: ((64, 64, 4, 3, 2), (128, 64, 4, 3, 2), (64, 64, 4, 3, 3), (128, 64, 4, 3, 2)),
+        128: ((64, 64, 8, 3, 2), (128, 64, 8, 3, 1), (64, 64, 8, 3, 1), (128, 64, 8, 3, 1)),
     },
     "sm90": {
-        64: ((128, 64, 8, 4), (256, 64, 8, 4), (128, 64, 8, 4), (256, 64, 8, 4)),
-        128: ((128, 64, 8, 4), (256, 64, 8, 4), (128, 64, 8, 4), (256, 64, 8, 4)),
+        64: ((128, 64, 8, 4, 1), (256, 64, 8, 4, 1), (128, 64, 8, 4, 2), (256, 64, 8, 4, 1)),
+        128: ((128, 64, 8, 4, 1), (256, 64, 8, 4, 1), (128, 64, 8, 4, 1), (256, 64, 8, 4, 1)),
     },
     "sm100": {
-        64: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3)),
-        128: ((128, 64, 8, 3), (256, 64, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3)),
+        64: ((128, 64, 8, 3, 1), (256, 64, 8, 3, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 1)),
+        128: ((128, 64, 8, 3, 1), (256, 64, 8, 3, 1), (128, 64, 8, 3, 1), (256, 64, 8, 3, 1)),
     },
     "gfx942": {
-        64: ((64, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2)),
-        128: ((64, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)),
+        64: ((64, 64, 4, 2, 2), (128, 64, 4, 2, 2), (64, 64, 4, 2, 3), (128, 64, 4, 2, 2)),
+        128: ((64, 32, 8, 2, 2), (128, 64, 8, 2, 1), (64, 64, 8, 2, 2), (128, 64, 8, 2, 1)),
     },
     "small": {
-        64: ((32, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3)),
+        64: ((32, 32, 4, 3, 4), (64, 32, 4, 3, 4), (64, 32, 4, 3, 4), (64, 32, 4, 3, 4)),
     },
 }
 # fp32 products run in full precision (`ieee`): on NVIDIA plain FMA, no tensor cores, so small tiles.
-_TILES_32_BIT = ((32, 16, 4, 2),) * 4
+_TILES_32_BIT = ((32, 16, 4, 2, 2),) * 4
 # Rows whose length is no multiple of 16 bytes are read element by element; a large tile would need too many addresses.
-_TILES_UNALIGNED = ((64, 32, 4, 2),) * 4
+_TILES_UNALIGNED = ((32, 32, 4, 2, 2),) * 4
 
 
 def alignment(*sizes: int) -> int:
@@ -187,7 +197,7 @@ def score_tile(target: Target, dtype: torch.dtype, sizes: tuple[int, ...]) -> Ti
     if dtype == torch.float32:
         return Tile(64, 32, 16, 4, 2)
     if alignment(*sizes) == 1:
-        return Tile(64, 64, 32, 4, 2)
+        return Tile(64, 32, 32, 4, 2)
     return {
         "sm80": Tile(128, 64, 64, 8, 3),
         "sm90": Tile(128, 128, 64, 8, 4),
