@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import contiguous, token_tile
+from flex_kernels.kernels.tiles import cdiv, contiguous, token_tile
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -69,7 +69,7 @@ def _launch_fwd(
 ) -> Tensor:
     num_tokens, hidden_size = out.shape
     block_t, block_h, num_warps = token_tile(out.device, hidden_size)
-    _combine_fwd_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(hidden_size, block_h))](
+    _combine_fwd_kernel[(cdiv(num_tokens, block_t), cdiv(hidden_size, block_h))](
         expert_out, row_of_pair, routing_weights, graft_out, graft_logits,
         out,
         num_tokens, hidden_size,
@@ -198,7 +198,7 @@ def combine_bwd(
     if num_tokens > 0:
         block_t, block_h, num_warps = token_tile(d_out.device, hidden_size)
         with torch.cuda.device_of(d_out):
-            _combine_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+            _combine_bwd_kernel[(cdiv(num_tokens, block_t),)](
                 d_out, expert_out, routing_weights, graft_out, graft_logits,
                 d_expert_out, d_routing_weights, d_graft_out, d_graft_logits,
                 num_tokens, hidden_size,

@@ -25,7 +25,7 @@ from flex_kernels.kernels.grouped import (
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.kernels.tiles import Target, Tile, alignment, operand, use_tma
+from flex_kernels.kernels.tiles import Target, Tile, alignment, cdiv, operand, use_tma
 from flex_kernels.layer_inputs import LayerInputs
 
 __all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
@@ -153,8 +153,8 @@ def gate_up_fwd(
     tma = use_tma(target, gate_up_proj, graft_gate_up_proj)
     block_shape = [tile.block_n, tile.block_k]
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
-    max_tiles = schedule.max_row_tiles * triton.cdiv(intermediate_size, tile.block_n)
-    max_tiles += graft_row_tiles * triton.cdiv(graft_size, tile.block_n)
+    max_tiles = schedule.max_row_tiles * cdiv(intermediate_size, tile.block_n)
+    max_tiles += graft_row_tiles * cdiv(graft_size, tile.block_n)
     _gate_up_fwd_kernel[(target.programs(tile, max_tiles),)](
         hidden_states, sorted_pairs,
         operand(gate_up_proj, tma, block_shape), operand(graft_gate_up_proj, tma, block_shape),

@@ -29,7 +29,17 @@ from flex_kernels.kernels.grouped import (
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.kernels.tiles import Target, Tile, alignment, contiguous, operand, reduction_tokens, use_tma
+from flex_kernels.kernels.tiles import (
+    Target,
+    Tile,
+    alignment,
+    cdiv,
+    contiguous,
+    next_power_of_2,
+    operand,
+    reduction_tokens,
+    use_tma,
+)
 from flex_kernels.layer_inputs import LayerInputs
 
 
@@ -220,7 +230,7 @@ def _d_preactivations(
     """dZ [R, 2I], the graft's dZ [T, 2I_g] and s A [T, I_g], and the partials of `p`, [R, columns] and [T, columns]."""
     num_experts, hidden_size, intermediate_size = layer.down_proj.shape
     graft_size = layer.graft_down_proj.shape[1] if layer.has_graft else 0
-    num_columns, graft_num_columns = triton.cdiv(intermediate_size, tile.block_n), triton.cdiv(graft_size, tile.block_n)
+    num_columns, graft_num_columns = cdiv(intermediate_size, tile.block_n), cdiv(graft_size, tile.block_n)
     products_wanted = layer.need_routing_weights or layer.need_graft_logits
     empty = layer.d_out.new_empty
     d_preactivations = empty(schedule.num_rows if layer.need_hidden else 0, 2 * intermediate_size)
@@ -263,9 +273,9 @@ def _reduce_products(
     if not (layer.need_routing_weights or layer.need_graft_logits):
         return d_routing_weights, d_graft_logits
     num_columns, graft_num_columns = products.shape[1], graft_products.shape[1] if layer.has_graft else 0
-    block_c = triton.next_power_of_2(max(num_columns, graft_num_columns))
+    block_c = next_power_of_2(max(num_columns, graft_num_columns))
     block_t = reduction_tokens(products.device, block_c)
-    _reduce_products_kernel[(triton.cdiv(num_tokens, block_t),)](
+    _reduce_products_kernel[(cdiv(num_tokens, block_t),)](
         products, graft_products, schedule.row_of_pair, layer.routing_weights, layer.graft_logits,
         d_routing_weights, d_graft_logits,
         num_tokens, top_k, num_columns, graft_num_columns,

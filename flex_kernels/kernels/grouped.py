@@ -19,7 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import ExpertTiles, Target, Tile, alignment, expert_tiles, operand, target_of, use_tma
+from flex_kernels.kernels.tiles import (
+    ExpertTiles,
+    Target,
+    Tile,
+    alignment,
+    cdiv,
+    expert_tiles,
+    next_power_of_2,
+    operand,
+    target_of,
+    use_tma,
+)
 from flex_kernels.layer_inputs import LayerInputs
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
@@ -41,7 +52,7 @@ class Schedule:
         return self.row_tiles.shape[1]
 
     def graft_row_tiles(self, has_graft: bool) -> int:
-        return triton.cdiv(self.num_tokens, self.block_m) if has_graft else 0
+        return cdiv(self.num_tokens, self.block_m) if has_graft else 0
 
 
 def target_and_tiles(layer: LayerInputs) -> tuple[Target, ExpertTiles]:
@@ -86,7 +97,7 @@ def _schedule_kernel(
 def make_schedule(sorted_pairs: Tensor, expert_offsets: Tensor, num_tokens: int, block_m: int) -> Schedule:
     """One launch; `sorted_pairs` and `expert_offsets` as `routing_plan` gives them."""
     num_pairs, num_experts = sorted_pairs.numel(), expert_offsets.numel() - 1
-    max_row_tiles = triton.cdiv(num_pairs, block_m) + num_experts
+    max_row_tiles = cdiv(num_pairs, block_m) + num_experts
     schedule = Schedule(
         row_tiles=sorted_pairs.new_empty(3, max_row_tiles),
         num_row_tiles=sorted_pairs.new_empty(1),
@@ -95,11 +106,11 @@ def make_schedule(sorted_pairs: Tensor, expert_offsets: Tensor, num_tokens: int,
         num_rows=num_pairs,
         block_m=block_m,
     )
-    _schedule_kernel[(num_experts + triton.cdiv(num_pairs, PAIRS_PER_PROGRAM),)](
+    _schedule_kernel[(num_experts + cdiv(num_pairs, PAIRS_PER_PROGRAM),)](
         expert_offsets, sorted_pairs,
         schedule.row_tiles, schedule.num_row_tiles, schedule.row_of_pair,
         num_pairs, num_experts, max_row_tiles,
-        BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_P=PAIRS_PER_PROGRAM,
+        BLOCK_M=block_m, BLOCK_E=next_power_of_2(num_experts), BLOCK_P=PAIRS_PER_PROGRAM,
     )  # fmt: skip
     return schedule
 
@@ -249,7 +260,7 @@ def grouped_rows(
     tma = use_tma(target, rows, graft_rows, weights, graft_weights) and (inner_last or even)
     source_block = [tile.block_m, tile.block_k]
     weight_block = [tile.block_n, tile.block_k] if inner_last else [tile.block_k, tile.block_n]
-    max_tiles = (schedule.max_row_tiles + graft_row_tiles) * triton.cdiv(out_size, tile.block_n)
+    max_tiles = (schedule.max_row_tiles + graft_row_tiles) * cdiv(out_size, tile.block_n)
     _grouped_rows_kernel[(target.programs(tile, max_tiles),)](
         operand(rows, tma, source_block), operand(graft_rows, tma, source_block),
         operand(weights, tma, weight_block), operand(graft_weights, tma, weight_block),

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import contiguous, reduction_tokens, target_of
+from flex_kernels.kernels.tiles import cdiv, contiguous, next_power_of_2, reduction_tokens, target_of
 
 NOT_AN_EXPERT = tl.constexpr(-2.0)  # below every probability, and below TAKEN
 TAKEN = tl.constexpr(-1.0)
@@ -168,15 +168,15 @@ def _launch_route_fwd(
     graft_logits = new(num_tokens, dtype=torch.float32) if has_graft else None
     if num_tokens > 0:
         hidden_states, logit_weight, logit_bias = graft if has_graft else (None, None, None)
-        block_e = triton.next_power_of_2(num_experts)
+        block_e = next_power_of_2(num_experts)
         block_t = reduction_tokens(weights.device, block_e)
         with torch.cuda.device_of(router_logits):
-            _route_fwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+            _route_fwd_kernel[(cdiv(num_tokens, block_t),)](
                 router_logits, hidden_states, logit_weight, logit_bias,
                 weights, indices, counts, graft_logits,
                 num_tokens, num_experts, hidden_states.shape[1] if has_graft else 0,
                 TOP_K=top_k, RENORMALIZE=renormalize, COUNT=has_graft, HAS_GRAFT=has_graft,
-                BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=triton.next_power_of_2(top_k),
+                BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=next_power_of_2(top_k),
                 BLOCK_H=64,
             )  # fmt: skip
     return weights, indices, counts, graft_logits
@@ -188,10 +188,10 @@ def route_bwd(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: 
     num_tokens, num_experts = router_logits.shape
     d_router_logits = torch.empty_like(router_logits)
     if num_tokens > 0:
-        block_e = triton.next_power_of_2(num_experts)
+        block_e = next_power_of_2(num_experts)
         block_t = reduction_tokens(router_logits.device, block_e)
         with torch.cuda.device_of(router_logits):
-            _route_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+            _route_bwd_kernel[(cdiv(num_tokens, block_t),)](
                 d_routing_weights, router_logits, expert_indices,
                 d_router_logits,
                 num_tokens, num_experts,
@@ -209,11 +209,11 @@ def graft_logits_bwd(
     num_tokens, hidden_size = hidden_states.shape
     d_hidden_states = torch.empty_like(hidden_states)
     block_t, block_h = (16, 32) if target_of(hidden_states.device).chip == "interpreter" else (64, 64)
-    num_blocks = triton.cdiv(num_tokens, block_t)
+    num_blocks = cdiv(num_tokens, block_t)
     partial_d_weight = hidden_states.new_empty(num_blocks, hidden_size, dtype=torch.float32)
     if num_tokens > 0:
         with torch.cuda.device_of(hidden_states):
-            _graft_logits_bwd_kernel[(num_blocks, triton.cdiv(hidden_size, block_h))](
+            _graft_logits_bwd_kernel[(num_blocks, cdiv(hidden_size, block_h))](
                 d_graft_logits, hidden_states, logit_weight,
                 d_hidden_states, partial_d_weight,
                 num_tokens, hidden_size,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.kernels.tiles import INTERPRET, contiguous
+from flex_kernels.kernels.tiles import INTERPRET, cdiv, contiguous, next_power_of_2
 
 # Pairs ranked at once times experts: the comparison table [pairs, experts] that stays in registers.
 RANK_TABLE = 4096
@@ -88,10 +88,10 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     if num_pairs == 0:
         return sorted_pairs, *(new(n, dtype=torch.int32).zero_() for n in (num_experts, num_experts + 1))
     tokens_per_expert, expert_offsets = new(num_experts, dtype=torch.int32), new(num_experts + 1, dtype=torch.int32)
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     block_p = max(16, min(MIN_PAIRS_PER_PROGRAM, RANK_TABLE // block_e))
-    pairs_per_program = max(MIN_PAIRS_PER_PROGRAM, triton.next_power_of_2(triton.cdiv(num_pairs, MAX_BLOCKS)))
-    num_blocks = triton.cdiv(num_pairs, pairs_per_program)
+    pairs_per_program = max(MIN_PAIRS_PER_PROGRAM, next_power_of_2(cdiv(num_pairs, MAX_BLOCKS)))
+    num_blocks = cdiv(num_pairs, pairs_per_program)
     counts = new(num_blocks, num_experts, dtype=torch.int32)
     with torch.cuda.device_of(expert_indices):
         _count_pairs_kernel[(num_blocks,)](

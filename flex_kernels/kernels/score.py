@@ -21,6 +21,7 @@ from flex_kernels.kernels.grouped import make_schedule
 from flex_kernels.kernels.tiles import (
     Target,
     alignment,
+    cdiv,
     contiguous,
     expert_tiles,
     neuron_tile,
@@ -169,7 +170,7 @@ def _score_rows(
     hidden_size, num_tokens = down_proj.shape[1], target.shape[0]
     tile = score_tile(chip, activations.dtype, (hidden_size, intermediate_size))
     tma = use_tma(chip, down_proj)
-    _score_experts_kernel[(triton.cdiv(num_rows, tile.block_m), num_experts)](
+    _score_experts_kernel[(cdiv(num_rows, tile.block_m), num_experts)](
         activations, operand(down_proj, tma, [tile.block_n, tile.block_k]), target, token_sums,
         num_tokens, first_token, num_rows, first_expert, hidden_size, intermediate_size, token_sums[0].numel(),
         TMA=tma, EVEN=intermediate_size % tile.block_k == 0, ALIGN=alignment(hidden_size, intermediate_size),
@@ -270,7 +271,7 @@ def score_neurons(
     even = hidden_size % tile.block_k == 0
     tma = use_tma(chip, gate_up_proj, down_proj) and even
     with torch.cuda.device_of(hidden_states):
-        _score_neurons_kernel[(triton.cdiv(intermediate_size, tile.block_n), num_experts)](
+        _score_neurons_kernel[(cdiv(intermediate_size, tile.block_n), num_experts)](
             hidden_states, target,
             operand(gate_up_proj, tma, [tile.block_n, tile.block_k]),
             operand(down_proj, tma, [tile.block_k, tile.block_n]),
