@@ -41,16 +41,19 @@ aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 	$(BIN)/python benchmarks/aot.py
 
 test-gpu:  ## on a machine with a device whose torch, triton, transformers and peft are installed; no network
-	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider $(KERNEL_TESTS) tests/test_layer.py tests/test_transformers_plug.py \
-		tests/test_subsets.py tests/test_neurons.py tests/test_refit.py
+	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
+	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120 \
+		$(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile") $(KERNEL_TESTS) \
+		tests/test_layer.py tests/test_transformers_plug.py tests/test_subsets.py tests/test_neurons.py tests/test_refit.py
 
-# Calls of at most 10 minutes add up to one file: MINUTES is for one of them, PART names parts (see benchmarks/gpu).
+# Calls of at most 10 minutes add up to one file: MINUTES is for one of them, PART names parts (see benchmarks/gpu), and
+# OUTPUT is a folder for the results where those of the tree do not survive.
 # FLEX_TILES= : the tables' tiles, not what somebody's FLEX_TUNE=1 has remembered.
-MINUTES ?= 9
+MINUTES ?= 8
 bench-gpu:  ## on such a machine: everything measured beside every peer; writes benchmarks/results and RESULTS.md
-	FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	FLEX_TILES= $(PYTHON) benchmarks/gpu --minutes $(MINUTES) $(if $(PART),--part $(PART)) || test $$? -eq 3
+	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
+	FLEX_TILES= PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) benchmarks/gpu --minutes $(MINUTES) \
+		$(if $(PART),--part $(PART)) $(if $(OUTPUT),--output $(OUTPUT)) || test $$? -eq 3
 
 test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own
 	bash tests/matrix.sh

@@ -59,6 +59,11 @@ def forward_and_grads(
     return [out.detach(), *(x.grad for x in leaves if isinstance(x, Tensor) and x.is_floating_point())]
 
 
+def free_roundings(result: Tensor) -> float:
+    """Half a unit; on a GPU fp32 a whole one: the chip's own exponential and division round more than once."""
+    return 1.0 if result.is_cuda and result.dtype == torch.float32 else 0.5
+
+
 def assert_double_rule(
     ours: list, plain: list, truth: list, dtype: torch.dtype, names: tuple[str, ...] = NAMES
 ) -> None:
@@ -70,6 +75,6 @@ def assert_double_rule(
         assert a.dtype == b.dtype, f"{name} is {a.dtype}, want {b.dtype}"
         norm = t.norm().clamp_min(1e-30)
         error, allowed = ((a.double() - t).norm() / norm), ((b.double() - t).norm() / norm)
-        limit = 2 * allowed + torch.finfo(dtype).eps / 2 * (1 + 4 * t.numel() ** -0.5)
+        limit = 2 * allowed + free_roundings(a) * torch.finfo(dtype).eps * (1 + 4 * t.numel() ** -0.5)
         assert torch.isfinite(a).all(), f"{name} is not finite: memory that nobody wrote?"
         assert error <= limit, f"{name}: relative error {error:.3g}, plain PyTorch {allowed:.3g}, limit {limit:.3g}"

@@ -52,7 +52,7 @@ def content(results: Path) -> dict:
 
 def test_every_part_is_measured(content: dict) -> None:
     parts = {row["part"] for row in content["figures"]}
-    assert parts == {"ceilings", "plan", "layers", "scoring", "step", "small", "bits", "first"}
+    assert parts == {"ceilings", "plan", "layers", "scoring", "step", "round", "small", "bits", "first"}
     missing = {(row["part"], row["provider"]) for row in content["skipped"]}
     assert missing <= {("layers", "liger"), ("small", "liger"), ("sanitize", "flex")}, content["skipped"]
     assert all(row["reason"] for row in content["skipped"])
@@ -87,7 +87,8 @@ def test_ratios_are_the_peers_time_over_ours(content: dict) -> None:
         assert set(ratio) == {"shape", "tokens", "pass", "peer", "ratio"}
         place = ratio["tokens"], ratio["pass"]
         assert ratio["ratio"] == pytest.approx(figures[*place, ratio["peer"]] / figures[*place, "flex"])
-    assert {ratio["peer"] for ratio in content["other_ratios"]["step"]} == {"eager", "grouped_mm"}
+    for part in ("step", "round"):
+        assert {ratio["peer"] for ratio in content["other_ratios"][part]} == {"eager", "grouped_mm"}
 
 
 def test_saved_bytes_are_under_half(content: dict) -> None:
@@ -127,9 +128,60 @@ def test_out_of_time_says_so_and_goes_on_later(tmp_path: Path) -> None:
 
 
 def test_figures_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
-    (tmp_path / "cpu.json").write_text(json.dumps({"machine": {"device": "other"}, "figures": [], "skipped": []}))
+    machine = {"device": "other", "driver": "1"}
+    (tmp_path / "cpu.json").write_text(json.dumps({"machine": machine, "figures": [], "skipped": []}))
     said = bench("--part", "plan", "--output", str(tmp_path / "cpu.json"), expect=2)
-    assert "holds figures of {'device': 'other'}" in said
+    assert "holds figures of {'device': 'other', 'driver': '1'}" in said
+
+
+def test_another_driver_goes_on_and_is_written_down(tmp_path: Path) -> None:
+    bench("--part", "ceilings", "--output", str(tmp_path / "cpu.json"))
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    content["machine"]["driver"] = "580.1"
+    (tmp_path / "cpu.json").write_text(json.dumps(content))
+    bench("--part", "plan", "--output", str(tmp_path / "cpu.json"))
+    after = json.loads((tmp_path / "cpu.json").read_text())
+    assert after["machine"]["driver"] == "580.1 and none"
+    assert {row["part"] for row in after["figures"]} == {"ceilings", "plan"}
+
+
+def test_a_report_is_made_from_a_folder_of_results(tmp_path: Path) -> None:
+    bench("--part", "ceilings", "layers", "--output", str(tmp_path))
+    (figures,) = tmp_path.glob("*.json")
+    assert not list(tmp_path.glob("*.png"))
+    bench("--report", str(figures), "--table", str(tmp_path / "RESULTS.md"))
+    assert "### The layer with one graft" in (tmp_path / "RESULTS.md").read_text()
+    assert f"--output {tmp_path}" in (tmp_path / "RESULTS.md").read_text()
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+class LosesTheDevice:
+    """After the first failure every call fails."""
+
+    kind, lost = "cpu", False
+
+    def synchronize(self) -> None:
+        if self.lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def fail(self) -> None:
+        self.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_what_fails_with_the_device_is_not_skipped_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu.record import Key, Record
+    from gpu.session import DeviceLost, Session
+
+    record = Record(tmp_path / "cpu.json", {"device": "cpu", "driver": "none"})
+    session = Session(LosesTheDevice(), record, True, 60.0)
+    key = Key("sweep", "tiny", 24, "down", "64x64x64")
+    assert session.attempt(key, lambda: 1 / 0) is None
+    assert record.skipped.pop(key).startswith("ZeroDivisionError")
+    with pytest.raises(DeviceLost, match="the device is lost after sweep tiny 24 down"):
+        session.attempt(key, session.device.fail)
+    assert record.skipped == {}
 
 
 def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:

@@ -37,7 +37,10 @@ def test_forward_and_gradient(
     assert torch.equal(indices, want)
     assert indices.dtype == torch.int64
     assert_double_rule(ours[:1], plain[:1], truth[:1], torch.float32, ("routing_weights",))
-    assert_double_rule(ours[1:], plain[1:], truth[1:], dtype, ("d_router_logits",))
+    if top_k == 1 and (renormalize or num_experts == 1):  # the one weight is always 1: only rounding is left
+        assert float(ours[1].norm()) <= 4 * torch.finfo(torch.float32).eps * float(d_weights.norm())
+    else:
+        assert_double_rule(ours[1:], plain[1:], truth[1:], dtype, ("d_router_logits",))
 
 
 def test_weights_sum_to_one_where_renormalised(backend: str) -> None:

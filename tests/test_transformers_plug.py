@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import flex_kernels
-from flex_kernels import transformers_plug
+from flex_kernels import plan, transformers_plug
 
 SIZES = {
     "vocab_size": 64,
@@ -207,9 +207,10 @@ def test_explain_names_path_and_reason(capsys: pytest.CaptureFixture[str], backe
     model.set_experts_implementation("flex")
     flex_kernels.attach_graft(model, layers=[0])
     paths = flex_kernels.explain(model)
+    name = plan.backend_name(plan.cpu_backend("experts", torch.float32, torch.float32))  # the model is on the CPU
     assert [path.path for path in paths] == ["fused", "fused"]
-    assert paths[0].why == f"{backend} on cpu, float32, with a graft"
-    assert capsys.readouterr().out.splitlines()[1] == f"model.layers.1.mlp.experts: fused ({backend} on cpu, float32)"
+    assert paths[0].why == f"{name} on cpu, float32, with a graft"
+    assert capsys.readouterr().out.splitlines()[1] == f"model.layers.1.mlp.experts: fused ({name} on cpu, float32)"
     odd = tiny("gpt_oss")
     odd.set_experts_implementation("flex")
     assert {(path.path, path.why) for path in flex_kernels.explain(odd)} == {("general", "the experts have biases")}

@@ -1,10 +1,12 @@
 """The layer, its parts and a whole training step on a GPU, beside every peer (`make bench-gpu`).
 
-    python benchmarks/gpu [--part ceilings|plan|layers|scoring|step|small|sanitize|tiles|sweep ...] [--minutes N]
+    python benchmarks/gpu [--part ceilings|layers|plan|scoring|small|step|sanitize|round|tiles|sweep ...] [--minutes N]
 
 Every measurement is written at once; a call that ran out of minutes, or was killed, is gone on with by the next one.
 Nothing is measured before it was held against transformers' `eager` in the same process. Figures go to
 `benchmarks/results/<device>.json`, pictures beside it, the table to a section of its own in `benchmarks/RESULTS.md`.
+`--output FOLDER` writes all three there instead, and goes on from what is in `benchmarks/results`; `--report FILE`
+makes table and pictures from a file of figures.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import torch
 from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
 from gpu.device import Cpu, Device
 from gpu.record import OURS, Key, Record
-from gpu.session import OutOfTime, Session
+from gpu.session import DeviceLost, OutOfTime, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,31 +32,41 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
 def sanitize(session: Session) -> None:
-    """`compute-sanitizer` over the tests of csrc's CUDA code."""
+    """`compute-sanitizer` over the tests of csrc's CUDA code; it looks into csrc's kernel alone."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     for tool in SANITIZER_TOOLS:
         if not session.wanted("sanitize", "csrc", 0, tool):
             continue
         key = Key("sanitize", "csrc", 0, tool, OURS)
-        if session.device.kind == "cpu" or not shutil.which("compute-sanitizer"):
+        if session.device.kind == "cpu" or program is None:
             session.record.skip(key, "needs a device and compute-sanitizer on PATH")
             continue
         tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_gpu.py"]
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests, "-k", "routing_plan and cuda"]
-        result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(session.seconds_left(), 1)
-        )
+        command = [program, "--tool", tool, "--kernel-name", "kernel_substring=routing_plan_kernel", "--error-exitcode"]
+        command += ["9", *tests, "-k", "routing_plan and [cuda"]
+        try:
+            result = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(session.seconds_left(), 1)
+            )
+        except subprocess.TimeoutExpired:
+            raise OutOfTime from None
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*", result.stdout + result.stderr)
-        session.record.add(key, clean=result.returncode == 0, said=found[-3:])
+        if any("SUMMARY" in line for line in found):
+            session.record.add(key, clean=result.returncode == 0, said=found[-3:])
+        else:
+            session.record.skip(key, f"it says nothing: {(result.stderr or result.stdout).strip()[-200:]}")
 
 
+# In the order of what is most wanted, should the minutes end.
 PARTS: dict[str, Callable[[Session], None]] = {
     "ceilings": ceilings.measure,
-    "plan": plan_part.measure,
     "layers": layer_part.measure,
-    "step": step.measure,
+    "plan": plan_part.measure,
     "scoring": scoring.measure,
     "small": small.measure,
+    "step": step.measure,
     "sanitize": sanitize,
+    "round": step.measure_rounds,
     "tiles": tile_part.measure,
     "sweep": sweep.measure,
 }
@@ -67,8 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     default = [part for part in PARTS if part not in ("tiles", "sweep")]
     parser.add_argument("--part", nargs="+", choices=PARTS, default=default, help="default: all but the last two")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin nothing new after this time (default: 9.5)")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: named after the device)")
+    parser.add_argument("--output", type=Path, help="a folder, or the JSON file (default: named after the device)")
     parser.add_argument("--table", type=Path, help="the Markdown file whose section is replaced")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="measure nothing; table and pictures of this file")
     parser.add_argument("--again", action="store_true", help="measure what is in the file once more")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="every line in no time, on one tiny layer in fp32")
@@ -80,11 +93,23 @@ def main(arguments: list[str] | None = None) -> int:
     if given.predict:
         print("\n".join(predict.lines()))
         return 0
+    table_file = given.table or ROOT / "benchmarks" / "RESULTS.md"
+    command = "python benchmarks/gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    if given.report:
+        record = Record.open(given.report, json.loads(given.report.read_text())["machine"])
+        table.write(record, table_file, record.command)
+        pictures.draw(record)
+        return 0
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny shows that every line works")
     device = Device() if given.device == "cuda" else Cpu()
     machine = {**device.describe(), **({"sizes": "tiny"} if given.tiny else {})}
-    output = given.output or RESULTS / f"{slug(machine['device'])}.json"
+    name = f"{slug(machine['device'])}.json"
+    output = given.output or RESULTS / name
+    if output.is_dir():
+        table_file, output = given.table or output / "RESULTS.md", output / name
+        if not output.exists() and (RESULTS / name).exists():
+            shutil.copy(RESULTS / name, output)
     if given.first_call:
         print(json.dumps(small.first_call(Session(device, Record(output, machine), given.tiny, 600.0))))
         return 0
@@ -94,25 +119,32 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     seconds, without = 60 * given.minutes, frozenset(given.without)
     session = Session(device, record, given.tiny, seconds, given.again, given.jobs, without)
-    code = measure(session, given.part)
-    command = "python benchmarks/gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    target = given.table or (None if given.device == "cpu" else ROOT / "benchmarks" / "RESULTS.md")
-    if target is not None:
-        table.write(session.record, target, command.strip())
-        pictures.draw(session.record)
-    print(f"figures: {output}")
-    return code
+    record.command = command.strip()
+    try:
+        return measure(session, given.part)
+    finally:
+        if given.device == "cuda" or given.table:
+            table.write(record, table_file, record.command)
+            pictures.draw(record)
+        print(f"figures: {output}")
 
 
 def measure(session: Session, parts: list[str]) -> int:
-    """0: all is measured, 3: the time was up, 1: a part failed; the other parts are measured all the same."""
+    """0: all is measured, 3: the time was up, 1: a part failed; the other parts are measured all the same.
+
+    Where the device was lost there is no other part.
+    """
     code = 0
     for part in parts:
+        session.record.skipped.pop(Key(part, "all", 0, "part", OURS), None)
         try:
             PARTS[part](session)
         except OutOfTime:
             print("The minutes are spent; the same command goes on from here.")
             return 3
+        except DeviceLost as error:
+            print(error)
+            return 1
         except Exception as error:
             if session.tiny:
                 raise

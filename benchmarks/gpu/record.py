@@ -31,12 +31,13 @@ class Record:
 
     path: Path
     machine: dict[str, str]
+    command: str = ""  # the last call's
     figures: dict[Key, dict[str, Any]] = dataclasses.field(default_factory=dict)
     skipped: dict[Key, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, machine: dict[str, str]) -> "Record":
-        """An empty one, or the file's, if it is of the same machine.
+        """An empty one, or the file's, if it is of the same machine; its drivers may be several.
 
         Raises:
             ValueError: the file's figures come from another device or other versions.
@@ -44,8 +45,13 @@ class Record:
         record = cls(path, machine)
         if path.exists():
             old = json.loads(path.read_text())
-            if old["machine"] != machine:
+            if _without_driver(old["machine"]) != _without_driver(machine):
                 raise ValueError(f"{path} holds figures of {old['machine']}, this is {machine}; name another --output")
+            drivers = old["machine"]["driver"].split(" and ")
+            if machine["driver"] not in drivers:
+                drivers.append(machine["driver"])
+            record.machine = {**machine, "driver": " and ".join(drivers)}
+            record.command = old.get("command", "")
             record.figures = {_key_of(row): _values_of(row) for row in old["figures"]}
             record.skipped = {_key_of(row): row["reason"] for row in old["skipped"]}
         return record
@@ -81,8 +87,9 @@ class Record:
     def ratios(self, part: str) -> list[dict[str, Any]]:
         rows = []
         for key, row in self.figures.items():
-            ours = self.figures.get(key._replace(provider=OURS))
-            if key.part == part and key.provider not in (OURS, *BOUNDS) and ours and "ms" in row:
+            if key.part != part or key.provider in (OURS, *BOUNDS) or "ms" not in row:
+                continue
+            if ours := self.figures.get(key._replace(provider=OURS)):
                 place = {"shape": key.shape, "tokens": key.tokens, "pass": key.what, "peer": key.provider}
                 rows.append({**place, "ratio": row["ms"] / ours["ms"]})
         return rows
@@ -90,16 +97,21 @@ class Record:
     def save(self) -> None:
         content = {
             "machine": self.machine,
+            "command": self.command,
             "ceilings": {"copy_gb_s": self.ceiling("copy"), "bf16_tflop_s": self.ceiling("matmul")},
             "figures": [{**_row_of(key), **row} for key, row in self.figures.items()],
             "skipped": [{**_row_of(key), "reason": reason} for key, reason in self.skipped.items()],
             "ratios": self.ratios("layers"),
-            "other_ratios": {part: self.ratios(part) for part in ("plan", "scoring", "step", "small")},
+            "other_ratios": {part: self.ratios(part) for part in ("plan", "scoring", "step", "round", "small")},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(unfinished, self.path)
+
+
+def _without_driver(machine: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in machine.items() if name != "driver"}
 
 
 def _row_of(key: Key) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from layers import Layers
 from shapes import Shape
-from triton.errors import TritonError
 
 from gpu.device import Device, Run, summary
 from gpu.record import OURS, Key, Record
@@ -25,12 +24,16 @@ MODELS = (
 TOKENS = (8192, 2048, 32768)  # the most telling first
 SMALL_TOKENS = (1, 16, 128)
 TINY_MODELS = (Shape("tiny", 0, 32, 6, 2, 24, "every line of the bench in no time"),)
-LEAST_SECONDS = 15.0  # nothing new is begun with less
+LEAST_SECONDS = 45.0  # nothing new is begun with less: the largest layer takes 40
 Result = TypeVar("Result")
 
 
 class OutOfTime(Exception):
     """The minutes are spent; what was measured is in the file."""
+
+
+class DeviceLost(Exception):
+    """After an illegal access every call fails, until the process ends: nothing more can be said of anything."""
 
 
 @dataclass
@@ -71,9 +74,12 @@ class Session:
         """Whether this place, whose last pass is `last`, is to be measured. Raises OutOfTime where it is too late."""
         if self.record.done(part, shape, tokens, last) and not self.again:
             return False
-        if self.seconds_left() < LEAST_SECONDS:
-            raise OutOfTime
+        self.require_seconds()
         return True
+
+    def require_seconds(self, least: float = LEAST_SECONDS) -> None:
+        if self.seconds_left() < least:
+            raise OutOfTime
 
     def each(
         self, part: str, token_counts: Iterable[int], last: str, measure: Callable[["Session", Shape, int], None]
@@ -91,13 +97,23 @@ class Session:
         return {name: summary(values) for name, values in times.items()}
 
     def attempt(self, key: Key, function: Callable[[], Result]) -> Result | None:
-        """What `function` returns; None, and a line in the record, where something cannot do this here, or wrongly."""
+        """What `function` returns; None, and a line in the record, where something cannot do this here, or wrongly.
+
+        Raises:
+            OutOfTime, DeviceLost: the whole call ends. What was lost with the device is tried again by the next one.
+        """
         try:
             result = function()
             self.device.synchronize()
             return result
-        except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, TritonError) as error:
-            self.record.skip(key, error if str(error) else repr(error))
+        except (OutOfTime, DeviceLost):
+            raise
+        except Exception as error:
+            try:
+                self.device.synchronize()
+            except RuntimeError as lost:
+                raise DeviceLost(f"the device is lost after {' '.join(map(str, key))}: {error}") from lost
+            self.record.skip(key, f"{type(error).__name__}: {error}")
             return None
 
     @property

@@ -22,8 +22,9 @@ REPEATS = 10
 def measure(session: Session) -> None:
     session.each("small", session.small_tokens, "fwd", measure_few_tokens)
     first = session.models[0]
-    if session.wanted("bits", first.name, session.tokens[0], "fwd+bwd"):
-        measure_bits(session, first, session.tokens[0])
+    unmeasured = session.wanted("first", first.name, session.tokens[0], "warm cache")
+    if session.wanted("bits", first.name, session.tokens[0], "fwd+bwd") or unmeasured:
+        measure_bits(session, first, session.tokens[0])  # which also warms the cache
     for name, folder in (("warm cache", None), ("cold cache", tempfile.mkdtemp())):
         if session.wanted("first", first.name, session.tokens[0], name):
             measure_first_call(session, Key("first", first.name, session.tokens[0], name, OURS), folder)
@@ -44,7 +45,8 @@ def measure_few_tokens(session: Session, model: Shape, tokens: int) -> None:
         graphs = {name: run for name, run in graphs.items() if run is not None}
         for what, runs in (("fwd graph", graphs), ("fwd", plain)):
             for name, values in sorted(session.measure(runs).items(), key=lambda pair: pair[0] == OURS):
-                launches = session.device.launches(runs[name]) if what == "fwd" else None
+                counted = what == "fwd" and tokens == session.small_tokens[0]
+                launches = session.device.launches(runs[name]) if counted else None
                 wall_ms = session.device.wall_ms(runs[name])
                 session.record.add(Key(*place, what, name), **values, wall_ms=wall_ms, launches=launches)
 

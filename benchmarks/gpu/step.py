@@ -59,8 +59,9 @@ TINY_SIZES = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
 }  # fmt: skip
 LENGTH, TINY_LENGTH = 512, 8
+BYTES_FOR_8192_TOKENS = 90e9
 # Of a round: few clients, and how often it is measured. The steps of a client, and LoRA, are flex's defaults.
-NUM_CLIENTS, ROUNDS = 2, 3
+NUM_CLIENTS, ROUNDS = 2, 2
 DEFAULTS = RunConfig()
 SEED = 0
 # Over a whole model the roundings of all layers add up, and a rounded router logit may choose another expert.
@@ -152,26 +153,52 @@ def put(base: Base, name: str, layer: nn.Module) -> None:
 
 
 def measure(session: Session) -> None:
-    length = TINY_LENGTH if session.tiny else LENGTH
-    sizes = [max(tokens // length, 1) for tokens in session.tokens[:2]]
-    round_tokens = NUM_CLIENTS * DEFAULTS.train.steps * min(sizes) * length
-    keys = {size: Key("step", MODEL, length * size, "step", OURS) for size in sizes}
-    round_key = Key("step", MODEL, round_tokens, "round", OURS)
-    if not any(session.wanted(*key[:4]) for key in (*keys.values(), round_key)):
-        return
-    session.device.release()
-    base = make_base(session)
-    clients = make_clients(max(sizes), length, base.model.config.vocab_size)
-    check_all(session, base, clients, min(sizes))
-    for provider in reversed(PROVIDERS):  # ours last: then the place is done
-        for size, key in keys.items():
-            if session.wanted(*key[:4]):
-                with runtime(base, clients, provider, size, steps=1) as made:
-                    measure_step(session, made, key._replace(provider=provider))
-        if session.wanted(*round_key[:4]):
-            with runtime(base, clients, provider, min(sizes)) as made:
-                measure_round(session, made, round_key._replace(provider=provider))
+    length = sequence_length(session)
+    sizes = [max(tokens // length, 1) for tokens in step_tokens(session)]
+    keys = {Key("step", MODEL, length * size, "step", OURS): size for size in sizes}
+    measure_each(session, keys, measure_step, steps=1)
+
+
+def measure_rounds(session: Session) -> None:
+    """Mostly the clients' files: what a disk takes for them, beside ten steps."""
+    length, steps = sequence_length(session), DEFAULTS.train.steps
+    size = max(min(step_tokens(session)) // length, 1)
+    key = Key("round", MODEL, NUM_CLIENTS * steps * size * length, "round", OURS)
+    measure_each(session, {key: size}, measure_round, steps)
+
+
+def sequence_length(session: Session) -> int:
+    return TINY_LENGTH if session.tiny else LENGTH
+
+
+def step_tokens(session: Session) -> list[int]:
+    """What fits the device beside 33 GB of weights, gradients and moments: `eager` keeps 40 GB at 8,192 tokens."""
+    memory = session.device.memory_bytes
+    most = 4096 if memory is not None and memory < BYTES_FOR_8192_TOKENS else max(session.tokens)
+    return sorted({min(tokens, most) for tokens in session.tokens[:2]}, reverse=True)
+
+
+def measure_each(
+    session: Session,
+    keys: dict[Key, int],
+    measure_one: Callable[[Session, ClientRuntime, Key], None],
+    steps: int,
+) -> None:
+    """`measure_one` at every key (with its batch size) on every provider, ours first; all are checked before."""
+    names = [name for name in PROVIDERS if name not in session.without]
+    wanted = [(key._replace(provider=name), size) for key, size in keys.items() for name in names]
+    missing = [(key, size) for key, size in wanted if session.again or key not in session.record.figures]
+    if missing:
+        session.require_seconds()
         session.device.release()
+        base = make_base(session)
+        clients = make_clients(max(keys.values()), sequence_length(session), base.model.config.vocab_size)
+        check_all(session, base, clients, min(keys.values()))
+    for key, size in missing:
+        session.require_seconds()
+        session.device.release()
+        with runtime(base, clients, key.provider, size, steps) as made:
+            measure_one(session, made, key)
 
 
 def check_all(session: Session, base: Base, clients: list[ClientData], batch_size: int) -> None:
@@ -204,12 +231,14 @@ def check(ours: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype, 
 def measure_step(session: Session, made: ClientRuntime, key: Key) -> None:
     client = next(iter(made.clients.values()))
     run = partial(made.steps, client, 1, made.optimizer(1), 0.0, {})
-    values = session.attempt(key, lambda: session.measure({key.provider: run})[key.provider])
-    if values is None:
-        return
-    rate = key.tokens / values["ms"] * 1e3
-    peak, launches = session.device.peak_bytes(run), session.device.launches(run)
-    session.record.add(key, **values, tokens_per_s=rate, peak_bytes=peak, launches=launches)
+
+    def measured() -> dict[str, float | int | None]:
+        values = session.measure({key.provider: run})[key.provider]
+        return {**values, "peak_bytes": session.device.peak_bytes(run), "launches": session.device.launches(run)}
+
+    values = session.attempt(key, measured)
+    if values is not None:
+        session.record.add(key, **values, tokens_per_s=key.tokens / values["ms"] * 1e3)
 
 
 def measure_round(session: Session, made: ClientRuntime, key: Key) -> None:

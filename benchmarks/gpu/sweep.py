@@ -18,9 +18,9 @@ from flex_kernels.kernels.tiles import Tile
 from gpu import tile_part
 from gpu.layer_part import check
 from gpu.record import OURS, Key
-from gpu.session import LEAST_SECONDS, OutOfTime, Session
+from gpu.session import Session
 
-SECONDS_A_CANDIDATE = 0.15
+SECONDS_A_CANDIDATE, LEAST_SECONDS = 0.15, 10.0
 
 
 def measure(session: Session) -> None:
@@ -47,16 +47,20 @@ def sweep(session: Session, shape: Shape) -> None:
         tiny = [default, replace(default, block_n=default.block_n // 2)]
         for tile in tiny if session.tiny else all_candidates(kernel, default):
             key = Key("sweep", shape.name, shape.num_tokens, kernel, name_of(tile))
-            if not session.again and (key in session.record.figures or key in session.record.skipped):
+            if not session.again and (key in session.record.figures or _refused_for_good(session, key)):
                 continue
-            if session.seconds_left() < LEAST_SECONDS:
-                raise OutOfTime
+            session.require_seconds(LEAST_SECONDS)
             if why := tile_part.refused(session, shape, kernel, tile):
                 session.record.skip(key, why)
                 continue
             values = session.attempt(key, partial(measured, session, gemm, tile, truth))
             if values is not None:
                 session.record.add(key, **values, default=tile == default)
+
+
+def _refused_for_good(session: Session, key: Key) -> bool:
+    """Memory may be there the next time."""
+    return key in session.record.skipped and "OutOfMemory" not in session.record.skipped[key]
 
 
 def measured(session: Session, gemm: Gemm, tile: Tile, truth: list[Tensor]) -> dict[str, float | int]:

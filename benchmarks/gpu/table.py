@@ -36,6 +36,7 @@ def section(record: Record, command: str) -> str:
         *simple_table(record, "plan", "The routing plan"),
         *simple_table(record, "scoring", "Scoring a layer"),
         *simple_table(record, "step", "A training step of the whole model"),
+        *simple_table(record, "round", "A round of the whole model"),
         *simple_table(record, "small", "Few tokens, no gradients"),
         *fact_lines(record),
         *skipped_lines(record),
