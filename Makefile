@@ -16,8 +16,8 @@ test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's 
 check: test
 
 # The operations' own tests: the same files serve the plain run, the interpreter and a device.
-KERNEL_TESTS := tests/test_experts.py tests/test_route.py tests/test_combine.py tests/test_score.py \
-                tests/test_routing_plan.py $(wildcard tests/test_kernels_*.py)
+KERNEL_TESTS := tests/test_experts.py tests/test_route.py tests/test_graft_logits.py tests/test_combine.py \
+                tests/test_score.py tests/test_routing_plan.py $(wildcard tests/test_kernels_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from flex_kernels.kernels import combine, experts, route, score, tiles
+from flex_kernels.kernels import combine, experts, graft_logits, route, score, tiles
 from flex_kernels.kernels.routing_plan import routing_plan
 from flex_kernels.layer_inputs import LayerInputs
 
@@ -269,13 +269,13 @@ def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:
 
 
 def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renormalize: bool = True) -> None:
-    """The routing plan, and the router with and without the graft's logit, forward and backward."""
+    """The router, its plan, and the graft's gate, forward and backward."""
     logits, hidden_states = empty(512, num_experts, dtype=dtype), empty(512, 2048, dtype=dtype)
-    weight, bias = empty(2048, dtype=dtype), empty(1, dtype=dtype)
+    weight, bias = empty(2048, dtype=torch.float32), empty(1, dtype=torch.float32)
     weights, indices = route.route_fwd(logits, top_k, renormalize)
     route.route_bwd(weights, logits, indices, renormalize)
-    *_, graft_logits = route.route_grafted_fwd(logits, hidden_states, weight, bias, top_k, renormalize)
-    route.graft_logits_bwd(graft_logits, hidden_states, weight)
+    d_logits = graft_logits.graft_logits_fwd(hidden_states, weight, bias)
+    graft_logits.graft_logits_bwd(d_logits, hidden_states, weight, True, True)
     routing_plan(indices, num_experts)
 
 

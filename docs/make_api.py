@@ -20,7 +20,7 @@ CHAPTERS = {
     "The layer": ["grafted_experts", "GraftedMoE", "Graft", "LoraGraft"],
     "transformers": ["register", "explain", "moe_layers", "expert_weights", "ExpertWeights", "LayerPath"],
     "Grafts on a transformers model": ["attach_graft", "detach_graft"],
-    "Router and sum": ["route", "routing_plan", "combine"],
+    "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*selection"],
     "Several experts": ["*subsets"],

@@ -11,6 +11,7 @@ from flex_kernels.neurons import (
     prefilter,
 )
 from flex_kernels.ops import grafted_experts
+from flex_kernels.ops_graft_logits import graft_logits
 from flex_kernels.ops_router import combine, route, routing_plan
 from flex_kernels.ops_score import score_experts, score_neurons
 from flex_kernels.refit import Refit, refit_down, unexplained
@@ -56,6 +57,7 @@ __all__ = [
     "expert_weights",
     "explain",
     "gather_neurons",
+    "graft_logits",
     "grafted_experts",
     "greedy_neurons",
     "merged",

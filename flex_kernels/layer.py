@@ -14,26 +14,10 @@ from torch import Tensor, nn
 from flex_kernels import reference
 from flex_kernels.checks import autocast_off, check_activation, check_combine, wide_dtype
 from flex_kernels.ops import grafted_experts
+from flex_kernels.ops_graft_logits import graft_logits
 from flex_kernels.ops_router import route
 
 Device = torch.device | str | None
-
-
-class _WideMatVec(torch.autograd.Function):
-    """`X v` in the dtype of `v`. For the backward it keeps `X` as it came, where autograd would keep a wider copy."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, vector: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_states, vector)
-        return torch.mv(hidden_states.to(vector.dtype), vector)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden_states, vector = ctx.saved_tensors
-        with autocast_off(d_out):
-            d_hidden = torch.outer(d_out, vector).to(hidden_states.dtype) if ctx.needs_input_grad[0] else None
-            d_vector = torch.mv(hidden_states.to(d_out.dtype).T, d_out) if ctx.needs_input_grad[1] else None
-        return d_hidden, d_vector
 
 
 class Graft(nn.Module):
@@ -95,14 +79,7 @@ class Graft(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The gate before the sigmoid, `g.x + b`: [T, H] -> [T], in fp32 also under autocast."""
-        with autocast_off(hidden_states):
-            wide = wide_dtype(hidden_states.dtype)
-            vector = self.logit_weight.to(wide)
-            if hidden_states.dtype == wide or torch.compiler.is_compiling():  # the compiler itself repeats a cast
-                logits = torch.mv(hidden_states.to(wide), vector)
-            else:
-                logits = _WideMatVec.apply(hidden_states, vector)
-            logits = logits + self.logit_bias.to(wide)
+        logits = graft_logits(hidden_states, self.logit_weight, self.logit_bias)
         if not torch.compiler.is_exporting():  # an exported program has no place for it
             self._last_logits = logits.detach()
         return logits

@@ -6,6 +6,7 @@
 | experts      | triton, else torch   | native, else torch         | triton, else torch        |
 | score        | triton, else torch   | native, else torch         | triton, else torch        |
 | route        | triton, else torch   | torch                      | triton, else torch        |
+| graft_logits | triton, else torch   | torch                      | triton, else torch        |
 | combine      | triton, else torch   | torch                      | triton, else torch        |
 
 A backend is a module: `torch_experts` (plain PyTorch), `native` and `native_experts` (csrc), or one of `kernels/`
@@ -30,7 +31,7 @@ import torch
 from flex_kernels import native, native_cuda, native_experts, torch_experts
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_STAGES = ("routing_plan", "experts", "score", "route", "combine")
+TRITON_STAGES = ("routing_plan", "experts", "score", "route", "graft_logits", "combine")
 CUDA_ROUTING_PLAN = os.environ.get("FLEX_ROUTING_PLAN", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

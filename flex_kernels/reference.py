@@ -91,6 +91,11 @@ def combine(
     return routed.to(expert_out.dtype)
 
 
+def graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
+    """The graft's gate before its sigmoid: [T, H], [H] and [1] -> [T] fp32."""
+    return hidden_states.float() @ logit_weight.float() + logit_bias.float()
+
+
 def grafted_experts(
     hidden_states: Tensor,
     expert_indices: Tensor,

@@ -298,6 +298,23 @@ def combine_bwd(
     return d_expert_out, d_routing_weights, d_graft_out, d_graft_logits
 
 
+def graft_logits_fwd(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
+    """[T, H], [H] and [1] -> [T], in the dtype of the last two."""
+    return torch.mv(hidden_states.to(logit_weight.dtype), logit_weight) + logit_bias
+
+
+def graft_logits_bwd(
+    d_graft_logits: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """d_hidden_states [T, H] and d_logit_weight [H]; what is not needed is an empty tensor."""
+    d_hidden, d_weight = hidden_states.new_empty(0), logit_weight.new_empty(0)
+    if need_hidden:
+        d_hidden = torch.outer(d_graft_logits, logit_weight).to(hidden_states.dtype)
+    if need_weight:
+        d_weight = torch.mv(hidden_states.to(logit_weight.dtype).T, d_graft_logits)
+    return d_hidden, d_weight
+
+
 def route_fwd(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """`reference.route`: routing_weights [T, K] fp32 and expert_indices [T, K] int64."""
     probabilities = torch.softmax(_wide(router_logits), dim=-1)

@@ -28,6 +28,7 @@ OTHERS = {
     "_combine_fwd_kernel",
     "_count_pairs_kernel",
     "_graft_logits_bwd_kernel",
+    "_graft_logits_fwd_kernel",
     "_place_pairs_kernel",
     "_reduce_products_kernel",
     "_route_bwd_kernel",
