@@ -188,7 +188,12 @@ def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:
     bench("--part", "sweep", "--output", str(tmp_path / "cpu.json"), TRITON_INTERPRET="1")
     content = json.loads((tmp_path / "cpu.json").read_text())
     assert content["skipped"] == []
-    ranking = json.loads((tmp_path / "cpu-sweep.json").read_text())["ranking"]
+    sweep = json.loads((tmp_path / "cpu-sweep.json").read_text())
+    ranking = sweep["ranking"]
+    assert [(row["tokens"], row["block_m"], row["times_of_the_best"]) for row in sweep["tables"]] == [
+        (40, 32, {"tiny": 1.0}),
+        (24, 32, {"tiny": 1.0}),
+    ]
     assert [(place["shape"], place["tokens"]) for place in ranking] == [("tiny", 40), ("tiny", 24)]
     for place in ranking:
         assert set(place["kernels"]) == {"gate_up", "down", "d_preactivations", "d_hidden"}
@@ -198,6 +203,28 @@ def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:
             assert sum(row["default"] for row in rows) == 1
         best = [rows[0] for rows in place["kernels"].values()]
         assert place["best_sum_by_block_m"]["32"]["ms"] == pytest.approx(sum(row["ms"] for row in best))
+
+
+def test_a_table_loses_least_over_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu import sweep
+    from gpu.record import Key
+
+    times = {
+        "a": {"64x64x64": 1.0, "64x128x64": 1.2, "128x64x64": 2.0},
+        "b": {"64x64x64": 30.0, "64x128x64": 11.0, "128x64x64": 10.0},
+        "c": {"64x64x64": 1.0, "64x128x64": 1.1},
+    }
+    figures = {
+        Key("sweep", shape, 8, kernel, tile): {"ms": ms, "default": False}
+        for shape, of_shape in times.items()
+        for kernel in sweep.KERNELS
+        for tile, ms in of_shape.items()
+    }
+    (row,) = sweep.tables(sweep.ranking(figures))  # no tile of 128 rows was measured on every shape
+    assert row["block_m"] == 64
+    assert set(row["tiles"].values()) == {"64x128x64"}
+    assert row["times_of_the_best"] == {"a": 1.2, "b": 1.1, "c": 1.1}
 
 
 def test_without_a_device_the_sweep_says_so(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Every tile that might do, for each of the four grouped GEMMs of the layer, on each shape (`--part sweep`).
 
-A candidate is a figure with provider "128x256x64 w8 s4 g8"; `FILE-sweep.json` ranks them. `block_m` is common to the
-four (`tiles.ExpertTiles`), so the ranking also adds up, for each `block_m`, the best of each kernel.
+A candidate is a figure with provider "128x256x64 w8 s4 p1 g8"; `FILE-sweep.json` ranks them. `block_m` is common to
+the four (`tiles.ExpertTiles`), so the ranking also adds up, for each `block_m`, the best of each kernel. `tiles.py` has
+one row for all shapes: `tables` says, for each number of tokens and `block_m`, the tiles that lose least over all shapes
+to each shape's own best, and how much that is.
 """
 
 import itertools
@@ -13,7 +15,7 @@ from shapes import Shape
 from torch import Tensor
 
 from flex_kernels.kernels import tiles
-from flex_kernels.kernels.candidates import Gemm, all_candidates, gemms, name_of
+from flex_kernels.kernels.candidates import KERNELS, Gemm, all_candidates, gemms, name_of
 from flex_kernels.kernels.tiles import Tile
 from gpu import tile_part
 from gpu.layer_part import check
@@ -30,7 +32,8 @@ def measure(session: Session) -> None:
     if not session.tiny and tiles.target_of(session.torch_device).chip == "sm90":
         tile_part.measure(session)
     try:
-        for tokens, model in itertools.product(session.tokens, session.models):
+        # The tables know two classes of rows an expert; more tokens than the first are in the same class.
+        for tokens, model in itertools.product(session.tokens[:2], session.models):
             sweep(session, replace(model, num_tokens=tokens))
     finally:
         write_ranking(session)
@@ -92,7 +95,30 @@ def ranking(figures: dict[Key, dict]) -> list[dict]:
     return found
 
 
+def tables(found: list[dict]) -> list[dict]:
+    """Of a ranking: one row for all shapes of a number of tokens, for each `block_m`. 1.00 loses nothing."""
+    rows = []
+    for tokens in dict.fromkeys(place["tokens"] for place in found):
+        places = [place for place in found if place["tokens"] == tokens and place["best_sum_by_block_m"]]
+        for block_m in sorted({height for place in places for height in place["best_sum_by_block_m"]}):
+            chosen, ms = {}, [0.0] * len(places)
+            for kernel in KERNELS:
+                times = [{row["tile"]: row["ms"] for row in place["kernels"].get(kernel, [])} for place in places]
+                common = [tile for tile in times[0] if tile.startswith(f"{block_m}x") and all(tile in t for t in times)]
+                if not common:
+                    break
+                losses = {tile: sum(t[tile] / min(t.values()) for t in times) for tile in common}
+                chosen[kernel] = min(losses, key=losses.get)
+                ms = [sum_of + t[chosen[kernel]] for sum_of, t in zip(ms, times, strict=True)]
+            if len(chosen) == len(KERNELS):
+                best = [min(of["ms"] for of in place["best_sum_by_block_m"].values()) for place in places]
+                loss = {place["shape"]: round(own / b, 3) for place, own, b in zip(places, ms, best, strict=True)}
+                rows.append({"tokens": tokens, "block_m": block_m, "tiles": chosen, "times_of_the_best": loss})
+    return rows
+
+
 def write_ranking(session: Session) -> None:
     path = session.record.path.with_name(session.record.path.stem + "-sweep.json")
-    content = {"machine": session.record.machine, "ranking": ranking(session.record.figures)}
+    found = ranking(session.record.figures)
+    content = {"machine": session.record.machine, "tables": tables(found), "ranking": found}
     path.write_text(json.dumps(content, indent=1) + "\n")
