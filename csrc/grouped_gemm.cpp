@@ -28,16 +28,28 @@ int64_t padded(const Kernels& kernels, const Product& product, int64_t columns) 
   return round_up(columns, kernels.panel_columns) * (product.twin ? 2 : 1);
 }
 
+// Few rows do not pay for packing B, as long as all of their depth stays in a second cache (one panel: anyhow).
+constexpr int64_t kFewWords = (int64_t{1} << 20) / 4;
+
+int64_t depth_words(const Kernels& kernels, const Product& product) {
+  return (product.depth + kernels.word_elements - 1) / kernels.word_elements;
+}
+
+int64_t most_rows_in_place(const Kernels& kernels, const Product& product) {
+  if (!product.a.along_depth || !product.b.along_depth || product.depth == 0) return 0;
+  const int64_t panel_words = kernels.panel_rows * round_up(depth_words(kernels, product), kChunkWords);
+  const int64_t fitting = std::max<int64_t>(kFewWords / panel_words, 1) * kernels.panel_rows;
+  return std::min<int64_t>(fitting, kernels.few_rows);
+}
+
 Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products) {
   Scratch most{0, 0, 0};
   for (const Product& product : products) {
-    const int64_t depth_words = (product.depth + kernels.word_elements - 1) / kernels.word_elements;
-    const int64_t words = std::min(round_up(depth_words, kChunkWords), kSliceWords);
+    const int64_t all_words = depth_words(kernels, product), words = std::min(round_up(all_words, kChunkWords), kSliceWords);
     const int64_t columns = padded(kernels, product, std::min(product.columns, kMostColumns / (product.twin ? 2 : 1)));
-    const int64_t few_rows =
-        product.b.along_depth ? round_up(std::min<int64_t>(product.rows, kernels.few_rows), kernels.panel_rows) : 0;
-    const int64_t few = few_rows * round_up(depth_words, kChunkWords);
-    const int64_t block_rows = std::min(product.rows, depth_words <= kSliceWords ? kBlockRows : kSpanRows);
+    const int64_t few_rows = round_up(std::min(product.rows, most_rows_in_place(kernels, product)), kernels.panel_rows);
+    const int64_t few = few_rows * round_up(all_words, kChunkWords);
+    const int64_t block_rows = std::min(product.rows, all_words <= kSliceWords ? kBlockRows : kSpanRows);
     const int64_t rows = std::max(round_up(block_rows, kernels.panel_rows), few_rows);
     most.a = std::max({most.a, round_up(std::min(product.rows, kBlockRows), kernels.panel_rows) * words, few});
     most.b = std::max(most.b, columns * words);
@@ -111,8 +123,7 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
     epilogue({product, task.row + row, rows, task.column, task.columns, block, product.twin ? block + half : nullptr,
               stride});
   };
-  const bool along_depth = product.a.along_depth && product.b.along_depth;
-  if (product.rows <= kernels.few_rows && along_depth && product.depth > 0) {
+  if (product.rows <= most_rows_in_place(kernels, product)) {
     const auto multiply = kernels.multiply_in_place[static_cast<int>(product.b.scalar)];
     kernels.pack_few[static_cast<int>(product.a.scalar)](rows_from(product.a, task.row), task.rows, 0, product.depth, a);
     multiply(task.rows, task.columns, product.depth, a, product.b.rows, task.column, c, stride);

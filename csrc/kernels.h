@@ -7,8 +7,9 @@
 //                                    row is copying, and the loop reads memory in one direction
 //   B panel: kPanelColumns columns,  [depth][column]
 //
-// Every element of C is summed over a slice of the depth in order, then over the slices: an order that depends on nothing
-// but the depth. Tiles, tasks and threads may be cut anyhow and the bits stay the same.
+// Every element of C is summed over a slice of the depth in order, then over the slices: an order that depends on the depth
+// and, but for AMX, on whether the product has at most `few_rows` rows. Tiles, tasks and threads may be cut anyhow and the
+// bits stay the same.
 #pragma once
 #include <cstdint>
 

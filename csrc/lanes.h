@@ -68,14 +68,6 @@ FLEX_INLINE void for_lanes(int64_t n, const Body& body) {
   if (i < n) body(i, n - i);
 }
 
-template <bool kPairs>
-FLEX_INLINE Float multiply_add(Float a, Float b, Float c) {
-#if defined(FLEX_BF16_PAIRS)
-  if constexpr (kPairs) return Simd::dot_pairs(a, b, c);
-#endif
-  return Simd::fma(a, b, c);
-}
-
 FLEX_INLINE float sum_lanes(Float value) {
   float lanes[kLanes], sum = 0.f;
   store(lanes, value);

@@ -14,7 +14,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// C tile of kPanels x 16 rows and 32 columns. Tile registers 0 to 3 are its quarters, 4 and 5 of A, 6 and 7 of B.
+// GCC 12's own _tile_loadconfig and _tile_loadd do not say that they read memory: what was stored before, and is read by
+// nothing else, may be left out.
+FLEX_INLINE void load_config(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
+FLEX_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+
+// C tile of one or two panels of 16 rows and 32 columns. Tile registers 0 to 3 are its quarters, 4 and 5 of A, 6 and 7 of B.
 template <bool kTwoPanels>
 FLEX_INLINE void tile(int64_t chunks, const float* a, int64_t a_panel, const float* b, const float* last_b, float* c,
                       int64_t c_stride, bool accumulate) {
@@ -62,7 +67,7 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
               bool accumulate) {
   static_assert(kPairs, "bf16 alone");
   const TileConfig config;
-  _tile_loadconfig(&config);
+  load_config(config);
   const int64_t chunks = (words + kChunkWords - 1) / kChunkWords, rest = words % kChunkWords;
   const int64_t a_panel = chunks * kChunkWords * kPanelRows;
   alignas(64) float padded[kChunkWords * kPanelColumns] = {};  // a last chunk that is not whole; A's is filled with zeros
@@ -71,6 +76,7 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
     const float* last = b_panel + (words - kChunkWords) * kPanelColumns;
     if (rest != 0) {
       std::memcpy(padded, b_panel + (words - rest) * kPanelColumns, rest * kPanelColumns * sizeof(float));
+      finish_stores();
       last = padded;
     }
     int64_t row = 0;
@@ -151,18 +157,19 @@ void multiply_in_place(int64_t rows, int64_t columns, int64_t depth, const float
   alignas(64) T padded[kPanelRows * kStep] = {};  // a last chunk that is not whole
   alignas(64) float sums[4][kTileWords] = {};
   TileConfig config;
-  _tile_loadconfig(&config);
+  load_config(config);
   for (int64_t column = 0; column < columns; column += kPanelRows) {
     const int64_t count = columns - column < kPanelRows ? columns - column : kPanelRows;
     if (count < kPanelRows) {
       for (int i = 0; i < 5; ++i) config.rows[i] = static_cast<uint8_t>(count);
-      _tile_loadconfig(&config);
+      load_config(config);
     }
     const T* const from = static_cast<const T*>(b.data) + (first + column) * b.stride;
     Rows last{from + before_last, b.stride, nullptr};
     if (depth - before_last < kStep) {
       for (int64_t i = 0; i < count; ++i)
         std::memcpy(padded + i * kStep, from + i * b.stride + before_last, (depth - before_last) * sizeof(T));
+      finish_stores();
       last = {padded, kStep, nullptr};
     }
     for (int64_t row = 0; row < rows; row += kRowsAtOnce) {

@@ -10,8 +10,9 @@
 
 namespace flex {
 
-// 8 MiB of fp32, 16 with its gradient: within a common last-level cache.
-constexpr int64_t kWaveElements = int64_t{2} << 20;
+// 8 MiB of fp32, 16 with its gradient: within a common last-level cache. Of wide experts more, since each wave reads an
+// expert's weights anew.
+constexpr int64_t kWaveElements = int64_t{2} << 20, kLeastRows = 5 * kBlockRows;
 
 void fill_row_plan(const Layer& layer, const RowPlan& plan) {
   const int64_t num_pairs = layer.num_tokens * layer.top_k;
@@ -41,23 +42,29 @@ void fill_openings(const Layer& layer, float* openings) {
     openings[token] = 1.f / (1.f + std::exp(-layer.graft_logits[token]));
 }
 
+static int64_t wave_elements(const Layer& layer) {
+  const int64_t width = std::max(layer.intermediate_size, layer.graft_width);
+  return std::max(kWaveElements, checked_product(kLeastRows, width));
+}
+
 int64_t most_wave_elements(const Layer& layer, bool routed, bool grafted) {
   const int64_t width = std::max(layer.intermediate_size, layer.graft_width);
   int64_t all = routed ? checked_product(checked_product(layer.num_tokens, layer.top_k), layer.intermediate_size) : 0;
   if (grafted) all = checked_sum(all, checked_product(layer.num_tokens, layer.graft_width));
-  return std::min(all, checked_sum(kWaveElements, checked_product(kBlockRows, width)));
+  return std::min(all, checked_sum(wave_elements(layer), checked_product(kBlockRows, width)));
 }
 
 std::vector<Wave> waves_of(const Layer& layer, bool routed, bool grafted) {
   std::vector<Wave> waves(1);
+  const int64_t most = wave_elements(layer);
   int64_t place = 0;
   const auto add = [&](int64_t expert, int64_t first, int64_t rows, int64_t width) {
     while (rows > 0) {
-      if (place >= kWaveElements) {
+      if (place >= most) {
         waves.emplace_back();
         place = 0;
       }
-      const int64_t room = round_up((kWaveElements - place) / std::max<int64_t>(width, 1) + 1, kBlockRows);
+      const int64_t room = round_up((most - place) / std::max<int64_t>(width, 1) + 1, kBlockRows);
       const int64_t taken = std::min(rows, room);
       waves.back().push_back({expert, first, taken, place});
       place += taken * width;

@@ -77,8 +77,8 @@ _graft_logits.register_autograd(_backward, setup_context=_setup_context)
 def graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
     """The graft's gate before its sigmoid: `l_t = g . x_t + b`; twin: `reference.graft_logits`.
 
-    Differentiable in all three. Computed in fp32 whatever the dtypes, also under autocast; for the backward the hidden
-    states are kept as they came.
+    Differentiable in all three, once. Computed in fp32 whatever the dtypes, also under autocast; for the backward the
+    hidden states are kept as they came.
 
     Args:
         hidden_states: [T, H].

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flex_kernels
-from flex_kernels import reference
+from flex_kernels import plan, reference, torch_experts
 
 NAMES = ("graft_logits", "d_hidden_states", "d_logit_weight", "d_logit_bias")
 SHAPES = {
@@ -63,6 +63,29 @@ def test_weights_of_another_dtype_and_autocast(backend: str) -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = flex_kernels.graft_logits(hidden_states.float(), weight.float(), bias.float())
     torch.testing.assert_close(found, wanted)
+
+
+def test_backends_run_with_autocast_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; on a CPU a matrix-vector product would not show it."""
+    seen = []
+
+    class Backend:
+        @staticmethod
+        def graft_logits_fwd(*args: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled(DEVICE))
+            return torch_experts.graft_logits_fwd(*args)
+
+        @staticmethod
+        def graft_logits_bwd(*args: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(torch.is_autocast_enabled(DEVICE))
+            return torch_experts.graft_logits_bwd(*args)
+
+    monkeypatch.setattr(plan, "cpu_backend", lambda *_: Backend)
+    monkeypatch.setattr(plan, "cuda_backend", lambda *_: Backend)
+    inputs = [x.requires_grad_() for x in inputs_of(5, 8, torch.float32, torch.float32)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.autograd.grad(flex_kernels.graft_logits(*inputs).sum(), inputs)
+    assert seen == [False, False]
 
 
 def test_gradcheck_in_fp64() -> None:

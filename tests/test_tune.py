@@ -182,6 +182,17 @@ def test_the_file_can_be_read_by_a_person(path: Path) -> None:
     assert set(entry) >= {"torch", "triton", "date", "dtype", "hidden_size", "num_experts"}
 
 
+def test_an_entry_that_knows_nothing_of_shared_processors_is_measured_anew(path: Path) -> None:
+    tune.write(path, KIND, MEASURED)
+    content = json.loads(path.read_text())
+    for tile in content["entries"][0]["tiles"].values():
+        del tile["per_processor"]
+    path.write_text(json.dumps(content))
+    assert tune.read(path) == {}
+    tune.write(path, KIND, MEASURED)
+    assert tune.read(path) == {KIND: WINNER}
+
+
 def test_a_new_entry_takes_the_place_of_the_old(path: Path) -> None:
     tune.write(path, KIND, MEASURED)
     tune.write(path, replace(KIND, rows="many"), MEASURED)

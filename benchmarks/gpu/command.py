@@ -11,9 +11,11 @@ makes table and pictures from a file of figures.
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from flex_kernels import native_cuda
 from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
 from gpu.device import Cpu, Device
 from gpu.record import OURS, Key, Record
@@ -38,23 +41,25 @@ def sanitize(session: Session) -> None:
         if not session.wanted("sanitize", "csrc", 0, tool):
             continue
         key = Key("sanitize", "csrc", 0, tool, OURS)
-        if session.device.kind == "cpu" or program is None:
-            session.record.skip(key, "needs a device and compute-sanitizer on PATH")
+        if session.device.kind == "cpu" or program is None or native_cuda.module() is None:
+            session.record.skip(key, "needs a device, compute-sanitizer, and csrc's CUDA code built")
             continue
         tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_gpu.py"]
         command = [program, "--tool", tool, "--kernel-name", "kernel_substring=routing_plan_kernel", "--error-exitcode"]
         command += ["9", *tests, "-k", "routing_plan and [cuda"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
         try:
-            result = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(session.seconds_left(), 1)
-            )
+            said, _ = process.communicate(timeout=max(session.seconds_left(), 1))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tests run in a child of the sanitizer
+            process.communicate()
             raise OutOfTime from None
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*", result.stdout + result.stderr)
-        if any("SUMMARY" in line for line in found):
-            session.record.add(key, clean=result.returncode == 0, said=found[-3:])
+        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*|\d+ passed.*", said)
+        if any("SUMMARY" in line for line in found) and any("passed" in line for line in found):
+            session.record.add(key, clean=process.returncode == 0, said=found[-3:])
         else:
-            session.record.skip(key, f"it says nothing: {(result.stderr or result.stdout).strip()[-200:]}")
+            session.record.skip(key, f"it says nothing of csrc: {said.strip()[-200:]}")
 
 
 # In the order of what is most wanted, should the minutes end.
@@ -106,9 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     machine = {**device.describe(), **({"sizes": "tiny"} if given.tiny else {})}
     name = f"{slug(machine['device'])}.json"
     output = given.output or RESULTS / name
-    if output.is_dir():
+    if output.suffix != ".json":
+        output.mkdir(parents=True, exist_ok=True)
         table_file, output = given.table or output / "RESULTS.md", output / name
-        if not output.exists() and (RESULTS / name).exists():
+        if not output.exists() and Record.fits(RESULTS / name, machine):
             shutil.copy(RESULTS / name, output)
     if given.first_call:
         print(json.dumps(small.first_call(Session(device, Record(output, machine), given.tiny, 600.0))))
@@ -149,8 +155,13 @@ def measure(session: Session, parts: list[str]) -> int:
             if session.tiny:
                 raise
             session.record.skip(Key(part, "all", 0, "part", OURS), f"{type(error).__name__}: {error}")
-            session.device.release()
             code = 1
+            try:
+                session.device.synchronize()
+                session.device.release()
+            except RuntimeError:
+                print(f"the device is lost after {part}: {error}")
+                return code
     return code
 
 

@@ -119,8 +119,10 @@ def providers(session: Session, layers: Layers, place: tuple[str, str, int]) -> 
 
 
 def measure(session: Session) -> None:
+    key = Key("layers", "all", 0, "layer", LIGER)
+    session.record.skipped.pop(key, None)
     if not find_spec("liger_kernel"):
-        session.record.skip(Key("layers", "all", 0, "layer", LIGER), "liger_kernel is not installed")
+        session.record.skip(key, "liger_kernel is not installed")
     session.each("layers", session.tokens, PASSES[-1], measure_layer)
 
 

@@ -45,16 +45,19 @@ class Record:
         record = cls(path, machine)
         if path.exists():
             old = json.loads(path.read_text())
-            if _without_driver(old["machine"]) != _without_driver(machine):
+            if not cls.fits(path, machine):
                 raise ValueError(f"{path} holds figures of {old['machine']}, this is {machine}; name another --output")
-            drivers = old["machine"]["driver"].split(" and ")
-            if machine["driver"] not in drivers:
-                drivers.append(machine["driver"])
-            record.machine = {**machine, "driver": " and ".join(drivers)}
+            drivers = [*old["machine"]["driver"].split(" and "), *machine["driver"].split(" and ")]
+            record.machine = {**machine, "driver": " and ".join(dict.fromkeys(drivers))}
             record.command = old.get("command", "")
             record.figures = {_key_of(row): _values_of(row) for row in old["figures"]}
             record.skipped = {_key_of(row): row["reason"] for row in old["skipped"]}
         return record
+
+    @staticmethod
+    def fits(path: Path, machine: dict[str, str]) -> bool:
+        """Whether there is a file, of this device and these versions."""
+        return path.exists() and _without_driver(json.loads(path.read_text())["machine"]) == _without_driver(machine)
 
     def add(self, key: Key, **values: Any) -> None:
         self.figures[key] = {**values, "measured": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}

@@ -187,7 +187,8 @@ def measure_each(
     """`measure_one` at every key (with its batch size) on every provider, ours first; all are checked before."""
     names = [name for name in PROVIDERS if name not in session.without]
     wanted = [(key._replace(provider=name), size) for key, size in keys.items() for name in names]
-    missing = [(key, size) for key, size in wanted if session.again or key not in session.record.figures]
+    record = session.record
+    missing = [(k, size) for k, size in wanted if session.again or not (k in record.figures or k in record.skipped)]
     if missing:
         session.require_seconds()
         session.device.release()

@@ -2,12 +2,13 @@
 
 A candidate is a figure with provider "128x256x64 w8 s4 p1 g8"; `FILE-sweep.json` ranks them. `block_m` is common to
 the four (`tiles.ExpertTiles`), so the ranking also adds up, for each `block_m`, the best of each kernel. `tiles.py` has
-one row for all shapes: `tables` says, for each number of tokens and `block_m`, the tiles that lose least over all shapes
-to each shape's own best, and how much that is.
+one row for all shapes with few rows an expert, and one for many: `tables` says, for each of the two and each `block_m`,
+the tiles that lose least over all shapes to each shape's own best, and how much that is.
 """
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -73,8 +74,9 @@ def measured(session: Session, gemm: Gemm, tile: Tile, truth: list[Tensor]) -> d
     return session.measure({OURS: partial(gemm, tile)}, seconds)[OURS]
 
 
-def ranking(figures: dict[Key, dict]) -> list[dict]:
+def ranking(figures: dict[Key, dict], models: Iterable[Shape]) -> list[dict]:
     """For each shape and number of tokens: all tiles by time, and the best sum for each `block_m`."""
+    shapes = {model.name: model for model in models}
     places: dict[tuple[str, int], dict[str, list]] = {}
     for key, row in figures.items():
         if key.part == "sweep":
@@ -91,15 +93,18 @@ def ranking(figures: dict[Key, dict]) -> list[dict]:
             kernel: [{"tile": name, "ms": ms, "default": default} for ms, name, default in sorted(rows)]
             for kernel, rows in kernels.items()
         }
-        found.append({"shape": shape, "tokens": tokens, "best_sum_by_block_m": best_sum, "kernels": ranked})
+        model = shapes[shape]
+        few = tiles.few_rows(tokens * model.top_k, model.num_experts)
+        place = {"shape": shape, "tokens": tokens, "few_rows": few}
+        found.append({**place, "best_sum_by_block_m": best_sum, "kernels": ranked})
     return found
 
 
 def tables(found: list[dict]) -> list[dict]:
-    """Of a ranking: one row for all shapes of a number of tokens, for each `block_m`. 1.00 loses nothing."""
+    """Of a ranking: one row for all places of a class, for each `block_m`. 1.00 loses nothing."""
     rows = []
-    for tokens in dict.fromkeys(place["tokens"] for place in found):
-        places = [place for place in found if place["tokens"] == tokens and place["best_sum_by_block_m"]]
+    for few in (True, False):
+        places = [place for place in found if place["few_rows"] == few and place["best_sum_by_block_m"]]
         for block_m in sorted({height for place in places for height in place["best_sum_by_block_m"]}):
             chosen, ms = {}, [0.0] * len(places)
             for kernel in KERNELS:
@@ -112,13 +117,14 @@ def tables(found: list[dict]) -> list[dict]:
                 ms = [sum_of + t[chosen[kernel]] for sum_of, t in zip(ms, times, strict=True)]
             if len(chosen) == len(KERNELS):
                 best = [min(of["ms"] for of in place["best_sum_by_block_m"].values()) for place in places]
-                loss = {place["shape"]: round(own / b, 3) for place, own, b in zip(places, ms, best, strict=True)}
-                rows.append({"tokens": tokens, "block_m": block_m, "tiles": chosen, "times_of_the_best": loss})
+                names = [f"{place['shape']}, T={place['tokens']}" for place in places]
+                loss = {name: round(own / b, 3) for name, own, b in zip(names, ms, best, strict=True)}
+                rows.append({"few_rows": few, "block_m": block_m, "tiles": chosen, "times_of_the_best": loss})
     return rows
 
 
 def write_ranking(session: Session) -> None:
     path = session.record.path.with_name(session.record.path.stem + "-sweep.json")
-    found = ranking(session.record.figures)
+    found = ranking(session.record.figures, session.models)
     content = {"machine": session.record.machine, "tables": tables(found), "ranking": found}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -27,7 +27,8 @@ SHARED_BYTES = {
     "interpreter": 99 << 10,
 }
 ACCUMULATORS_A_THREAD = 128
-REGISTERS = 65536  # of a processor
+REGISTERS_A_LANE = 2048  # of a processor
+LANES = {"gfx942": 64}  # of a warp; elsewhere 32
 LEAST_OTHER_REGISTERS = 32  # a thread
 MOST_NEIGHBOURS = 12
 Gemm = Callable[[Tile], list[Tensor]]
@@ -52,14 +53,14 @@ def name_of(tile: Tile) -> str:
 
 def fits(kernel: str, tile: Tile, chip: str, element_bytes: int) -> bool:
     """By arithmetic; the compiler may still refuse it, or use more registers than it counts here."""
-    pairs, threads = 2 if kernel == "gate_up" else 1, 32 * tile.num_warps
+    pairs, threads = 2 if kernel == "gate_up" else 1, LANES.get(chip, 32) * tile.num_warps
     shared_bytes = element_bytes * tile.num_stages * tile.block_k * (tile.block_m + pairs * tile.block_n)
     accumulators = pairs * tile.block_m * tile.block_n // threads
     registers = tile.per_processor * threads * (accumulators + LEAST_OTHER_REGISTERS)
     return (
         tile.per_processor * shared_bytes <= SHARED_BYTES[chip]
         and accumulators <= ACCUMULATORS_A_THREAD
-        and registers <= REGISTERS
+        and registers <= LANES.get(chip, 32) * REGISTERS_A_LANE
     )
 
 
@@ -108,8 +109,16 @@ def neighbours(kernel: str, default: Tile, chip: str, element_bytes: int) -> lis
         tiles = [replace(default, block_m=height, **change) for change in changes]
         # The epilogues take a tile's columns in four parts of at least eight.
         sound = [tile for tile in tiles if tile.block_n >= 32 and tile.num_stages >= 1]
-        fitting = [tile for tile in sound if tile == default or fits(kernel, tile, chip, element_bytes)]
-        found += fitting[: max(1, MOST_NEIGHBOURS // len(heights))]
+        fitting: dict[Tile, None] = {}  # in order, each once
+        for tile in sound:
+            counts = range(tile.per_processor, 0, -1)
+            alike = [replace(tile, per_processor=count) for count in counts]
+            largest = (
+                tile if tile == default else next((t for t in alike if fits(kernel, t, chip, element_bytes)), None)
+            )
+            if largest is not None:
+                fitting[largest] = None
+        found += list(fitting)[: max(1, MOST_NEIGHBOURS // len(heights))]
     return found
 
 

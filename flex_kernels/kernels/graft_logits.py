@@ -5,7 +5,7 @@
 
 Twin: `reference.graft_logits`. In PyTorch's own operations bf16 hidden states are written once as fp32 and read again,
 forward and backward, and `dx` is written in fp32 before it is cast: 26 T H bytes that are fused away here. `dg` is one
-fp32 partial per block of tokens, added in token order: no atomics, bitwise repeatable.
+fp32 partial per block of tokens; their sum is PyTorch's: no atomics, bitwise repeatable.
 """
 
 import torch

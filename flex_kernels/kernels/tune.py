@@ -112,12 +112,13 @@ def _remembered() -> dict[Kind, ExpertTiles]:
 
 
 def read(path: Path) -> dict[Kind, ExpertTiles]:
-    """What the file holds; nothing where there is none.
+    """What the file holds; nothing where there is none, and nothing of entries from before `per_processor` was tried.
 
     Raises:
         ValueError: it cannot be read, or is not a file of measured tiles of this format.
     """
-    return {_kind(entry): _tiles(entry) for entry in _entries(path)}
+    entries = [entry for entry in _entries(path) if all("per_processor" in tile for tile in entry["tiles"].values())]
+    return {_kind(entry): _tiles(entry) for entry in entries}
 
 
 def write(path: Path, kind: Kind, measured: Measured) -> None:

@@ -24,9 +24,11 @@ namespace {
 struct Shape {
   int64_t tokens, hidden, experts, width, top_k, graft_width;  // graft_width -1: no graft
 };
-// Tails of every kind; no tokens; one row; a graft of no neuron; more rows and columns than a block; several slices.
+// Tails of every kind; no tokens; one row; a graft of no neuron; more rows and columns than a block; several slices; with
+// several blocks of rows, so few that AMX reads the weights in place, and more.
 const Shape kShapes[] = {{37, 33, 5, 17, 2, 9},   {0, 16, 4, 8, 2, 8},  {1, 7, 3, 5, 3, 1},  {20, 16, 2, 8, 1, -1},
-                         {9, 12, 3, 4, 2, 0},     {210, 40, 2, 70, 1, 150}, {23, 530, 2, 300, 2, 20}};
+                         {9, 12, 3, 4, 2, 0},     {210, 40, 2, 70, 1, 150}, {23, 530, 2, 300, 2, 20},
+                         {150, 1090, 1, 150, 1, 140}, {200, 1090, 1, 150, 1, 140}};
 
 void require(bool holds, const char* what) {
   if (holds) return;
