@@ -62,4 +62,4 @@ test-wheel:  ## the suite against an installed wheel, in an empty virtual enviro
 	bash tests/wheel.sh
 
 clean:
-	rm -rf build *.egg-info flex_kernels/*.so
+	rm -rf build *.egg-info flex_kernels/*.so $(STAMP)

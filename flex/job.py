@@ -5,7 +5,9 @@ JOB/server/round-0003.safetensors       shared state and the strategy's moments 
 JOB/clients/<client_id>/                that client's personal files, for nobody else
 """
 
+import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,6 +84,7 @@ class Job:
             "method": method,
             "seed": seed,
             "strategy": config.train.strategy,
+            "data": data_fingerprint(setting.clients),
         }
         self.exact: dict[str, float] = {}
         self.runtime = ClientRuntime(
@@ -191,6 +194,17 @@ class Job:
             self.told = True
             for direction, content in (("down", message.content), ("up", reply.content)):
                 self.log.write({"event": "sent", "direction": direction, "tensors": sent_tensors(content)})
+
+
+def data_fingerprint(clients: Iterable[ClientData]) -> str:
+    """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
+    digest = hashlib.sha256()
+    for client in clients:
+        for part in (client.train, client.test):
+            digest.update(f"{client.client_id}/{len(part)}".encode())
+            for example in part:
+                digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
+    return digest.hexdigest()[:16]
 
 
 def latest_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:

@@ -22,9 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flex.config import METHODS, RunConfig, read_config, write_config
 from flex.errors import FlexError
 from flex.events import METRICS, Event, read_events, write_events
-from flex.job import Setting
+from flex.job import Setting, data_fingerprint
 from flex.model import check_targets
+from flex.strategy import make_strategy
 from flex.workers import Bar, prepare, run_apart, run_here
+
+RUN = "run.jsonl"  # what the whole run has in common
 
 
 @contextmanager
@@ -50,6 +53,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
         FlexError: bad input (nothing has been written then), or the folder holds a run with other settings.
     """
     folder = Path(config.output)
+    config = _with_full_paths(config)
     _check_free(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -57,11 +61,14 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     setting = prepare(config, config.train.seeds[0])
     if any(METHODS[method].lora for method in config.train.methods):
         check_targets(setting.base.model, config.lora.targets)
+    make_strategy(config.train.strategy, len(setting.clients), clients_per_round=config.train.clients_per_round)
+    data = _check_contents(folder, setting, config.train.seeds[0]) if _has_results(folder) else {}
     _claim(folder, config)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     with _alone_in(folder), progress_bars(console) as progress:
-        first = [_run_event(config, setting, title, descriptions or {}), *_truncation_events(config, setting)]
-        write_events(folder / "run.jsonl", first)
+        data = data or {str(config.train.seeds[0]): data_fingerprint(setting.clients)}
+        event = {**_run_event(config, setting, title, descriptions or {}), "data": data}
+        write_events(folder / RUN, [event, *_truncation_events(config, setting)])
         bars = {(seed, method): Bar(progress, f"{method} seed {seed}") for seed, method in jobs}
         finished = run_here(config, jobs, bars, setting) if config.workers == 1 else run_apart(config, jobs, bars)
         for _ in finished:
@@ -71,28 +78,66 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
 
 def collect(folder: Path) -> None:
     """RUN/metrics.jsonl anew from the jobs' own files."""
-    files = [folder / "run.jsonl", *sorted(folder.glob(f"*-seed*/{METRICS}"))]
+    files = [folder / RUN, *sorted(folder.glob(f"*-seed*/{METRICS}"))]
     write_events(folder / METRICS, [event for file in files for event in read_events(file)])
 
 
+def _with_full_paths(config: RunConfig) -> RunConfig:
+    """What the run's own file says of files must be true from every folder."""
+
+    def full(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name and (path.exists() or "{seed}" in name) else name
+
+    files = {name: full(getattr(config.data, name)) for name in ("train", "test", "general")}
+    data = dataclasses.replace(config.data, **files)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, path=full(config.model.path)))
+
+
 def _check_free(folder: Path, config: RunConfig) -> None:
-    """Nobody's run lies in `folder`, or one with the same settings."""
+    """Nobody's run lies in `folder`, or one with the same settings, or one that came to nothing."""
     path = folder / "config.toml"
-    if path.exists():
+    if path.exists() and _has_results(folder):
         here, there = (_comparable(c) for c in (config, read_config(path)))
         different = [key for key in here if here[key] != there[key]]
         if different:
             key = different[0]
             raise FlexError(
                 f"{folder} holds a run with other settings ({key} = {there[key]!r} there, {here[key]!r} here); "
-                "wanted the same settings to resume it, or another --output"
+                "wanted the same settings to resume it, another --output, or that folder gone"
             )
 
 
+def _has_results(folder: Path) -> bool:
+    """Whether a job there is finished, or has left more than its events."""
+    events = (event for file in folder.glob(f"*-seed*/{METRICS}") for event in read_events(file))
+    return any(folder.glob("*-seed*/**/*.safetensors")) or any(event["event"] == "done" for event in events)
+
+
+def _check_contents(folder: Path, setting: Setting, seed: int) -> dict[str, str]:
+    """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were."""
+    old = next((event for event in read_events(folder / RUN) if event["event"] == "run"), {})
+    if old and old["fingerprint"] != setting.base.fingerprint:
+        raise FlexError(f"{folder} holds a run on another base; wanted the same one to resume it, or another --output")
+    data = {**old.get("data", {}), str(seed): data_fingerprint(setting.clients)}
+    if old.get("data", {}).get(str(seed), data[str(seed)]) != data[str(seed)]:
+        raise FlexError(
+            f"{folder} holds a run on other data (a file has changed); wanted the same, or another --output"
+        )
+    return data
+
+
 def _claim(folder: Path, config: RunConfig) -> None:
+    """Methods and seeds of earlier calls stay in the run's file: the report shows them all."""
+    path = folder / "config.toml"
     try:
+        if path.exists() and _has_results(folder):
+            old = read_config(path).train
+            methods, seeds = ((*old.methods, *config.train.methods), (*old.seeds, *config.train.seeds))
+            train = {"methods": tuple(dict.fromkeys(methods)), "seeds": tuple(dict.fromkeys(seeds))}
+            config = config.with_values(train=train)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder / "config.toml")
+        write_config(config, path)
     except OSError as error:
         raise FlexError(f"cannot write the run's folder {folder}: {error}") from None
 
@@ -111,9 +156,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a job's numbers, flat."""
+    """Every setting that decides a job's numbers, flat. Base and data are told by their content (`Job.header`)."""
     train = dataclasses.replace(config.train, methods=("base",), seeds=(0,))
-    tree = dataclasses.asdict(dataclasses.replace(config, output="", workers=1, train=train))
+    model = dataclasses.replace(config.model, path="", device="")
+    data = dataclasses.replace(config.data, train="", test="", general="")
+    evaluate = dataclasses.replace(config.evaluate, batch_size=1)
+    parts = {"train": train, "model": model, "data": data, "evaluate": evaluate}
+    tree = dataclasses.asdict(dataclasses.replace(config, output="", workers=1, **parts))
     return {
         f"{section}.{key}" if isinstance(values, dict) else section: value
         for section, values in tree.items()

@@ -1,0 +1,44 @@
+"""Which run a folder takes: the same one again, wherever its files lie, or anew where nothing came of the last."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import tiny_config
+
+from flex.config import read_config
+from flex.errors import FlexError
+from flex.run import run
+
+QUIET = Console(quiet=True)
+
+
+def test_a_run_that_came_to_nothing_takes_other_settings(tmp_path):
+    config = tiny_config(tmp_path, train={"rounds": 1, "steps": 1, "batch_size": 2, "methods": ("fedavg",)})
+    config = config.with_values(evaluate={"rouge": False})
+    with pytest.raises(FlexError, match="clients_per_round is 9"):
+        run(config.with_values(train={"clients_per_round": 9}), QUIET)
+    assert not (tmp_path / "run").exists()
+    run(config, QUIET)
+
+
+def test_resuming_wants_the_same_data_and_base_wherever_they_lie(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, train={"rounds": 1, "steps": 1, "batch_size": 2, "methods": ("fedavg",)})
+    config = config.with_values(evaluate={"rouge": False})
+    run(config, QUIET)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(Path(config.data.train).read_text())
+    monkeypatch.chdir(tmp_path)
+    run(config.with_values(data={"train": "moved.jsonl"}, evaluate={"batch_size": 3}), QUIET)
+    assert read_config(tmp_path / "run" / "config.toml").data.train == str(moved)
+    moved.write_text("".join(reversed(moved.read_text().splitlines(keepends=True))))
+    with pytest.raises(FlexError, match="holds a run on other data"):
+        run(config.with_values(data={"train": str(moved)}), QUIET)
+
+
+def test_methods_of_earlier_calls_stay_in_the_runs_file(tmp_path):
+    config = tiny_config(tmp_path, train={"rounds": 1, "steps": 1, "batch_size": 2, "methods": ("fedavg",)})
+    config = config.with_values(evaluate={"rouge": False})
+    run(config, QUIET)
+    run(config.with_values(train={"methods": ("base",)}), QUIET)
+    assert read_config(tmp_path / "run" / "config.toml").train.methods == ("fedavg", "base")
