@@ -3,17 +3,30 @@
 import argparse
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
-from flex.errors import FlexError
+from flex.config import to_toml
+from flex.errors import FlexError, require
 
 EXAMPLES = """examples:
-  flex demo                                        a federated run on a small model, in minutes, on a laptop
-  flex train configs/paper.toml --set model.path=Qwen/Qwen1.5-MoE-A2.7B --data dolly.jsonl --clients-by category
-  flex graft configs/paper.toml                    which expert each layer would graft, and what every other would leave
-  flex eval --run runs/demo                        score what was trained, anew, from the files
+  flex demo                      a federated run on a small model, in minutes, on a laptop
+  flex train configs/paper.toml --model Qwen/Qwen1.5-MoE-A2.7B --data train.jsonl --test test.jsonl
+  flex graft --model Qwen/Qwen1.5-MoE-A2.7B --data train.jsonl --clients-by category
+                                 what each layer would graft (by default neurons), and how much that explains
+  flex eval --run runs/demo      score what was trained, anew, from the files
   flex generate --run runs/demo --client harbour --prompt "which is larger, 3 or 14?"
 """
+# The settings that have an option of their own. What it is given is the setting's text as it stands, never TOML.
+NAMED = {
+    "model": "model.path",
+    "data": "data.train",
+    "test": "data.test",
+    "clients_by": "data.clients_by",
+    "clients": "data.clients",
+    "output": "output",
+}
+RESUMED = {"demo", "train"}  # commands that go on where they were stopped
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"flex {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="generate data, train every method on the shipped base, write the report")
@@ -34,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_configuration(train)
     train.add_argument("--output", help="folder of the run (default: the configuration's `output`)")
 
-    graft = commands.add_parser("graft", help="choose the grafts and print, per layer, the loss of every candidate")
+    graft = commands.add_parser(
+        "graft", help="choose the grafts; show per layer what is taken and how much it explains"
+    )
     _add_configuration(graft)
     graft.add_argument("--client", help="this client only (default: all)")
 
@@ -63,13 +79,14 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="change one setting, e.g. --set train.rounds=3; may be repeated",
+        help="change one setting, e.g. --set train.rounds=3; may be repeated. flex/config.py lists the settings and "
+        "their defaults, flex/methods.py those of graft",
     )
 
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="the run; see configs/")
-    parser.add_argument("--model", help="folder or hub name of the base (data.model)")
+    parser.add_argument("--model", help="folder or hub name of the base (model.path)")
     parser.add_argument("--data", help="training examples: .jsonl or .jsonl.gz with instruction, context, response")
     parser.add_argument("--test", help="test examples; without it a share of --data is held out")
     parser.add_argument("--clients-by", help="the column that says whose an example is")
@@ -85,32 +102,37 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """The named options as the settings they stand for; `--set` comes last and wins."""
-    named = {
-        "model.path": arguments.model,
-        "data.train": arguments.data,
-        "data.test": arguments.test,
-        "data.clients_by": arguments.clients_by,
-    }
-    overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
-    if arguments.clients:
-        overrides.append(f"data.clients={list(arguments.clients)}")
-    return overrides + arguments.overrides
+    last = (arguments.clients or [""])[-1]
+    require(
+        arguments.config is not None or not last.endswith(".toml"),
+        f"--clients took {last!r} for a client; wanted the configuration before the options: "
+        f"flex {arguments.command} {last} --clients ...",
+    )
+    given = {key: getattr(arguments, name, None) for name, key in NAMED.items()}
+    return [f"{key}={to_toml(value)}" for key, value in given.items() if value is not None] + arguments.overrides
+
+
+def _version() -> str:
+    try:
+        return metadata.version("flex-moe")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["pretrain"]:
-        from flex.pretrain import main as pretrain
-
-        return pretrain(words[1:])
-    given = build_parser().parse_args(words)
     try:
-        return _dispatch(given)
+        if words[:1] == ["pretrain"]:
+            from flex.pretrain import main as pretrain
+
+            return pretrain(words[1:])
+        return _dispatch(build_parser().parse_args(words))
     except FlexError as error:
         print(f"flex: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("flex: interrupted; the same command goes on where the last round ended", file=sys.stderr)
+        goes_on = "; the same command goes on where the last round ended" if set(words[:1]) & RESUMED else ""
+        print(f"flex: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
@@ -118,18 +140,23 @@ def _dispatch(given: argparse.Namespace) -> int:
     # torch and transformers take seconds to import: only commands that need them pay for it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if given.command == "report":
-        from flex.report import write_report
+        from flex.report import read_events, write_report
 
+        require(
+            bool(read_events(given.run)),
+            f"{given.run} has nothing to report yet; wanted a run with events in metrics.jsonl",
+        )
         print(write_report(given.run))
         return 0
+    overrides = _overrides(given) if given.command in ("train", "graft") else []
     from flex import commands
 
     if given.command == "demo":
         return commands.demo(given.output, given.overrides)
     if given.command == "train":
-        return commands.train(given.config, _overrides(given), given.output)
+        return commands.train(given.config, overrides)
     if given.command == "graft":
-        return commands.graft(given.config, _overrides(given), given.client)
+        return commands.graft(given.config, overrides, given.client)
     if given.command == "eval":
         return commands.evaluate(given.run, given.method, given.seed, given.client)
     return commands.generate(

@@ -29,6 +29,7 @@ from flex.state import (
     Partition,
     PersonalState,
     PersonalStore,
+    folder_name,
     load_into,
     load_moments,
     optimizer_moments,
@@ -56,7 +57,7 @@ class ClientRuntime:
     """All clients of one job on one model; each call works on one of them.
 
     Args:
-        folder: of the job; personal files go to `folder/clients/<client_id>/`.
+        folder: of the job; personal files go to `folder/clients/<folder_name(client_id)>/`.
         on_event: takes what is worth keeping (see `events.py`).
         on_step: called after each training step, for a progress bar.
         on_calibration: called after each batch of a calibration, likewise.
@@ -92,7 +93,7 @@ class ClientRuntime:
         self.start = snapshot(self.own)  # what a client that never trained owns
         self.stores = {
             name: PersonalStore(
-                folder / "clients" / name,
+                folder / "clients" / folder_name(name),
                 {"base": base.fingerprint, "method": method, "seed": seed, "client": name},
             )
             for name in self.clients

@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ class DataConfig:
         require(
             0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; wanted a number between 0 and 1"
         )
+        require(bool(self.clients_by), "data.clients_by is empty; wanted the column that says whose an example is")
+        _require_distinct("data.clients", self.clients)
         require(self.max_length >= 16, f"data.max_length is {self.max_length}; wanted at least 16 tokens")
         for name in ("max_train", "max_test"):
             require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; wanted 0 (all) or more")
@@ -74,6 +77,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank is {self.rank}; wanted 1 or more")
+        require(self.alpha > 0, f"lora.alpha is {self.alpha}; wanted a number above 0")
         require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; wanted a number from 0 to below 1")
         require(bool(self.targets), "lora.targets is empty; wanted the names of the attention projections")
 
@@ -103,6 +107,8 @@ class TrainSettings:
         require(not unknown, f"train.methods names {unknown}; wanted some of {', '.join(METHODS)}")
         require(bool(self.methods), "train.methods is empty; wanted at least one method")
         require(bool(self.seeds), "train.seeds is empty; wanted at least one seed")
+        _require_distinct("train.methods", self.methods)
+        _require_distinct("train.seeds", self.seeds)
         require(
             self.strategy in STRATEGIES,
             f"train.strategy is {self.strategy!r}; wanted one of {', '.join(STRATEGIES)}",
@@ -115,7 +121,12 @@ class TrainSettings:
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; wanted 1 or more")
         for name in ("learning_rate", "graft_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; wanted a number above 0")
-        require(self.clients_per_round >= 0, "train.clients_per_round is negative; wanted 0 (all) or more")
+        for name in ("final_learning_rate", "weight_decay", "proximal_mu"):
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; wanted 0 or more")
+        require(
+            self.clients_per_round >= 0,
+            f"train.clients_per_round is {self.clients_per_round}; wanted 0 (all) or more",
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"evaluate.every is {self.every}; wanted 0 (the last round only) or more")
-        require(self.batch_size >= 1, f"evaluate.batch_size is {self.batch_size}; wanted 1 or more")
+        for name in ("batch_size", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; wanted 1 or more")
 
 
 @dataclass(frozen=True)
@@ -149,11 +161,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"threads is {self.threads}; wanted 0 (torch's choice) or more")
         require(self.workers >= 1, f"workers is {self.workers}; wanted 1 or more")
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            for key in dataclasses.fields(values) if dataclasses.is_dataclass(values) else ():
+                value = getattr(values, key.name)
+                finite = not isinstance(value, float) or math.isfinite(value)
+                require(finite, f"{section.name}.{key.name} is {value}; wanted a finite number")
 
     def with_values(self, **sections: dict[str, Any]) -> "RunConfig":
         """A copy with some fields of some sections replaced: `config.with_values(train={"rounds": 3})`."""
         changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
         return dataclasses.replace(self, **changed)
+
+
+def _require_distinct(name: str, values: tuple[Any, ...]) -> None:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    require(not twice, f"{name} names {twice[0] if twice else None!r} twice; wanted each once")
 
 
 def _convert(value: Any, wanted: Any, name: str) -> Any:
@@ -165,8 +188,19 @@ def _convert(value: Any, wanted: Any, name: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        raise FlexError(f"{name} is {value!r}, a {type(value).__name__}; wanted a {wanted.__name__}")
+        raise FlexError(f"{name} is {value!r}, {_with_article(type(value))}; wanted {_with_article(wanted)}")
+    if wanted is str and not _is_unicode(value):
+        raise FlexError(f"{name} is {value!r}, with bytes that are no text; wanted UTF-8")
     return value
+
+
+def _with_article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
+
+
+def _is_unicode(text: str) -> bool:
+    """False where the command line gave bytes that are no UTF-8: Python keeps them as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
@@ -205,7 +239,7 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text())
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FlexError(f"no configuration at {path}; wanted a TOML file") from None
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -217,7 +251,9 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             node = node.setdefault(section, {})
             require(isinstance(node, dict), f"--set {text}: {section} is a value, not a section")
         node[key] = value
-    return _build(RunConfig, table, "")
+    config = _build(RunConfig, table, "")
+    require(bool(config.output), "output is empty; wanted the folder of the run")
+    return config
 
 
 def write_config(config: RunConfig, path: Path) -> None:
@@ -226,13 +262,15 @@ def write_config(config: RunConfig, path: Path) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            body = [f"{k.name} = {_toml(getattr(value, k.name))}" for k in dataclasses.fields(value)]
+            body = [f"{k.name} = {to_toml(getattr(value, k.name))}" for k in dataclasses.fields(value)]
             sections.append("\n".join([f"[{f.name}]", *body]))
         else:
-            lines.append(f"{f.name} = {_toml(value)}")
-    path.write_text("\n\n".join(["\n".join(lines), *sections]) + "\n")
+            lines.append(f"{f.name} = {to_toml(value)}")
+    path.write_text("\n\n".join(["\n".join(lines), *sections]) + "\n", encoding="utf-8")
 
 
-def _toml(value: Any) -> str:
-    """JSON spells strings, numbers, booleans and lists as TOML does."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+def to_toml(value: Any) -> str:
+    """JSON spells strings, numbers, booleans and lists as TOML does, but pairs of surrogates are no TOML, and U+007F is
+    a control character there."""
+    text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")

@@ -7,6 +7,7 @@ trained: a model that never sees it rewarded never stops.
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from flex.errors import FlexError
 
 Record = dict[str, Any]
 IGNORED = -100  # the label that cross_entropy skips
+TEXTS = ("instruction", "context", "response")
 PROMPT_TAIL = 16  # tokens at the end of a cut prompt that stay: they hold the template's call for the response
 
 # The template of Stanford Alpaca (Taori et al. 2023), which the paper trains and tests with.
@@ -67,11 +69,14 @@ class ClientData:
         return {part: sum(e.truncated for e in getattr(self, part)) for part in ("train", "test")}
 
 
-def read_records(path: str | Path, columns: Sequence[str] = ("instruction", "response")) -> list[Record]:
+def read_records(
+    path: str | Path, columns: Sequence[str] = ("instruction", "response"), clients_by: str = ""
+) -> list[Record]:
     """The records of a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
-        FlexError: the file is missing or empty, a line is no JSON object, or a record lacks one of `columns`.
+        FlexError: the file is missing, damaged or empty, a line is no JSON object, a record lacks one of `columns`, a
+            text is no string, or the column `clients_by` (where one is given) names no client.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,28 +84,49 @@ def read_records(path: str | Path, columns: Sequence[str] = ("instruction", "res
     open_text = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
-        with open_text(path, "rt", encoding="utf-8") as lines:
+        with open_text(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    records.append(_record(line, f"{path}, line {number}", columns))
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+                    records.append(_record(line, f"{path}, line {number}", columns, clients_by))
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise FlexError(f"{path} cannot be read as JSON lines: {error}") from None
     if not records:
         raise FlexError(f"{path} holds no records; wanted one JSON object a line")
     return records
 
 
-def _record(line: str, where: str, columns: Sequence[str]) -> Record:
+def _record(line: str, where: str, columns: Sequence[str], clients_by: str) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise FlexError(f"{where} is not JSON: {error}") from None
+        raise FlexError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise FlexError(f"{where} is not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
         raise FlexError(f"{where} is a {type(record).__name__}; wanted a JSON object")
     for column in columns:
         if column not in record:
             raise FlexError(f"{where} has no column {column!r}; it has {', '.join(map(repr, record))}")
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise FlexError(f"{where} holds half of a character (a \\ud… alone); wanted whole ones") from None
+    for column in TEXTS:
+        value = record.get(column, "")
+        if not (isinstance(value, str) or (value is None and column == "context")):
+            raise FlexError(f"{where} has {_shown(value)} as {column!r}; wanted a string")
+    if clients_by:
+        name = record[clients_by]
+        if not isinstance(name, str | int | float) or not str(name).strip():
+            raise FlexError(f"{where} has {_shown(name)} as {clients_by!r}; wanted the name of a client")
     return record
+
+
+def _shown(value: Any) -> str:
+    """A value as the file has it, in a few characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def split_clients(records: list[Record], column: str, chosen: Sequence[str] = ()) -> dict[str, list[Record]]:
@@ -173,15 +199,15 @@ def load_clients(config: DataConfig, encoder: Encoder) -> list[ClientData]:
     """Every client's encoded examples, in the order that fixes the client's index for the whole run.
 
     Raises:
-        FlexError: a file or column is missing, or a client has nothing to train or to test on.
+        FlexError: a file or column is missing or not what it should be, or a client has nothing to train or to test on.
     """
     if not config.train:
         raise FlexError("data.train is empty; wanted a .jsonl or .jsonl.gz file (--data FILE)")
     columns = ["instruction", "response", config.clients_by, *([config.group_by] if config.group_by else [])]
-    train = split_clients(read_records(config.train, columns), config.clients_by, config.clients)
+    train = split_clients(read_records(config.train, columns, config.clients_by), config.clients_by, config.clients)
     test = {}
     if config.test:
-        test = split_clients(read_records(config.test, columns), config.clients_by)
+        test = split_clients(read_records(config.test, columns, config.clients_by), config.clients_by)
     clients = []
     for name, records in train.items():
         parts = (records, test.get(name, [])) if test else split_held_out(records, config.test_fraction, name)

@@ -32,16 +32,34 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[Event]:
-    """The whole events of a file; a last line cut short by a kill is left out. No file: no events."""
-    if not path.exists():
+    """The whole events of a file; a last line cut short by a kill is left out. No file: no events.
+
+    Raises:
+        FlexError: the file cannot be read, or a line that was written to its end is no event.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise FlexError(f"cannot read {path}: {error}") from None
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate(lines, 1):
+        event = _parse(line)
+        if event is not None:
+            events.append(event)
+        elif line.strip() and number < len(lines):
+            start = line[:40].decode("utf-8", errors="replace")
+            raise FlexError(f"{path}, line {number} is damaged: it begins with {start!r}; wanted a JSON object")
     return events
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
 
 
 def write_events(path: Path, events: Iterable[Event]) -> None:

@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ def choice_table(client_id: str, num_sequences: int, choices: Sequence[Choice]) 
     """A line per layer: what was taken, how much of the target it leaves, what it cost."""
     first = choices[0]
     table = Table(
-        title=f"client {client_id}, {num_sequences} sequences: {first.criterion}, target {first.target}",
+        title=f"client {escape(client_id)}, {num_sequences} sequences: {first.criterion}, target {first.target}",
         caption="unexplained: share of the target's energy left, 100 % is no better than nothing;\n"
         "after: with the refitted down projection; held out: on sequences nothing was fitted to",
     )

@@ -2,7 +2,7 @@
 
 JOB/metrics.jsonl                       its events
 JOB/server/round-0003.safetensors       shared state and the strategy's moments after round 3
-JOB/clients/<client_id>/                that client's personal files, for nobody else
+JOB/clients/<folder_name(client_id)>/   that client's personal files, for nobody else
 """
 
 import hashlib

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -81,7 +82,9 @@ class PretrainConfig:
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("hidden", self.hidden % (2 * self.heads) == 0, f"a multiple of twice --heads ({2 * self.heads})")
         self._require("top_k", self.top_k <= self.experts, f"at most --experts ({self.experts})")
-        self._require("learning_rate", self.learning_rate > 0, "a number above 0")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "a finite number above 0")
+        for name in ("weight_decay", "balance", "threads"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a finite number from 0 up")
         self._require("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         self._require("loss", self.loss in ("response", "full"), "response or full")
         self._require("skip", not self.skip or "=" in self.skip, "COLUMN=VALUE,VALUE")
@@ -268,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 2 after one sentence on what was wrong with the input."""
+    """Returns 0, 2 after one sentence on what was wrong with the input, or 130 where Ctrl-C ended it."""
     parser = argparse.ArgumentParser(prog="flex pretrain", description=__doc__.splitlines()[0])
     add_arguments(parser)
     values = vars(parser.parse_args(arguments))
@@ -281,6 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlexError as error:
         print(f"flex pretrain: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"flex pretrain: interrupted; {config.out} is as it was", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -123,7 +123,8 @@ def _unfinished(summary: list[Row]) -> list[str]:
 def _without_flex(summary: list[Row], measure: Measure) -> str:
     scored = [row for row in summary if measure in row[AFTER]]
     parts = [f"{row['label']} {_value(row, measure)}" for row in scored]
-    return f"FLEx itself has no result here. {IN_WORDS[measure.name][0].upper() + IN_WORDS[measure.name][1:]} on the test sets: {_join(parts)}."
+    name = IN_WORDS[measure.name]
+    return f"FLEx itself has no result here. {name[0].upper()}{name[1:]} on the test sets: {_join(parts)}."
 
 
 def _headline(main: Row, summary: list[Row], measure: Measure) -> str:

@@ -33,11 +33,11 @@ RUN = "run.jsonl"  # what the whole run has in common
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<18}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         yield progress

@@ -6,12 +6,15 @@ header, written under a temporary name and then renamed, so a reader sees a whol
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 
 from flex.errors import FlexError
 
+SIMPLE_NAME = re.compile(r"(?!\.)[\w .-]+")  # no separator, and no leading dot: neither hidden nor ".."
+LONGEST_NAME = 120  # bytes; file systems take 255
 ROLES = ("shared", "personal", "frozen")
 KEPT_ROUNDS = 2  # of a client's personal files: the last, and the one before it for a run killed between two saves
 
@@ -116,6 +121,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if header is None:
         raise FlexError(f"{path} has no FLEx header; wanted a file that a FLEx run wrote")
     return tensors, header
+
+
+def folder_name(client_id: str) -> str:
+    """The folder of a client, whatever its name holds: one level, different for different names.
+
+    Letters, digits, spaces, `_`, `-` and `.` (not in front) stay, bytes of anything else become %XX; what is too long
+    is cut and ends in a hash of the whole.
+    """
+    name = client_id
+    if not SIMPLE_NAME.fullmatch(name):
+        name = quote(name, safe=" ", errors="surrogatepass").replace("~", "%7E")
+        name = f"%2E{name[1:]}" if name.startswith(".") else name
+    if len(name.encode()) > LONGEST_NAME:
+        # No other name holds a "~", so a cut one never meets it. Twenty letters are at most 80 bytes.
+        digest = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).hexdigest()
+        name = f"{name[:20]}~{digest[:32]}"
+    return name or "%"
 
 
 def round_file(folder: Path, round_index: int) -> Path:

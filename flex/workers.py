@@ -8,6 +8,7 @@ single-threaded jobs beat one of two threads), a large one has no room for it.
 import multiprocessing
 import os
 import queue
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,14 +51,12 @@ class RemoteBar:
     """The same, from another process: calls go through a queue to the one that owns the terminal."""
 
     def __init__(self, messages: multiprocessing.Queue, job: JobName):
-        self.messages, self.job, self.parent = messages, job, os.getppid()
+        self.messages, self.job = messages, job
 
     def begin(self, total: int) -> None:
         self.messages.put((self.job, "begin", (total,)))
 
     def step(self, steps: int = 1) -> None:
-        if os.getppid() != self.parent:  # whoever started the run is gone: a resumed one must find nobody at work
-            os._exit(1)
         self.messages.put((self.job, "step", (steps,)))
 
     def say(self, what: str) -> None:
@@ -122,7 +121,14 @@ def run_apart(config: RunConfig, jobs: list[JobName], bars: dict[JobName, Bar]) 
             process.terminate()
 
 
+def _end_with_parent() -> None:
+    """Waits for whoever started the run to be gone, even by SIGKILL: a resumed run must find nobody at work."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _work(config: RunConfig, jobs: list[JobName], messages: multiprocessing.Queue) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(config.threads or max(1, torch.get_num_threads() // config.workers))
     bars = {job: RemoteBar(messages, job) for job in jobs}
     try:

@@ -249,6 +249,10 @@ class GraftedMoE(nn.Module):
         super().__init__()
         check_combine(combine)
         check_activation(activation)
+        if hidden_size < 1 or intermediate_size < 1:
+            raise ValueError(
+                f"hidden_size is {hidden_size} and intermediate_size is {intermediate_size}, want both at least 1"
+            )
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, want 1 to {num_experts}, the number of experts")
         factory = {"device": device, "dtype": dtype}

@@ -28,7 +28,12 @@ def test_gzip_and_plain_files_give_the_same_records(tmp_path):
     ("content", "sentence"),
     [
         ("", "holds no records"),
-        ("{not json\n", "line 1 is not JSON"),
+        ("{not json\n", "line 1 is not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[" * 100_000, "line 1 is not JSON that can be read"),
+        ('{"instruction": "x", "response": 5}\n', "line 1 has 5 as 'response'; wanted a string"),
+        (r'{"instruction": "x\uD83D", "response": "x"}', "line 1 holds half of a character"),
+        ('{"instruction": null, "response": "x"}\n', "line 1 has null as 'instruction'; wanted a string"),
+        ('{"instruction": "x", "response": "x", "context": [1]}\n', "line 1 has [1] as 'context'; wanted a string"),
         ('{"instruction": "x"}\n', "line 1 has no column 'response'; it has 'instruction'"),
         ("[1]\n", "line 1 is a list; wanted a JSON object"),
     ],
@@ -46,6 +51,40 @@ def test_a_missing_or_cut_gzip_file_gets_one_sentence(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"instruction": "a", "response": "b"}\n')[:-6])
     with pytest.raises(FlexError, match="cannot be read as JSON lines"):
         read_records(tmp_path / "cut.jsonl.gz")
+
+
+@pytest.mark.parametrize("damage", ["byte", "header", "cut"])
+def test_a_damaged_gzip_file_gets_one_sentence(tmp_path, damage):
+    packed = bytearray(gzip.compress(b"".join(json.dumps(r).encode() + b"\n" for r in records("a", 50))))
+    if damage == "byte":
+        packed[20:60] = b"\xff" * 40
+    elif damage == "header":
+        packed[0] = 0
+    else:
+        del packed[len(packed) // 2 :]
+    (tmp_path / "x.jsonl.gz").write_bytes(packed)
+    with pytest.raises(FlexError, match="cannot be read as JSON lines"):
+        read_records(tmp_path / "x.jsonl.gz")
+
+
+def test_a_byte_order_mark_and_an_absent_context_are_no_fault(tmp_path):
+    plain = r'{"instruction": "\ud83d\ude00", "response": "y", "context": null}'
+    (tmp_path / "x.jsonl").write_text(plain, encoding="utf-8-sig")
+    assert read_records(tmp_path / "x.jsonl") == [json.loads(plain)]
+
+
+@pytest.mark.parametrize("name", [None, "", "  ", [], {"a": 1}])
+@pytest.mark.parametrize("file", ["train", "test"])
+def test_a_record_that_names_no_client_is_refused_by_its_line(tmp_path, encoder, file, name):
+    save_data(tmp_path)
+    files = {part: str(tmp_path / f"{part}.jsonl") for part in ("train", "test")}
+    with open(files[file], "a") as lines:
+        lines.write(json.dumps({**records("a", 1)[0], "client": name}) + "\n")
+    with pytest.raises(FlexError) as caught:
+        load_clients(DataConfig(**files), encoder)
+    line = {"train": 21, "test": 13}[file]
+    sentence = f"{file}.jsonl, line {line} has {json.dumps(name)} as 'client'; wanted the name of a client"
+    assert str(caught.value).endswith(sentence)
 
 
 def test_labels_cover_the_response_and_the_end_token(encoder):

@@ -36,6 +36,12 @@ def by_the_reference(moe: GraftedMoE, x: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
+@pytest.mark.parametrize("sizes", [(0, 17, 4, 2), (16, 0, 4, 2), (16, -8, 4, 2)])
+def test_a_layer_of_no_size_is_refused(sizes):
+    with pytest.raises(ValueError, match=f"hidden_size is {sizes[0]} and intermediate_size is {sizes[1]}, want both"):
+        GraftedMoE(*sizes)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"graft_width": None}, {"combine": "convex"}, {"renormalize": False, "activation": "gelu_tanh"}],

@@ -15,7 +15,9 @@ from rich.console import Console
 from synthetic_run import CLIENTS, DEMO, Event, scored, synthetic_events, write_run
 
 from flex import report_figures, report_page
+from flex.cli import main
 from flex.errors import FlexError
+from flex.events import METRICS, read_events
 from flex.methods import METHODS as TRAINED
 from flex.report import findings, summarise, terminal_table, write_report
 from flex.report_numbers import AFTER, METHODS, Measure
@@ -151,6 +153,32 @@ def test_a_missing_kind_of_event_is_no_obstacle(kind: str, tmp_path: Path) -> No
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     assert "no evaluation yet" in read_page(write_report(write_run(tmp_path, []))).text
     assert render(summarise([]))
+
+
+def test_the_command_says_that_there_is_nothing_to_report_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, [])
+    assert main(["report", "--run", str(run)]) == 2
+    assert capsys.readouterr().err == f"flex: {run} has nothing to report yet; wanted a run with events in {METRICS}\n"
+    assert not (run / "report.html").exists()
+
+
+def test_only_a_cut_last_line_is_forgiven(tmp_path: Path) -> None:
+    path, whole = tmp_path / METRICS, '{"event": "done"}\n'
+    for cut in ('{"event": "tr', '{"event": "\udce6', "\x00\x00", ""):
+        path.write_text(whole * 2 + cut, encoding="utf-8", errors="surrogateescape")
+        assert read_events(path) == [{"event": "done"}] * 2
+    path.write_text(whole + whole.strip())  # all of it but the end of the line
+    assert read_events(path) == [{"event": "done"}] * 2
+    for damaged in ('{"event": "tr\n', '{"event": "\udce6"}\n', "\x00\x00\n", "7\n"):
+        for rest in (whole, ""):
+            path.write_text(whole + damaged + rest, encoding="utf-8", errors="surrogateescape")
+            with pytest.raises(FlexError, match=rf"{METRICS}, line 2 is damaged: it begins with .*; wanted a JSON"):
+                read_events(path)
+    with pytest.raises(FlexError, match="cannot read"):
+        read_events(tmp_path)
+    assert read_events(tmp_path / "nowhere") == []
 
 
 @pytest.mark.usefixtures("no_pictures")

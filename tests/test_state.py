@@ -1,5 +1,6 @@
 """Partition and files: whose a parameter is, and what a damaged or foreign file is told."""
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import save_model, tiny_config
 
-from flex.config import METHODS
+from flex.config import METHODS, ModelConfig
 from flex.errors import FlexError
 from flex.model import load_base, wrap
 from flex.state import (
@@ -115,6 +116,44 @@ def test_fingerprint_tells_bases_apart(tmp_path):
     assert load_base(config.model).fingerprint == one
     other = save_model(tmp_path / "other", seed=1)
     assert load_base(config.with_values(model={"path": str(other)}).model).fingerprint != one
+
+
+def test_a_folder_that_holds_no_whole_model_is_named(tmp_path):
+    config = tiny_config(tmp_path).model
+    path = tmp_path / "model" / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1000], whole[:100], b"", b"x" * 5000):
+        path.write_bytes(damaged)
+        with pytest.raises(FlexError, match="no model can be loaded from"):
+            load_base(config)
+    path.write_bytes(whole)
+    for file in path.parent.glob("*token*"):
+        file.unlink()
+    with pytest.raises(FlexError, match="no tokenizer in"):
+        load_base(config)
+
+
+def test_a_home_folder_is_spelled_out(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path).model
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_base(dataclasses.replace(config, path="~/model")).fingerprint == load_base(config).fingerprint
+
+
+@pytest.mark.parametrize("path", ["/no", "./no", "no/", "a/b/c", "~/no", "~nobody", "here/no", "file.bin", "a b"])
+def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(tmp_path, monkeypatch, path):
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    (tmp_path / "work" / "file.bin").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("flex.model.AutoTokenizer", None)
+    with pytest.raises(FlexError, match="no folder at"):
+        load_base(ModelConfig(path))
+
+
+@pytest.mark.parametrize("device", ["foo", "", "cuda:99", "hpu"])
+def test_a_device_that_is_not_there_is_named(tmp_path, device):
+    config = dataclasses.replace(tiny_config(tmp_path).model, device=device)
+    with pytest.raises(FlexError, match=f"model.device is '{device}'; wanted"):
+        load_base(config)
 
 
 def test_damaged_missing_and_foreign_files_are_named(tmp_path):
