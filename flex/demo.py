@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from flex.config import RunConfig, read_config
+from flex.config import RunConfig, read_config, to_toml
 from flex.demo_language import CITIES, CODE_WORDS, COLOURS, KINDS, NEW_SKILL, NOUNS, SKILLS, UNITS, Task
 
 Record = dict[str, str]
@@ -240,5 +240,5 @@ def demo_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         "data.test": data / "test.jsonl",
         "data.general": data / "general.jsonl",
     }
-    named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
+    named = [f"{key}={to_toml(str(path))}" for key, path in paths.items()]
     return read_config(ASSETS / "demo.toml", [*named, *overrides])

@@ -205,3 +205,9 @@ def test_the_shipped_base_answers_and_stops(base):
 
 def test_the_shipped_tokenizer_is_the_one_this_code_builds(tokenizer):
     assert AutoTokenizer.from_pretrained(demo.BASE_FOLDER).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_folder_of_any_name(tmp_path):
+    config = demo.demo_config(tmp_path / "runs 🚜")
+    assert config.output == str(tmp_path / "runs 🚜")
+    assert config.data.train.startswith(config.output)
