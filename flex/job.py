@@ -7,9 +7,9 @@ JOB/clients/<folder_name(client_id)>/   that client's personal files, for nobody
 
 import hashlib
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,17 @@ class Setting:
     encoder: Encoder
     clients: list[ClientData]
     general: list[Example]
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
+        digest = hashlib.sha256()
+        for client in self.clients:
+            for part in (client.train, client.test):
+                digest.update(f"{client.client_id}/{len(part)}".encode())
+                for example in part:
+                    digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
+        return digest.hexdigest()[:16]
 
 
 class Bar(Protocol):
@@ -84,7 +95,7 @@ class Job:
             "method": method,
             "seed": seed,
             "strategy": config.train.strategy,
-            "data": data_fingerprint(setting.clients),
+            "data": setting.data_fingerprint,
         }
         self.exact: dict[str, float] = {}
         self.runtime = ClientRuntime(
@@ -194,17 +205,6 @@ class Job:
             self.told = True
             for direction, content in (("down", message.content), ("up", reply.content)):
                 self.log.write({"event": "sent", "direction": direction, "tensors": sent_tensors(content)})
-
-
-def data_fingerprint(clients: Iterable[ClientData]) -> str:
-    """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
-    digest = hashlib.sha256()
-    for client in clients:
-        for part in (client.train, client.test):
-            digest.update(f"{client.client_id}/{len(part)}".encode())
-            for example in part:
-                digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
-    return digest.hexdigest()[:16]
 
 
 def latest_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:

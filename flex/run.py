@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flex.config import METHODS, RunConfig, read_config, write_config
 from flex.errors import FlexError
 from flex.events import METRICS, Event, read_events, write_events
-from flex.job import Setting, data_fingerprint
+from flex.job import Setting
 from flex.model import check_targets
 from flex.strategy import make_strategy
 from flex.workers import Bar, prepare, run_apart, run_here
@@ -62,11 +62,10 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     if any(METHODS[method].lora for method in config.train.methods):
         check_targets(setting.base.model, config.lora.targets)
     make_strategy(config.train.strategy, len(setting.clients), clients_per_round=config.train.clients_per_round)
-    data = _check_contents(folder, setting, config.train.seeds[0]) if _has_results(folder) else {}
+    data = _check_contents(folder, setting, config.train.seeds[0])
     _claim(folder, config)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     with _alone_in(folder), progress_bars(console) as progress:
-        data = data or {str(config.train.seeds[0]): data_fingerprint(setting.clients)}
         event = {**_run_event(config, setting, title, descriptions or {}), "data": data}
         write_events(folder / RUN, [event, *_truncation_events(config, setting)])
         bars = {(seed, method): Bar(progress, f"{method} seed {seed}") for seed, method in jobs}
@@ -116,10 +115,11 @@ def _has_results(folder: Path) -> bool:
 
 def _check_contents(folder: Path, setting: Setting, seed: int) -> dict[str, str]:
     """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were."""
-    old = next((event for event in read_events(folder / RUN) if event["event"] == "run"), {})
+    events = read_events(folder / RUN) if _has_results(folder) else []
+    old = next((event for event in events if event["event"] == "run"), {})
     if old and old["fingerprint"] != setting.base.fingerprint:
         raise FlexError(f"{folder} holds a run on another base; wanted the same one to resume it, or another --output")
-    data = {**old.get("data", {}), str(seed): data_fingerprint(setting.clients)}
+    data = {**old.get("data", {}), str(seed): setting.data_fingerprint}
     if old.get("data", {}).get(str(seed), data[str(seed)]) != data[str(seed)]:
         raise FlexError(
             f"{folder} holds a run on other data (a file has changed); wanted the same, or another --output"

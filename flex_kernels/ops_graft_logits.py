@@ -1,5 +1,7 @@
 """The graft's gate before its sigmoid as an operation, `flex::graft_logits`. Order as in `ops.py`."""
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,12 +10,17 @@ from torch import Tensor
 from flex_kernels import plan
 from flex_kernels.checks import autocast_off, check_device, check_float, check_shape, wide_dtype
 
+Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
+
+
+def _forward(choose: Choose, hidden_states: Tensor, *logit: Tensor) -> Tensor:
+    with autocast_off(hidden_states):
+        return choose("graft_logits", hidden_states.dtype).graft_logits_fwd(hidden_states, *logit)
+
 
 @torch.library.custom_op("flex::graft_logits", mutates_args=(), device_types="cuda")
 def _graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
-    backend = plan.cuda_backend("graft_logits", hidden_states.dtype)
-    with autocast_off(hidden_states):
-        return backend.graft_logits_fwd(hidden_states, logit_weight, logit_bias)
+    return _forward(plan.cuda_backend, hidden_states, logit_weight, logit_bias)
 
 
 @_graft_logits.register_fake
@@ -23,19 +30,20 @@ def _(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor
 
 
 @_graft_logits.register_kernel("cpu")
-def _(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
-    backend = plan.cpu_backend("graft_logits", hidden_states.dtype)
+def _(*args: Tensor) -> Tensor:
+    return _forward(plan.cpu_backend, *args)
+
+
+def _gradients(choose: Choose, d_graft_logits: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     with autocast_off(hidden_states):
-        return backend.graft_logits_fwd(hidden_states, logit_weight, logit_bias)
+        return choose("graft_logits", hidden_states.dtype).graft_logits_bwd(d_graft_logits, hidden_states, *rest)
 
 
 @torch.library.custom_op("flex::graft_logits_bwd", mutates_args=(), device_types="cuda")
 def _graft_logits_bwd(
     d_graft_logits: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    backend = plan.cuda_backend("graft_logits", hidden_states.dtype)
-    with autocast_off(hidden_states):
-        return backend.graft_logits_bwd(d_graft_logits, hidden_states, logit_weight, need_hidden, need_weight)
+    return _gradients(plan.cuda_backend, d_graft_logits, hidden_states, logit_weight, need_hidden, need_weight)
 
 
 @_graft_logits_bwd.register_fake
@@ -49,12 +57,8 @@ def _(
 
 
 @_graft_logits_bwd.register_kernel("cpu")
-def _(
-    d_graft_logits: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    backend = plan.cpu_backend("graft_logits", hidden_states.dtype)
-    with autocast_off(hidden_states):
-        return backend.graft_logits_bwd(d_graft_logits, hidden_states, logit_weight, need_hidden, need_weight)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return _gradients(plan.cpu_backend, *args)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
