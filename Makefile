@@ -16,8 +16,8 @@ test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's 
 check: test
 
 # The operations' own tests: the same files serve the plain run, the interpreter and a device.
-KERNEL_TESTS := tests/test_experts.py tests/test_route.py tests/test_graft_logits.py tests/test_combine.py \
-                tests/test_score.py tests/test_routing_plan.py $(wildcard tests/test_kernels_*.py)
+KERNEL_TESTS := $(addprefix tests/flex_kernels/test_,experts.py route.py graft_logits.py combine.py score.py \
+                routing_plan.py) $(wildcard tests/flex_kernels/test_kernels_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ format: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
@@ -44,7 +44,7 @@ test-gpu:  ## on a machine with a device whose torch, triton, transformers and p
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
 	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120 \
 		$(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile") $(KERNEL_TESTS) \
-		tests/test_layer.py tests/test_transformers_plug.py tests/test_subsets.py tests/test_neurons.py tests/test_refit.py
+		$(addprefix tests/flex_kernels/test_,layer.py transformers_plug.py subsets.py neurons.py refit.py)
 
 # Calls of at most 10 minutes add up to one file: MINUTES is for one of them, PART names parts (see benchmarks/gpu), and
 # OUTPUT is a folder for the results where those of the tree do not survive.

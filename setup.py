@@ -29,7 +29,7 @@ NVCC_FLAGS += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]
 
 
 def needs_recompile(obj: str, source: str) -> bool:
-    inputs = [source, *glob("csrc/*.h")]
+    inputs = [source, *glob("csrc/**/*.h", recursive=True)]
     return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, inputs))
 
 
@@ -47,10 +47,11 @@ class Build(build_ext):
 
 ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1, needs_recompile=needs_recompile).install()
 FLAGS = {"cxx_std": 17, "include_dirs": ["csrc"], "extra_compile_args": ["-O3", "-fopenmp", "-g0"]}
-CPP = sorted(set(glob("csrc/*.cpp")) - {"csrc/bindings_cuda.cpp"})
+CPP = sorted(glob("csrc/*.cpp") + glob("csrc/isa/*.cpp"))
 extensions = [Pybind11Extension("flex_kernels._native", CPP, extra_link_args=["-fopenmp"], optional=True, **FLAGS)]
-if NVCC and (CU := sorted(glob("csrc/*.cu"))):
-    cuda = Pybind11Extension("flex_kernels._cuda", ["csrc/bindings_cuda.cpp", *CU], optional=WANT_CUDA != "1", **FLAGS)
+if NVCC and (CU := sorted(glob("csrc/cuda/*.cu"))):
+    CU.append("csrc/cuda/bindings_cuda.cpp")
+    cuda = Pybind11Extension("flex_kernels._cuda", CU, optional=WANT_CUDA != "1", **FLAGS)
     homes = (Path(CUDA_HOME), Path(os.path.realpath(NVCC)).parents[1])
     cuda.library_dirs += [str(home / lib) for home in homes for lib in ("lib64", "lib") if (home / lib).is_dir()]
     cuda.libraries += ["cudart_static", "rt", "dl", "pthread"]

@@ -36,9 +36,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from flex_kernels.kernels import combine, experts, graft_logits, route, score, tiles
-from flex_kernels.kernels.routing_plan import routing_plan
-from flex_kernels.layer_inputs import LayerInputs
+from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.triton import combine, graft_logits, route, score, tiles
+from flex_kernels.backends.triton import experts_fwd as experts
+from flex_kernels.backends.triton.routing_plan import routing_plan
 
 KIB = 1 << 10
 

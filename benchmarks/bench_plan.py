@@ -1,7 +1,7 @@
 """The routing plan in C++ beside `torch.sort` + `bincount` and beside PyTorch's whole plan; the best round counts.
 
 `flex` is what `plan.py` chooses on a CPU. `sort + bincount` is the part of the plan that PyTorch has as functions;
-`torch` is all of it (`torch_experts.routing_plan`), what runs where nothing could be built.
+`torch` is all of it (`pytorch.routing_plan`), what runs where nothing could be built.
 """
 
 from functools import partial
@@ -12,7 +12,8 @@ from gpu.plan_part import sort_and_bincount
 from results import PlanRow
 from shapes import Shape
 
-from flex_kernels import plan, reference, torch_experts
+from flex_kernels import plan, reference
+from flex_kernels.backends import pytorch
 
 ROUNDS = 200
 
@@ -24,7 +25,7 @@ def test_plan(plan_shape: Shape, provider: str, benchmark, plan_rows: list[PlanR
     makers = {
         "flex": plan.cpu_backend("routing_plan", torch.float32).routing_plan,
         "sort + bincount": sort_and_bincount,
-        "torch": torch_experts.routing_plan,
+        "torch": pytorch.routing_plan,
     }
     if provider != "sort + bincount":
         truth = reference.routing_plan(indices, shape.num_experts)

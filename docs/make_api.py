@@ -22,7 +22,7 @@ CHAPTERS = {
     "Grafts on a transformers model": ["attach_graft", "detach_graft"],
     "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
-    "Choosing one expert": ["*selection"],
+    "Choosing one expert": ["*one_expert"],
     "Several experts": ["*subsets"],
     "Neurons": ["*neurons"],
     "Refit": ["*refit"],
@@ -31,11 +31,11 @@ CHAPTERS = {
 INTRODUCTIONS = {
     "transformers": "transformers_plug",
     "Grafts on a transformers model": "grafts",
-    "Choosing one expert": "selection",
-    "Several experts": "subsets",
-    "Neurons": "neurons",
-    "Refit": "refit",
-    "Sums of batches": "sums",
+    "Choosing one expert": "selection.one_expert",
+    "Several experts": "selection.subsets",
+    "Neurons": "selection.neurons",
+    "Refit": "selection.refit",
+    "Sums of batches": "selection.sums",
 }
 SECTIONS = ("Args", "Returns", "Raises")
 
@@ -59,7 +59,7 @@ def page() -> str:
 def _names(names: list[str]) -> Iterator[str]:
     for name in names:
         if name.startswith("*"):
-            home = f"flex_kernels.{name[1:]}"
+            home = f"flex_kernels.selection.{name[1:]}"
             yield from (public for public in flex_kernels.__all__ if _home(public) == home)
         else:
             yield name
@@ -101,7 +101,7 @@ def _signature(name: str, thing: Any) -> str:
     kept = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
     text = f"{name}{signature.replace(parameters=kept)}".replace("torch.Tensor", "Tensor")
     text = re.sub(r"torch\.nn\.modules\.module\.Module", "nn.Module", text)
-    return re.sub(r"flex_kernels\.\w+\.", "", text)
+    return re.sub(r"flex_kernels\.(\w+\.)+", "", text)
 
 
 def _text(docstring: str | None) -> list[str]:

@@ -68,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run anew from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
 
-    commands.add_parser("pretrain", help="pretrain a small MoE base: the demo's, or one on your own text")
     return parser
 
 
@@ -122,10 +121,6 @@ def _version() -> str:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        if words[:1] == ["pretrain"]:
-            from flex.pretrain import main as pretrain
-
-            return pretrain(words[1:])
         return _dispatch(build_parser().parse_args(words))
     except FlexError as error:
         print(f"flex: {error}", file=sys.stderr)
@@ -140,7 +135,7 @@ def _dispatch(given: argparse.Namespace) -> int:
     # torch and transformers take seconds to import: only commands that need them pay for it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if given.command == "report":
-        from flex.report import read_events, write_report
+        from flex.report.terminal import read_events, write_report
 
         require(
             bool(read_events(given.run)),
@@ -149,17 +144,17 @@ def _dispatch(given: argparse.Namespace) -> int:
         print(write_report(given.run))
         return 0
     overrides = _overrides(given) if given.command in ("train", "graft") else []
-    from flex import commands
+    from flex.commands import graft, saved, train
 
     if given.command == "demo":
-        return commands.demo(given.output, given.overrides)
+        return train.demo(given.output, given.overrides)
     if given.command == "train":
-        return commands.train(given.config, overrides)
+        return train.train(given.config, overrides)
     if given.command == "graft":
-        return commands.graft(given.config, overrides, given.client)
+        return graft.graft(given.config, overrides, given.client)
     if given.command == "eval":
-        return commands.evaluate(given.run, given.method, given.seed, given.client)
-    return commands.generate(
+        return saved.evaluate(given.run, given.method, given.seed, given.client)
+    return saved.generate(
         given.run, given.method, given.seed, given.client, given.prompt, given.context, given.max_new_tokens
     )
 

@@ -2,7 +2,11 @@
 
 from flex_kernels.grafts import attach_graft, detach_graft
 from flex_kernels.layer import Graft, GraftedMoE, LoraGraft
-from flex_kernels.neurons import (
+from flex_kernels.ops.experts import grafted_experts
+from flex_kernels.ops.graft_logits import graft_logits
+from flex_kernels.ops.router import combine, route, routing_plan
+from flex_kernels.ops.score import score_experts, score_neurons
+from flex_kernels.selection.neurons import (
     NeuronChoice,
     NeuronSums,
     gather_neurons,
@@ -10,12 +14,7 @@ from flex_kernels.neurons import (
     neuron_sums,
     prefilter,
 )
-from flex_kernels.ops import grafted_experts
-from flex_kernels.ops_graft_logits import graft_logits
-from flex_kernels.ops_router import combine, route, routing_plan
-from flex_kernels.ops_score import score_experts, score_neurons
-from flex_kernels.refit import Refit, refit_down, unexplained
-from flex_kernels.selection import (
+from flex_kernels.selection.one_expert import (
     choose,
     random_choice,
     reconstruction,
@@ -25,16 +24,10 @@ from flex_kernels.selection import (
     target_energy,
     zero,
 )
-from flex_kernels.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
-from flex_kernels.sums import merged
-from flex_kernels.transformers_plug import (
-    ExpertWeights,
-    LayerPath,
-    expert_weights,
-    explain,
-    moe_layers,
-    register,
-)
+from flex_kernels.selection.refit import Refit, refit_down, unexplained
+from flex_kernels.selection.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
+from flex_kernels.selection.sums import merged
+from flex_kernels.transformers_plug import ExpertWeights, LayerPath, expert_weights, explain, moe_layers, register
 
 __all__ = [
     "ExpertGram",

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flex_kernels import reference
-from flex_kernels.checks import autocast_off, check_activation, check_combine, wide_dtype
-from flex_kernels.ops import grafted_experts
-from flex_kernels.ops_graft_logits import graft_logits
-from flex_kernels.ops_router import route
+from flex_kernels.ops.checks import autocast_off, check_activation, check_combine, wide_dtype
+from flex_kernels.ops.experts import grafted_experts
+from flex_kernels.ops.graft_logits import graft_logits
+from flex_kernels.ops.router import route
 
 Device = torch.device | str | None
 

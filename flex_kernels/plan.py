@@ -9,8 +9,8 @@
 | graft_logits | triton, else torch   | torch                      | triton, else torch        |
 | combine      | triton, else torch   | torch                      | triton, else torch        |
 
-A backend is a module: `torch_experts` (plain PyTorch), `native` and `native_experts` (csrc), or one of `kernels/`
-(Triton); for the same stage all of them offer functions of the same names and signatures, those of `torch_experts`.
+A backend is a module: `pytorch` (plain PyTorch), `native` and `native_experts` (csrc), or one of `kernels/`
+(Triton); for the same stage all of them offer functions of the same names and signatures, those of `pytorch`.
 "else torch" is when the faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64; fp16 on
 the CPU; for Triton also weights of another dtype).
 
@@ -28,7 +28,9 @@ from types import ModuleType
 
 import torch
 
-from flex_kernels import native, native_cuda, native_experts, torch_experts
+from flex_kernels.backends import native as native_experts
+from flex_kernels.backends import native_cuda, pytorch
+from flex_kernels.backends import native_door as native
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_STAGES = ("routing_plan", "experts", "score", "route", "graft_logits", "combine")
@@ -43,7 +45,7 @@ def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | Non
     same_dtype = weight_dtype in (None, dtype)
     if stage in TRITON_STAGES and dtype in TRITON_DTYPES and same_dtype and _has_triton():
         return _kernels(stage)
-    return torch_experts
+    return pytorch
 
 
 def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> ModuleType:
@@ -52,17 +54,17 @@ def cpu_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | None
         return cuda_backend(stage, dtype, weight_dtype)
     if native.covers(stage, dtype, weight_dtype or dtype):
         return native if stage == "routing_plan" else native_experts
-    return torch_experts
+    return pytorch
 
 
 def backend_name(backend: ModuleType) -> str:
     """`torch`, `native`, `cuda` (csrc's) or `triton`, for messages."""
-    names = {torch_experts: "torch", native: "native", native_experts: "native", native_cuda: "cuda"}
+    names = {pytorch: "torch", native: "native", native_experts: "native", native_cuda: "cuda"}
     return names.get(backend, "triton")
 
 
 def _wanted_routing_plan() -> ModuleType:
-    backends = {"cuda": native_cuda, "torch": torch_experts}
+    backends = {"cuda": native_cuda, "torch": pytorch}
     if CUDA_ROUTING_PLAN not in backends:
         raise ValueError(f"FLEX_ROUTING_PLAN is {CUDA_ROUTING_PLAN!r}, want triton, cuda or torch")
     return backends[CUDA_ROUTING_PLAN]

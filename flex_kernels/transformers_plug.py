@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from flex_kernels import plan
 from flex_kernels.layer import Graft
-from flex_kernels.ops import grafted_experts
-from flex_kernels.ops_router import combine as combine_op
+from flex_kernels.ops.experts import grafted_experts
+from flex_kernels.ops.router import combine as combine_op
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 
-from flex_kernels import plan, torch_experts
+from flex_kernels import plan
+from flex_kernels.backends import pytorch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,6 +53,6 @@ def _backends() -> list[str]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs on the backend that `plan` chooses, and once more on plain torch where that is another one."""
     if request.param == "torch":
-        monkeypatch.setattr(plan, "cpu_backend", lambda *_: torch_experts)
-        monkeypatch.setattr(plan, "cuda_backend", lambda *_: torch_experts)
+        monkeypatch.setattr(plan, "cpu_backend", lambda *_: pytorch)
+        monkeypatch.setattr(plan, "cuda_backend", lambda *_: pytorch)
     return request.param

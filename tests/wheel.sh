@@ -12,8 +12,8 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(echo "$work"/*.whl)[dev]"
 
 mkdir "$work/beside"
-cp -r tests examples benchmarks configs pyproject.toml "$work/beside"
+cp -r tests examples benchmarks configs tools pyproject.toml "$work/beside"
 cd "$work/beside"
-rm tests/test_{aot,bench_gpu,cuda_build,docs,house,sanitizers}.py
+rm -r tests/csrc tests/test_{docs,house}.py tests/benchmarks/test_{aot,bench_gpu}.py
 "$work/venv/bin/python" -c 'import flex, flex_kernels; print(flex.__path__[0], flex_kernels.__file__)'
 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider "$@"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from flex_kernels import native_cuda
+from flex_kernels.backends import native_cuda
 from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
 from gpu.device import Cpu, Device
 from gpu.record import OURS, Key, Record

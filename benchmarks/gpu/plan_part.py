@@ -9,7 +9,8 @@ import torch
 from shapes import Shape
 from torch import Tensor
 
-from flex_kernels import native_cuda, plan, reference, torch_experts
+from flex_kernels import plan, reference
+from flex_kernels.backends import native_cuda, pytorch
 from gpu.record import OURS, Key
 from gpu.session import Session
 
@@ -29,7 +30,7 @@ def measure_plan(session: Session, model: Shape, tokens: int) -> None:
     truth = reference.routing_plan(indices, num_experts)
     on_cpu = session.device.kind == "cpu"
     chosen = (plan.cpu_backend if on_cpu else plan.cuda_backend)("routing_plan", torch.float32).routing_plan
-    makers: dict[str, Callable] = {"torch": torch_experts.routing_plan, OURS: chosen}
+    makers: dict[str, Callable] = {"torch": pytorch.routing_plan, OURS: chosen}
     if not on_cpu:
         makers = {"triton": plan._kernels("routing_plan").routing_plan, "cuda": native_cuda.routing_plan, **makers}
 

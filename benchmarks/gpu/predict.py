@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from shapes import Shape
 
-from flex_kernels.kernels import tiles
+from flex_kernels.backends.triton import tiles
 from gpu.layer_part import useful_flops
 from gpu.session import MODELS, TOKENS
 from gpu.table import markdown

@@ -33,13 +33,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import flex_kernels
-from flex.client import ClientRuntime
 from flex.config import RunConfig
-from flex.data import ClientData, Encoder, Example
-from flex.evaluate import response_logits
-from flex.model import Base, fingerprint, unwrap
-from flex.state import PersonalState, snapshot
-from flex.wire import Arrays, weighted_mean
+from flex.data.examples import ClientData, Encoder, Example
+from flex.evaluation.score import response_logits
+from flex.federation.client import ClientRuntime
+from flex.federation.messages import Arrays, weighted_mean
+from flex.model.adapters import unwrap
+from flex.model.base import Base, fingerprint
+from flex.model.partition import snapshot
+from flex.store.personal import PersonalState
 from gpu.device import summary
 from gpu.record import OURS, Key
 from gpu.session import LEAST_SECONDS, Session

@@ -15,9 +15,9 @@ from functools import partial
 from shapes import Shape
 from torch import Tensor
 
-from flex_kernels.kernels import tiles
-from flex_kernels.kernels.candidates import KERNELS, Gemm, all_candidates, gemms, name_of
-from flex_kernels.kernels.tiles import Tile
+from flex_kernels.backends.triton import tiles
+from flex_kernels.backends.triton.tiles import Tile
+from flex_kernels.candidates import KERNELS, Gemm, all_candidates, gemms, name_of
 from gpu import tile_part
 from gpu.layer_part import check
 from gpu.record import OURS, Key

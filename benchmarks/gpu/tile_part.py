@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 import torch
 from shapes import Shape
 
-from flex_kernels.kernels import tiles
-from flex_kernels.kernels.candidates import KERNELS, Sizes, all_candidates, gemms, name_of
-from flex_kernels.kernels.tiles import Tile
+from flex_kernels.backends.triton import tiles
+from flex_kernels.backends.triton.tiles import Tile
+from flex_kernels.candidates import KERNELS, Sizes, all_candidates, gemms, name_of
 from gpu.record import Key
 from gpu.session import MODELS, OutOfTime, Session
 

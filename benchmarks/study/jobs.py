@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.study.variants import configure
-from flex.run import run
+from flex.runs.run import run
 
 
 def run_job(job: tuple[str, str, int], out: Path, base: Path | None, dolly: Path | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flex.config import RunConfig, read_config
-from flex.demo import demo_config, write_demo_data
+from flex.demo.data import demo_config, write_demo_data
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+// The kernels for AVX-512 with BF16: products of bf16 pairs, summed in fp32.
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define FLEX_BF16_PAIRS 1
+
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own _mm512_undefined_ps
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#include "isa/simd_avx512.h"
+// After its simd header:
+#include "isa/multiply_lanes.h"
+// Last:
+#include "isa/kernels_table.h"
+#pragma GCC pop_options
+#endif
+
+namespace flex {
+
+const Kernels* avx512_bf16_kernels() {
+#if defined(__x86_64__)
+  static constexpr Kernels kTable = kernel_table<true>("avx512_bf16");
+  return &kTable;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace flex

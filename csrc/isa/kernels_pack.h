@@ -1,0 +1,154 @@
+// Packing: operands in memory -> panels of 32-bit words. Layouts in kernels.h. T is the scalar type in memory; with
+// kPairs a word is two neighbouring bf16 along the depth, else bf16 is widened to fp32 here, once per use of the panel.
+#pragma once
+#include "isa/lanes.h"
+
+namespace flex {
+namespace {
+
+template <bool kPairs>
+constexpr int64_t word_count(int64_t depth) {
+  return kPairs ? (depth + 1) / 2 : depth;
+}
+
+// `count` words that lie side by side in memory along the depth; `elements` are left from here to the end of the depth.
+template <bool kPairs, class T>
+FLEX_INLINE Float load_words(const T* source, int64_t elements) {
+  if constexpr (kPairs) {
+    static_assert(sizeof(T) == 2, "pairs are pairs of bf16");
+    Float words;
+    if (elements >= 2 * kLanes) {
+      std::memcpy(&words, source, sizeof(words));
+    } else {
+      words = zeros();
+      std::memcpy(&words, source, elements * sizeof(T));
+    }
+    return words;
+  } else {
+    return load(source, elements < kLanes ? elements : kLanes);
+  }
+}
+
+// One depth step (a pair: two) of `count` neighbouring columns; the memory rows run across the depth.
+template <bool kPairs, class T>
+FLEX_INLINE Float load_across(const T* source, int64_t stride, int64_t steps, int64_t count) {
+  const Float first = load(source, count);
+  if constexpr (!kPairs) return first;
+  const Float second = steps > 1 ? load(source + stride, count) : zeros();
+  return (Float)(((Word)first >> 16) | (Word)second);
+}
+
+// Weights come from main memory in pieces too short for the processor to see the pattern.
+constexpr int64_t kRowsAhead = 16;
+FLEX_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
+}
+
+template <bool kPairs, class T>
+void pack_a_rows(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels) {
+  constexpr int64_t kVectors = kChunkWords / kLanes, kStep = kPairs ? 2 * kLanes : kLanes;
+  const int64_t chunks = (word_count<kPairs>(depth) + kChunkWords - 1) / kChunkWords;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t memory_row = source.gather ? source.gather[row] : row;
+    const T* from = static_cast<const T*>(source.data) + memory_row * source.stride + begin;
+    float* to = panels + (row / kPanelRows * kPanelRows * chunks + row % kPanelRows) * kChunkWords;
+    int64_t left = depth;
+    for (; left >= kVectors * kStep; left -= kVectors * kStep, to += kPanelRows * kChunkWords)
+      for (int64_t v = 0; v < kVectors; ++v, from += kStep) store(to + v * kLanes, load_words<kPairs>(from, kStep));
+    for (int64_t v = 0; left > 0; ++v, from += kStep, left -= kStep)
+      store(to + v * kLanes, load_words<kPairs>(from, left));
+  }
+}
+
+template <bool kPairs, class T>
+void pack_a_depth(Rows source, int64_t first, int64_t rows, int64_t begin, int64_t depth, const float* depth_scale,
+                  float* panels) {
+  constexpr int64_t kStep = kPairs ? 2 : 1;
+  const int64_t words = word_count<kPairs>(depth), chunks = (words + kChunkWords - 1) / kChunkWords;
+  for (int64_t word = 0; word < words; word += kLanes) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
+      Float block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t step = begin + (word + i) * kStep, left = begin + depth - step;
+        block[i] = zeros();
+        if (left <= 0) continue;
+        const T* from = static_cast<const T*>(source.data) + step * source.stride + first + row;
+        if (depth_scale == nullptr) {
+          block[i] = load_across<kPairs>(from, source.stride, left, count);
+          continue;
+        }
+        block[i] = load(from, count) * depth_scale[step];
+        if constexpr (kPairs) {
+          const Float second = left > 1 ? load(from + source.stride, count) * depth_scale[step + 1] : zeros();
+          block[i] = (Float)(bfloat16_bits(block[i]) | (bfloat16_bits(second) << 16));
+        }
+      }
+      Simd::transpose(block);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t panel_row = (row + i) / kPanelRows * kPanelRows * chunks + (row + i) % kPanelRows;
+        float* chunk = panels + (panel_row + word / kChunkWords * kPanelRows) * kChunkWords;
+        store(chunk + word % kChunkWords, block[i]);
+      }
+    }
+  }
+}
+
+template <bool kPairs, class T>
+void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels) {
+  constexpr int64_t kStep = kPairs ? 2 : 1;
+  const int64_t words = word_count<kPairs>(depth);
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    const int64_t count = columns - column < kLanes ? columns - column : kLanes;
+    const T* from = static_cast<const T*>(source.data) + (first + column) * source.stride + begin;
+    float* to = panels + column / kPanelColumns * kPanelColumns * words + column % kPanelColumns;
+    for (int64_t word = 0; word < words; word += kLanes) {
+      const int64_t left = depth - word * kStep, last = words - word < kLanes ? words - word : kLanes;
+      Float block[kLanes];
+      if (count == kLanes && left >= kLanes * kStep) {
+        for (int64_t i = 0; i < kLanes; ++i)
+          __builtin_prefetch(from + (i + kRowsAhead) * source.stride + word * kStep, 0, 2);
+        for (int64_t i = 0; i < kLanes; ++i)
+          block[i] = load_words<kPairs>(from + i * source.stride + word * kStep, kLanes * kStep);
+        Simd::transpose(block);
+        for (int64_t i = 0; i < kLanes; ++i) store(to + (word + i) * kPanelColumns, block[i]);
+        continue;
+      }
+      for (int64_t i = 0; i < kLanes; ++i)
+        block[i] = i < count ? load_words<kPairs>(from + i * source.stride + word * kStep, left) : zeros();
+      Simd::transpose(block);
+      for (int64_t i = 0; i < last; ++i) store(to + (word + i) * kPanelColumns, block[i]);
+    }
+  }
+  const int64_t used = round_up(columns, kLanes);
+  for (int64_t column = used; column < round_up(columns, kPanelColumns); column += kLanes)
+    for (int64_t word = 0; word < words; ++word)
+      store(panels + (used - used % kPanelColumns) * words + word * kPanelColumns + column % kPanelColumns, zeros());
+}
+
+// Four panels at a time: reads of a few cache lines, and four places to write that do not share a set of the cache.
+template <bool kPairs, class T>
+void pack_b_depth(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels) {
+  constexpr int64_t kStep = kPairs ? 2 : 1, kGroup = 4 * kPanelColumns;
+  const int64_t words = word_count<kPairs>(depth);
+  for (int64_t group = 0; group < columns; group += kGroup) {
+    const int64_t count = columns - group < kGroup ? columns - group : kGroup, whole = count / kPanelColumns;
+    for (int64_t word = 0; word < words; ++word) {
+      const T* from = static_cast<const T*>(source.data) + (begin + word * kStep) * source.stride + first + group;
+      const int64_t steps = depth - word * kStep;
+      float* to = panels + group * words + word * kPanelColumns;
+      for (int64_t step = 0; step < kStep; ++step)
+        prefetch_row(from + (kRowsAhead + step) * source.stride, count * sizeof(T));
+      for (int64_t panel = 0; panel < whole; ++panel, from += kPanelColumns, to += kPanelColumns * words)
+        for (int64_t v = 0; v < kPanelColumns; v += kLanes)
+          store(to + v, load_across<kPairs>(from + v, source.stride, steps, kLanes));
+      for (int64_t v = 0; whole * kPanelColumns < count && v < kPanelColumns; v += kLanes) {
+        const int64_t left = count - whole * kPanelColumns - v, lanes = left < 0 ? 0 : left < kLanes ? left : kLanes;
+        store(to + v, lanes ? load_across<kPairs>(from + v, source.stride, steps, lanes) : zeros());
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flex

@@ -1,0 +1,1 @@
+"""What the commands of `cli.py` do. Each takes plain values, prints to the terminal, and returns the exit code."""

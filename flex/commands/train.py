@@ -1,0 +1,33 @@
+"""`flex train` and `flex demo`: from data to report."""
+
+from pathlib import Path
+
+from flex.commands.saved import console
+from flex.config import RunConfig, read_config
+from flex.demo.data import demo_config, describe_clients, write_demo_data
+from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
+from flex.runs.run import run
+
+
+def demo(folder: Path, overrides: list[str]) -> int:
+    """Generates the data of each seed, then does what `train` does."""
+    config = demo_config(folder, overrides)
+    for seed in config.train.seeds:
+        write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
+    title = "FLEx demo: five clients, conventions of their own, one new skill in common"
+    return _run_and_report(config, title, describe_clients(config.train.seeds[0]))
+
+
+def train(path: Path | None, overrides: list[str]) -> int:
+    """Every method and seed of a configuration, from data to report; resumes what was stopped."""
+    return _run_and_report(read_config(path, overrides))
+
+
+def _run_and_report(config: RunConfig, title: str = "", descriptions: dict[str, str] | None = None) -> int:
+    folder = run(config, console, title, descriptions)
+    summary = summarise(read_events(folder))
+    console.print(terminal_table(summary, console.width))
+    for sentence in findings(summary):
+        console.print(f"- {sentence}", markup=False, emoji=False)
+    console.out(f"\nreport: {write_report(folder)}", highlight=False)
+    return 0

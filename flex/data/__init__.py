@@ -1,0 +1,1 @@
+"""From files to token ids: records, their split over clients, encoded examples."""

@@ -1,0 +1,1 @@
+"""How good a model is: loss, exact match and ROUGE-L on a set of examples, and greedy decoding."""

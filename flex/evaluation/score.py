@@ -1,0 +1,98 @@
+"""How good a model is on a set of examples: response loss, exact match, ROUGE-L.
+
+Exact match is by teacher forcing: greedy decoding gives the reference exactly if and only if every argmax under the
+reference's own prefix is right, end token included; one forward pass decides it. ROUGE-L is of real greedy decoding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flex.config import EvaluateSettings
+from flex.data.examples import IGNORED, Batch, Encoder, Example
+
+
+def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [N, V], targets [N], row [N]) of the N response tokens of a batch; `row` is the example's place in it."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    targets = batch.labels[:, 1:]
+    row, column = torch.where(targets != IGNORED)
+    return output.logits[:, :-1][row, column], targets[row, column], row
+
+
+def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Indices in batches of like length: little padding."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings
+) -> dict[str, Any]:
+    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` or None; all but the last by group."""
+    device = next(model.parameters()).device
+    model.eval()
+    losses, tokens, exact = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
+    for indices in by_length(examples, settings.batch_size):
+        batch = encoder.batch([examples[i] for i in indices], device)
+        logits, targets, row = response_logits(model, batch)
+        loss = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
+        wrong = (logits.argmax(-1) != targets).double().cpu()
+        at = torch.tensor(indices)[row.cpu()]
+        losses.index_add_(0, at, loss)
+        tokens.index_add_(0, at, torch.ones_like(loss))
+        exact.index_add_(0, at, wrong)
+    exact = (exact == 0) & torch.tensor([not e.truncated for e in examples])
+
+    def summary(keep: Tensor) -> dict[str, Any]:
+        return {
+            "num_examples": int(keep.sum()),
+            "loss": float(losses[keep].sum() / tokens[keep].sum().clamp(min=1)),
+            "exact_match": float(exact[keep].double().mean()),
+        }
+
+    groups = sorted({e.group for e in examples} - {""})
+    scores = summary(torch.ones(len(examples), dtype=torch.bool))
+    scores["groups"] = {g: summary(torch.tensor([e.group == g for e in examples])) for g in groups}
+    scores["rouge_l"] = rouge_l(model, encoder, examples, settings) if settings.rouge else None
+    return scores
+
+
+def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings) -> float:
+    """Mean ROUGE-L F1 (stemmed) of greedy decoding, in [0, 1]."""
+    from rouge_score.rouge_scorer import RougeScorer  # training needs none of it
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    total = 0.0
+    for indices in by_length(examples, settings.batch_size):
+        chosen = [examples[i] for i in indices]
+        texts = generate(model, encoder, [e.input_ids[: e.prompt_length] for e in chosen], settings.max_new_tokens)
+        total += sum(scorer.score(e.response, text)["rougeL"].fmeasure for e, text in zip(chosen, texts, strict=True))
+    return total / len(examples)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations of tokenised prompts as text, cut at the end token. Padded on the left."""
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), encoder.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    model.eval()
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=encoder.tokenizer.eos_token_id,
+        pad_token_id=encoder.pad_id,
+    )
+    texts = encoder.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]

@@ -1,0 +1,182 @@
+"""The federated run in one process: a Grid that calls the ClientApp itself, the rounds, and the server's checkpoint.
+
+`run_rounds` is the algorithm. It drives Flower's Strategy, Message and ArrayRecord through any Flower Grid: the
+`InProcessGrid` here, or the one that Flower hands to a ServerApp. Whatever the Grid, one ClientApp serves:
+
+    train      content: `arrays` (the shared state), `config` with `server-round`, `evaluate` (is this a round that ends
+               with an evaluation?) and the caller's own;  reply: `arrays` and `metrics`
+    evaluate   the same content;  reply: `metrics`
+    query      reply: who this node is (`answer_identity` is the handler)
+
+A client's own state does not belong into Flower's `Context.state`, which is lost with the process: it is in the
+client's personal file.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flex.errors import FlexError
+from flex.federation.flower import ConfigRecord, Context, Grid, Message, MessageType, RecordDict, Strategy
+from flex.federation.messages import CLIENT_INDEX, Arrays, metrics_of, sent_bytes, to_arrays, to_record
+
+Config = Mapping[str, bool | int | float | str]
+
+
+class ClientFailed(RuntimeError):
+    """A client raised or did not answer. The sentence names it; what it raised in this process is the cause."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One client's part in a round: what it reported, and the bytes of the tensors that travelled."""
+
+    client_id: str
+    metrics: dict[str, Any]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round, client by client, in client order."""
+
+    round_index: int
+    train: list[Turn]
+    evaluate: list[Turn] = field(default_factory=list)  # empty where the round has no evaluation
+    failed: dict[str, str] = field(default_factory=dict)  # client id -> what it said; only with `skip_failed`
+
+
+def run_rounds(
+    strategy: Strategy,
+    grid: Grid,
+    shared: Arrays,
+    num_rounds: int,
+    *,
+    start_round: int = 1,
+    train_config: Config | None = None,
+    evaluate_config: Config | None = None,
+    evaluate_every: int | None = 1,
+    on_round: Callable[[int, Arrays, RoundReport], None] | None = None,
+    skip_failed: bool = False,
+    timeout: float | None = None,
+) -> Arrays:
+    """Rounds `start_round` to `num_rounds` of federated training.
+
+    Args:
+        strategy: who averages how; for a resumed run with its state restored.
+        shared: the shared state that round `start_round` begins with.
+        train_config, evaluate_config: what goes to the clients with every message, beside what the module names.
+        evaluate_every: rounds from one evaluation to the next; the last round always has one. 0: the last only. None:
+            never.
+        on_round: called with (round, shared state after it, report) when all of a round is done: the place for a
+            checkpoint.
+        skip_failed: go on without a client that failed, as long as one has trained. By default the run stops.
+        timeout: seconds to wait for the replies of a round; not for `InProcessGrid`.
+
+    Returns:
+        the shared state after the last round.
+
+    Raises:
+        ClientFailed, or FlexError where that is what the client raised: names the client, round and reason.
+    """
+    strategy.clients = clients = getattr(grid, "clients", None) or ask_clients(grid, timeout)
+    for round_index in range(start_round, num_rounds + 1):
+        exchange = _Exchange(grid, clients, round_index, skip_failed, timeout)
+        evaluating = _evaluates(round_index, num_rounds, evaluate_every)
+
+        config = ConfigRecord({**(train_config or {}), "evaluate": evaluating})
+        messages = strategy.configure_train(round_index, to_record(shared), config, grid)
+        replies, train = exchange(messages)
+
+        average, _ = strategy.aggregate_train(round_index, replies)
+        shared = shared if average is None else to_arrays(average)
+
+        evaluate: list[Turn] = []
+        if evaluating:
+            config = ConfigRecord(dict(evaluate_config or {}))
+            messages = strategy.configure_evaluate(round_index, to_record(shared), config, grid)
+            _, evaluate = exchange(messages)
+
+        if on_round:
+            on_round(round_index, shared, RoundReport(round_index, train, evaluate, exchange.failed))
+    return shared
+
+
+def _evaluates(round_index: int, num_rounds: int, every: int | None) -> bool:
+    if every is None:
+        return False
+    return round_index == num_rounds or (every > 0 and round_index % every == 0)
+
+
+class _Exchange:
+    """Sends the messages of a round and takes the replies in: errors become exceptions, or are kept by client."""
+
+    def __init__(self, grid: Grid, clients: dict[int, str], round_index: int, skip_failed: bool, timeout: float | None):
+        self.grid, self.clients, self.round_index = grid, clients, round_index
+        self.skip_failed, self.timeout = skip_failed, timeout
+        self.failed: dict[str, str] = {}
+
+    def __call__(self, messages: Iterable[Message]) -> tuple[list[Message], list[Turn]]:
+        """The replies that are no errors, and the turns they tell of, both in client order."""
+        pending = {message.metadata.dst_node_id: message for message in messages}
+        answered: dict[int, tuple[Message, Turn]] = {}
+        for reply in self.grid.send_and_receive(list(pending.values()), timeout=self.timeout):
+            node = self._sender(reply, pending)
+            message = pending.pop(node)
+            if reply.has_error():
+                cause = getattr(self.grid, "raised", {}).pop(node, None)
+                self._fail(node, message.metadata.message_type, reply.error.reason or "no reason given", cause)
+            else:
+                down, up = sent_bytes(message.content), sent_bytes(reply.content)
+                answered[node] = reply, Turn(self._name(node), metrics_of(reply), down, up)
+        for node, message in pending.items():
+            self._fail(node, message.metadata.message_type, f"no reply within {self.timeout} s")
+        if not answered and self.failed:
+            said = "; ".join(f"{name}: {reason}" for name, reason in self.failed.items())
+            raise ClientFailed(f"every client failed in round {self.round_index}: {said}")
+        in_order = [answered[node] for node in sorted(answered, key=list(self.clients).index)]
+        return [reply for reply, _ in in_order], [turn for _, turn in in_order]
+
+    def _name(self, node: int) -> str:
+        return self.clients.get(node, f"node {node}")
+
+    def _sender(self, reply: Message, pending: dict[int, Message]) -> int:
+        """The node that answers; the reply for a node that died comes from the server, and only names the message."""
+        if reply.metadata.src_node_id in pending:
+            return reply.metadata.src_node_id
+        ids = {message.metadata.message_id: node for node, message in pending.items()}
+        return ids[reply.metadata.reply_to_message_id]
+
+    def _fail(self, node: int, doing: str, reason: str, cause: Exception | None = None) -> None:
+        self.failed[self._name(node)] = reason
+        if not self.skip_failed:
+            kind = FlexError if isinstance(cause, FlexError) else ClientFailed
+            raise kind(f"client {self._name(node)!r} failed in round {self.round_index} ({doing}): {reason}") from cause
+
+
+def ask_clients(grid: Grid, timeout: float | None = None) -> dict[int, str]:
+    """node id -> client id of the nodes of any Grid, in client order: each node is asked who it is.
+
+    Raises:
+        FlexError: a node does not say, or two nodes are the same client.
+    """
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids()]
+    answers: dict[int, tuple[int, str]] = {}
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            raise FlexError(f"node {node} does not say which client it is: {reply.error.reason}")
+        answer = reply.content["client"]
+        answers[node] = int(answer[CLIENT_INDEX]), str(answer["client-id"])
+    if len(answers) < len(messages) or len(set(answers.values())) < len(answers) or not answers:
+        raise FlexError(f"{len(messages)} nodes, who say they are {sorted(answers.values())}; wanted each client once")
+    return {node: answers[node][1] for node in sorted(answers, key=answers.__getitem__)}
+
+
+def answer_identity(message: Message, context: Context) -> Message:
+    """The client's half of `ask_clients`, to be registered with the ClientApp: `app.query()(answer_identity)`."""
+    node = context.node_config
+    index = int(node["partition-id"])
+    answer = {"client-id": str(node.get("client-id", index)), CLIENT_INDEX: index}
+    return Message(RecordDict({"client": ConfigRecord(answer)}), reply_to=message)

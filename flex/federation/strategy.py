@@ -1,0 +1,341 @@
+"""Who averages how: the server's side of the federated methods, as Flower strategies.
+
+With `w` the shared state of the round, `w_k` what client k sends back, `n_k` its number of examples,
+`d = mean_k (w_k - w)` and all arithmetic elementwise in float32:
+
+    fedavg      w <- sum_k n_k w_k / sum_k n_k
+    fedprox     as fedavg; the client adds mu/2 ||w_k - w||² to its loss
+    scaffold    as fedavg for w;   c <- c + sum_k dc_k / N              (N: all clients, not only the sampled ones)
+    fedavgm     m <- b1 m + (1 - b1) d  (first round: m = d; d weighted by n_k);   w <- w + m
+    fedadagrad  v <- v + d²;                              w <- w + eta d / (sqrt(v) + tau)
+    fedyogi     m as above, v <- v - (1 - b2) m² sign(v - m²);   w <- w + eta m / (sqrt(v) + tau)
+    fedadam     m as above, v <- b2 v + (1 - b2) m²;             w <- w + eta m / (sqrt(v) + tau)
+
+The last three weigh every client alike and start from v = tau²; there is no bias correction. These are the formulas
+behind the paper's table (OpenFedLLM). Flower's classes of the same names differ in each of FedAvgM, FedAdagrad, FedYogi
+and FedAdam (weighting, start of v, d² for m², bias correction), and Flower has no SCAFFOLD. FedAvg gives Flower's
+numbers bit for bit, and FedProx is Flower's own class.
+
+Whatever the engine: clients are taken in one fixed order, so that a sum of floats has one result; what a client sends
+is held against what it was sent, tensor by tensor; nothing is drawn from a global random generator.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from flex.errors import FlexError
+from flex.federation.flower import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    FlowerFedAvg,
+    FlowerFedProx,
+    Grid,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flex.federation.messages import (
+    CLIENT_INDEX,
+    Arrays,
+    mean_metrics,
+    metrics_of,
+    shares,
+    size_of,
+    to_record,
+    update_of,
+    weighted_mean,
+)
+from flex.federation.scaffold import CONTROL_PREFIX
+
+
+def sample_clients(num_clients: int, clients_per_round: int, round_index: int) -> list[int]:
+    """The clients of a round (1-based), ascending: the draw of the paper's base; 0 or all of them means all."""
+    if clients_per_round in (0, num_clients):
+        return list(range(num_clients))
+    return sorted(random.Random(round_index - 1).sample(range(num_clients), clients_per_round))
+
+
+class FedAvg(FlowerFedAvg):
+    """The mean of the clients' shared states, weighted by their numbers of examples.
+
+    Attributes:
+        clients: node id -> client id, in the order in which clients are numbered, sampled and summed. `run_rounds` sets
+            it. While it is empty, nodes stand in the order of their ids, and replies by the `client-index` they report.
+        clients_per_round: how many train in a round; 0: all. Everyone is evaluated.
+        num_clients: how many there are at all.
+        moments: the server's own tensors, `<kind>/<name of the shared tensor>`; with the round they are all its state.
+        moment_kinds: the kinds that this strategy keeps.
+    """
+
+    moment_kinds: frozenset[str] = frozenset()
+
+    def __init__(self, **flower_settings):
+        super().__init__(**flower_settings)
+        self.clients: dict[int, str] = {}
+        self.clients_per_round = self.num_clients = 0
+        self.moments: Arrays = {}
+        self.sent = ArrayRecord()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message with the shared state for every client of this round."""
+        self.sent = arrays
+        nodes = self._nodes(grid)
+        chosen = sample_clients(len(nodes), min(self.clients_per_round, len(nodes)), server_round)
+        return self._messages(MessageType.TRAIN, server_round, arrays, config, [nodes[i] for i in chosen])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message with the shared state for every client there is."""
+        return self._messages(MessageType.EVALUATE, server_round, arrays, config, self._nodes(grid))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next shared state, and the weighted mean of what all clients measured; None where nobody replied.
+
+        Raises:
+            FlexError: a client sent other tensors than it was sent, or one that is not finite; it and the tensor are
+                named.
+        """
+        replies = self._in_order(replies)
+        if not replies:
+            return None, None
+        updates = [update_of(reply, self.sent, self._name(reply)) for reply in replies]
+        sizes = [size_of(reply, self._name(reply)) for reply in replies]
+        arrays = self.combine(updates, sizes)
+        for name, array in {**arrays, **self.moments}.items():
+            if not np.isfinite(array).all():
+                raise FlexError(self._blame(name, updates, replies, server_round))
+        return to_record(arrays), mean_metrics([metrics_of(reply) for reply in replies], sizes)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean of what all clients measured, weighted by their numbers of examples."""
+        replies = self._in_order(replies)
+        if not replies:
+            return None
+        return mean_metrics([metrics_of(r) for r in replies], [size_of(r, self._name(r)) for r in replies])
+
+    def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
+        """The next shared state; the one method in which the strategies differ."""
+        return weighted_mean(updates, sizes)
+
+    def _nodes(self, grid: Grid) -> list[int]:
+        return list(self.clients) or sorted(grid.get_node_ids())
+
+    def _messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
+    ) -> list[Message]:
+        config["server-round"] = server_round
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        return [Message(content, node, kind) for node in nodes]
+
+    def _in_order(self, replies: Iterable[Message]) -> list[Message]:
+        """The replies that are no errors, in client order: node ids are random, and replies come as they come."""
+        place = {node: index for index, node in enumerate(self.clients)}
+
+        def key(reply: Message) -> tuple[int, int]:
+            node = reply.metadata.src_node_id
+            return place.get(node, int(metrics_of(reply).get(CLIENT_INDEX, 0))), node
+
+        return sorted((reply for reply in replies if not reply.has_error()), key=key)
+
+    def _name(self, reply: Message) -> str:
+        node = reply.metadata.src_node_id
+        return f"client {self.clients[node]!r}" if node in self.clients else f"node {node}"
+
+    def _blame(self, key: str, updates: list[dict[str, Array]], replies: list[Message], server_round: int) -> str:
+        for update, reply in zip(updates, replies, strict=True):
+            if key in update and not np.isfinite(update[key].numpy()).all():
+                return f"{self._name(reply)} sent {key!r} with NaN or infinite values in round {server_round}"
+        return f"the server's step made {key!r} NaN or infinite in round {server_round}; a smaller eta may help"
+
+
+class FedProx(FlowerFedProx, FedAvg):
+    """Flower's own: `config["proximal-mu"]` goes out with every message, and the client adds mu/2 ||w_k - w||²."""
+
+
+class Scaffold(FedAvg):
+    """SCAFFOLD, the server's half: `c` goes out beside `w`, and the clients' changes of their c_k come back.
+
+    The client's half, and what to think of it beside AdamW: `flex/scaffold.py`.
+    """
+
+    moment_kinds = frozenset({"c"})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        for name, array in arrays.items():
+            self.moments.setdefault(CONTROL_PREFIX + name, np.zeros(array.shape, np.float32))
+        control = to_record({CONTROL_PREFIX + name: self.moments[CONTROL_PREFIX + name] for name in arrays})
+        return super().configure_train(server_round, ArrayRecord({**arrays, **control}), config, grid)
+
+    def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
+        for name in [n for n in self.sent if n.startswith(CONTROL_PREFIX)]:
+            change = sum(update[name].numpy() for update in updates)
+            self.moments[name] = np.asarray(self.moments[name] + change / self.num_clients, dtype=np.float32)
+        shared = [{n: a for n, a in update.items() if not n.startswith(CONTROL_PREFIX)} for update in updates]
+        return weighted_mean(shared, sizes)
+
+
+class ServerOptimizer(FedAvg):
+    """Takes the clients' mean change for a gradient: `w <- w + step(d)`, tensor by tensor."""
+
+    weigh_by_size = False
+    beta_1 = 0.0
+
+    def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
+        weights = shares(sizes if self.weigh_by_size else [1] * len(sizes))
+        arrays = {}
+        for name, array in self.sent.items():
+            w = array.numpy()
+            d = sum(weight * (update[name].numpy() - w) for update, weight in zip(updates, weights, strict=True))
+            arrays[name] = w + self.step(name, d)
+        return arrays
+
+    def step(self, name: str, d: np.ndarray) -> np.ndarray:
+        """The change of the shared tensor `name` for the clients' mean change `d`."""
+        raise NotImplementedError
+
+    def keep(self, key: str, value: np.ndarray) -> np.ndarray:
+        self.moments[key] = np.asarray(value, dtype=np.float32)
+        return self.moments[key]
+
+    def momentum(self, name: str, d: np.ndarray) -> np.ndarray:
+        m = self.moments.get(f"m/{name}")
+        return self.keep(f"m/{name}", d if m is None else self.beta_1 * m + (1 - self.beta_1) * d)
+
+
+class FedAvgM(ServerOptimizer):
+    """FedAvg with momentum on the server."""
+
+    moment_kinds = frozenset({"m"})
+    weigh_by_size = True
+
+    def __init__(self, beta_1: float = 0.9):
+        super().__init__()
+        self.beta_1 = beta_1
+
+    def step(self, name: str, d: np.ndarray) -> np.ndarray:
+        return self.momentum(name, d)
+
+
+class _Adaptive(ServerOptimizer):
+    """The common form of the adaptive three: `eta m / (sqrt(v) + tau)`, with v starting at tau²."""
+
+    moment_kinds = frozenset({"m", "v"})
+
+    def __init__(self, eta: float = 1e-3, tau: float = 1e-3, beta_1: float = 0.9, beta_2: float = 0.99):
+        super().__init__()
+        self.eta, self.tau, self.beta_1, self.beta_2 = eta, tau, beta_1, beta_2
+
+    def step(self, name: str, d: np.ndarray) -> np.ndarray:
+        m = self.momentum(name, d)
+        v = self.moments.get(f"v/{name}", np.full_like(d, self.tau**2))
+        v = self.keep(f"v/{name}", self.second_moment(v, m))
+        return self.eta * m / (np.sqrt(v) + self.tau)
+
+    def second_moment(self, v: np.ndarray, m: np.ndarray) -> np.ndarray:
+        """The next v."""
+        raise NotImplementedError
+
+
+class FedAdagrad(_Adaptive):
+    """Adagrad on the server: v only grows, and d stands where the others have m."""
+
+    moment_kinds = frozenset({"v"})
+
+    def __init__(self, eta: float = 1e-3, tau: float = 1e-3):
+        super().__init__(eta, tau)
+
+    def momentum(self, name: str, d: np.ndarray) -> np.ndarray:
+        return d
+
+    def second_moment(self, v: np.ndarray, m: np.ndarray) -> np.ndarray:
+        return v + m**2
+
+
+class FedYogi(_Adaptive):
+    """Yogi on the server: v moves towards m² by a step that does not depend on how far it is."""
+
+    def second_moment(self, v: np.ndarray, m: np.ndarray) -> np.ndarray:
+        return v - (1 - self.beta_2) * m**2 * np.sign(v - m**2)
+
+
+class FedAdam(_Adaptive):
+    """Adam on the server, without bias correction."""
+
+    def second_moment(self, v: np.ndarray, m: np.ndarray) -> np.ndarray:
+        return self.beta_2 * v + (1 - self.beta_2) * m**2
+
+
+# name -> (class, its settings and their defaults: those of the paper's base)
+STRATEGIES: dict[str, tuple[type[FedAvg], dict[str, float]]] = {
+    "fedavg": (FedAvg, {}),
+    "fedprox": (FedProx, {"proximal_mu": 0.01}),
+    "scaffold": (Scaffold, {}),
+    "fedavgm": (FedAvgM, {"beta_1": 0.9}),
+    "fedadagrad": (FedAdagrad, {"eta": 1e-3, "tau": 1e-3}),
+    "fedyogi": (FedYogi, {"eta": 1e-3, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
+    "fedadam": (FedAdam, {"eta": 1e-3, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
+}
+
+
+def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **settings: float) -> FedAvg:
+    """The strategy `name`, a Flower `Strategy` for `run_rounds`.
+
+    Args:
+        name: one of `STRATEGIES`.
+        num_clients: all clients of the run (SCAFFOLD's N).
+        clients_per_round: how many of them train in a round; 0: all.
+        settings: of this strategy, see `STRATEGIES`.
+
+    Raises:
+        FlexError: no such strategy or setting, or a value outside its range.
+    """
+    if name not in STRATEGIES:
+        raise FlexError(f"strategy is {name!r}; wanted one of {', '.join(STRATEGIES)}")
+    if num_clients < 1:
+        raise FlexError(f"num_clients is {num_clients}; wanted 1 or more")
+    if not 0 <= clients_per_round <= num_clients:
+        raise FlexError(
+            f"clients_per_round is {clients_per_round}; wanted 0 (all) to {num_clients}, the clients there are"
+        )
+    cls, defaults = STRATEGIES[name]
+    for key, value in settings.items():
+        if key not in defaults:
+            raise FlexError(f"{name} has no setting {key!r}; wanted {', '.join(defaults) or 'none'}")
+        top = 1.0 if key.startswith("beta") else math.inf
+        if not 0 <= value < top or (value == 0 and key in ("eta", "tau")):
+            raise FlexError(f"{name}: {key} is {value!r}; wanted a number from 0 to below {top}, eta and tau above 0")
+    strategy = cls(**{**defaults, **settings})
+    strategy.num_clients, strategy.clients_per_round = num_clients, clients_per_round
+    return strategy
+
+
+def strategy_state(strategy: FedAvg) -> Arrays:
+    """All that a strategy remembers between rounds, by name; a copy."""
+    return {name: array.copy() for name, array in strategy.moments.items()}
+
+
+def load_strategy_state(strategy: FedAvg, arrays: Arrays) -> None:
+    """The exact inverse of `strategy_state`.
+
+    Raises:
+        FlexError: this is the state of another kind of strategy.
+    """
+    kinds = {name.partition("/")[0] for name in arrays}
+    if kinds and kinds != strategy.moment_kinds:
+        raise FlexError(
+            f"this strategy state has {sorted(kinds)}; wanted {sorted(strategy.moment_kinds)}, "
+            f"what {type(strategy).__name__} keeps"
+        )
+    strategy.moments = {name: array.copy() for name, array in arrays.items()}

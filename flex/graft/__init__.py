@@ -1,0 +1,1 @@
+"""Choosing a client's grafts on its own data: calibration, sums over layers, the choice, and its pictures."""

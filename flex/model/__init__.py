@@ -1,0 +1,1 @@
+"""The model of a job: the frozen base, what a method puts on it, and who owns which parameter."""

@@ -1,0 +1,109 @@
+"""The model of one job: a pretrained base, LoRA on its attention (peft), one graft per MoE layer.
+
+The base is loaded once and lives for the whole run. A job wraps it in place and takes the wrapping off again, so the
+frozen weights are never copied, and never change.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
+
+import flex_kernels
+from flex.config import ModelConfig
+from flex.errors import FlexError
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`; any other path is one on this machine
+FINGERPRINT_SAMPLES = 256  # values of each tensor that go into the fingerprint
+
+
+@dataclass
+class Base:
+    """A loaded base model. `layers`: the experts modules by name, in layer order; `fingerprint` names these weights."""
+
+    model: nn.Module
+    tokenizer: Any
+    layers: dict[str, nn.Module]
+    fingerprint: str
+    adapter: peft.PeftModel | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_base(config: ModelConfig) -> Base:
+    """The base model and its tokenizer, everything frozen, experts on the `flex` implementation.
+
+    Raises:
+        FlexError: nothing can be loaded from `config.path` or onto `config.device`, the model has no MoE layers, or
+            its folder has no tokenizer.
+    """
+    if not config.path:
+        raise FlexError("model.path is empty; wanted a folder or a hub name of a Mixture-of-Experts model")
+    path = _expanded(config.path)
+    device = _device(config.device)
+    flex_kernels.register()
+    transformers_logging.disable_progress_bar()
+    dtype = getattr(torch, config.dtype, "auto")
+    if config.dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation=config.experts_implementation
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {reason}") from None
+    # Without its files, transformers builds a tokenizer that knows no word.
+    if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
+        raise FlexError(f"no tokenizer in model.path = {config.path!r}; wanted its files beside the model's")
+    layers = flex_kernels.moe_layers(model)
+    if not layers:
+        raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
+    model.requires_grad_(False)
+    model.to(device).eval()
+    return Base(model, tokenizer, layers, fingerprint(model))
+
+
+def _expanded(path: str) -> str:
+    """The folder or hub name, `~` spelled out. What begins with something that is there is no hub name."""
+    expanded = os.path.expanduser(path)
+    local = not HUB_NAME.fullmatch(expanded) or Path(expanded.partition("/")[0]).exists()
+    if local and not Path(expanded).is_dir():
+        raise FlexError(f"no folder at model.path = {path!r}; wanted a folder with a model, or a hub name")
+    return expanded
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FlexError(f'model.device is {name!r}; wanted "auto", "cpu", "cuda" or "cuda:0": {reason}') from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for these weights: a hash over names, shapes and evenly spaced values of every tensor.
+
+    It tells bases apart (a client's state belongs to one of them); it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]

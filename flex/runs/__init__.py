@@ -1,0 +1,1 @@
+"""A run on one machine: every method and seed of a configuration, resumable at any moment."""

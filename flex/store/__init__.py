@@ -1,0 +1,1 @@
+"""Files of a run: events, tensors with a header, a client's personal state."""

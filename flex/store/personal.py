@@ -1,0 +1,53 @@
+"""One client's personal state on disk: its parameters, their optimizer's moments, SCAFFOLD's control variates."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flex.store.files import check_header, load_tensors, round_file, rounds_in, save_tensors
+
+KEPT_ROUNDS = 2  # of a client's personal files: the last, and the one before it for a run killed between two saves
+
+
+@dataclass
+class PersonalState:
+    """What one client owns, by name: `parameters`, their optimizer's `moments`, SCAFFOLD's `control` variates."""
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    control: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PersonalStore:
+    """One client's personal state on disk, a file a round, the last two kept."""
+
+    folder: Path
+    header: dict[str, Any]  # what must agree: base, method, seed, client
+
+    def load(self, at_most: int) -> PersonalState | None:
+        """The newest state that is not after round `at_most`; None where there is none."""
+        rounds = [r for r in rounds_in(self.folder) if r <= at_most]
+        if not rounds:
+            return None
+        path = round_file(self.folder, rounds[-1])
+        tensors, header = load_tensors(path)
+        check_header(path, header, self.header)
+        state = PersonalState()
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(":")
+            getattr(state, kind)[name] = tensor
+        return state
+
+    def save(self, round_index: int, state: PersonalState) -> None:
+        tensors = {f"{f.name}:{name}": tensor for f in fields(state) for name, tensor in getattr(state, f.name).items()}
+        save_tensors(round_file(self.folder, round_index), tensors, {**self.header, "round": round_index})
+        for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
+            round_file(self.folder, old).unlink(missing_ok=True)
+
+    def forget(self, after: int) -> None:
+        """Drops the files of rounds after `after`: a run that is resumed does those rounds again."""
+        for later in [r for r in rounds_in(self.folder) if r > after]:
+            round_file(self.folder, later).unlink(missing_ok=True)

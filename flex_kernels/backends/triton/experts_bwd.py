@@ -1,0 +1,348 @@
+"""The layer after the router, backward, with frozen experts: no weight gradient but the graft's.
+
+Only X and the pre-activations Z were saved; A is recomputed in the epilogue. With `c_t` = 1 (additive) or 1 - s_t:
+
+    row r = (t, k):  dA'_r = D_e^T dY_t      p_r = <dA'_r, A_r>      dw_r = c_t p_r      dZ_r = glu'(Z_r; w_r c_t dA'_r)
+    graft row t:     dA'_t = D_g^T dY_t      p_t = <dA'_t, A_t>                          dZ_t = glu'(Z_t; s_t dA'_t)
+    dlogit_t = s_t (1 - s_t) (p_t - [convex] sum_k w_tk p_tk)        dX_t = sum_k [G_e; U_e]^T dZ_r + [G_g; U_g]^T dZ_t
+    d[G_g; U_g] = dZ^T X                                             dD_g = dY^T (s A)
+
+Twin: autograd of `reference.grafted_experts`. Launches: schedule, `D^T` with gathered rows and all of the first two
+lines in its epilogue (`p` as one fp32 partial per column tile), reduction of `p` in column order, `[G; U]^T`, sum over
+slots, and two dense products for the graft. No atomics: bitwise repeatable. Never stored: the experts' outputs, dA'.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.triton.activations import activation_slope, pass_through
+from flex_kernels.backends.triton.combine import sum_rows
+from flex_kernels.backends.triton.grouped import (
+    Schedule,
+    grouped_rows,
+    locate_tile,
+    make_schedule,
+    quarter_columns,
+    target_and_tiles,
+)
+from flex_kernels.backends.triton.tiles import (
+    Target,
+    Tile,
+    alignment,
+    cdiv,
+    contiguous,
+    next_power_of_2,
+    operand,
+    reduction_tokens,
+    use_tma,
+)
+
+
+@triton.jit
+def _finish_columns(
+    d_activations, scale, rows, row_mask, first_column, width, is_graft,
+    z_ptr, d_z_ptr, opened_activations_ptr,
+    ACTIVATION: tl.constexpr, STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr,
+):  # fmt: skip
+    """The epilogue for a part of a tile's columns: stores dZ (and s A for the graft), returns this part of `p`."""
+    columns = first_column + tl.arange(0, d_activations.shape[1])
+    kept = row_mask[:, None] & (columns < width)[None, :]
+    z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+    gate = tl.load(z_ptr + z_offsets, mask=kept, other=0.0).to(tl.float32)
+    up = tl.load(z_ptr + z_offsets + width, mask=kept, other=0.0).to(tl.float32)
+    share = pass_through(gate, ACTIVATION)
+    products = tl.sum(tl.where(kept, d_activations * (gate * share * up), 0.0), axis=1)
+    stored_type = z_ptr.dtype.element_ty
+    if STORE_OPENED:
+        opened = gate * share * up * scale[:, None]
+        a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        tl.store(opened_activations_ptr + a_offsets, opened.to(stored_type), mask=kept & is_graft)
+    if STORE_ROUTED or STORE_GRAFT:
+        if not STORE_ROUTED:
+            kept = kept & is_graft
+        d_activations *= scale[:, None]
+        d_gate = d_activations * up * activation_slope(gate, share, ACTIVATION)
+        d_up = d_activations * (gate * share)
+        tl.store(d_z_ptr + z_offsets, d_gate.to(stored_type), mask=kept)
+        tl.store(d_z_ptr + z_offsets + width, d_up.to(stored_type), mask=kept)
+    return products
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
+def _d_preactivations_kernel(
+    d_out_ptr, sorted_pairs_ptr, routing_weights_ptr, graft_logits_ptr, down, graft_down,
+    preactivations_ptr, graft_preactivations_ptr,
+    d_preactivations_ptr, d_graft_preactivations_ptr, opened_activations_ptr, products_ptr, graft_products_ptr,
+    row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
+    num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
+    ACTIVATION: tl.constexpr, CONVEX: tl.constexpr, HAS_GRAFT: tl.constexpr, ROUTED: tl.constexpr,
+    STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr, PRODUCTS: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
+    graft_size = graft_size // ALIGN * ALIGN
+    num_row_tiles = 0
+    if ROUTED:
+        num_row_tiles = tl.load(num_row_tiles_ptr)
+    num_columns = (intermediate_size + BLOCK_N - 1) // BLOCK_N
+    graft_num_columns = (graft_size + BLOCK_N - 1) // BLOCK_N
+    num_tiles = num_row_tiles * num_columns + graft_row_tiles * graft_num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first_row, end_row, column = locate_tile(
+            tile, row_tiles_ptr, num_row_tiles, max_row_tiles, num_columns,
+            graft_row_tiles, graft_num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_M)
+        row_mask = rows < end_row
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner_offsets = tl.arange(0, BLOCK_K)
+
+        pairs = tl.load(sorted_pairs_ptr + rows, mask=row_mask & (expert < num_experts), other=0)
+        tokens = pairs // top_k
+        weight = down
+        width = intermediate_size
+        weight_row = expert * hidden_size
+        z_ptr = preactivations_ptr
+        d_z_ptr = d_preactivations_ptr
+        p_ptr = products_ptr
+        p_width = num_columns
+        if HAS_GRAFT and expert == num_experts:
+            tokens = tl.minimum(rows, num_tokens - 1)
+            weight = graft_down
+            width = graft_size
+            weight_row = 0
+            z_ptr = graft_preactivations_ptr
+            d_z_ptr = d_graft_preactivations_ptr
+            p_ptr = graft_products_ptr
+            p_width = graft_num_columns
+        source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
+        if not TMA:
+            weight_rows = (weight_row + inner_offsets).to(tl.int64)
+            weight_ptrs = weight + weight_rows[:, None] * width + columns[None, :]
+
+        d_activations = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, hidden_size, BLOCK_K):
+            if EVEN:
+                source = tl.load(source_ptrs + k)
+            else:
+                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
+            if TMA:
+                matrix = weight.load([weight_row + k, column * BLOCK_N])
+            else:
+                in_range = (inner_offsets < hidden_size - k)[:, None] & (columns < width)[None, :]
+                matrix = tl.load(weight_ptrs + tl.cast(k, tl.int64) * width, mask=in_range, other=0.0)
+            d_activations = tl.dot(source, matrix, d_activations, input_precision="ieee")
+
+        is_graft = expert == num_experts
+        scale = tl.load(routing_weights_ptr + pairs, mask=row_mask & (expert < num_experts), other=0.0).to(tl.float32)
+        if HAS_GRAFT:
+            opening = tl.sigmoid(tl.load(graft_logits_ptr + tokens, mask=row_mask, other=0.0).to(tl.float32))
+            if CONVEX:
+                scale *= 1.0 - opening
+            scale = tl.where(is_graft, opening, scale)
+        products = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        parts = quarter_columns(d_activations)
+        for part in tl.static_range(4):
+            products += _finish_columns(
+                parts[part], scale, rows, row_mask, column * BLOCK_N + part * (BLOCK_N // 4), width, is_graft,
+                z_ptr, d_z_ptr, opened_activations_ptr,
+                ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
+            )  # fmt: skip
+        if PRODUCTS:
+            tl.store(p_ptr + rows.to(tl.int64) * p_width + column, products, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _reduce_products_kernel(
+    products_ptr, graft_products_ptr, row_of_pair_ptr, routing_weights_ptr, graft_logits_ptr,
+    d_routing_weights_ptr, d_graft_logits_ptr,
+    num_tokens, top_k, num_columns, graft_num_columns,
+    ROUTED: tl.constexpr, CONVEX: tl.constexpr, NEED_WEIGHTS: tl.constexpr, NEED_LOGITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`p` summed over column tiles, always in the same order; then `dw` and `dlogit`."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = tokens < num_tokens
+    partials = tl.arange(0, BLOCK_C)
+    opening = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    if NEED_LOGITS or CONVEX:
+        opening = tl.sigmoid(tl.load(graft_logits_ptr + tokens, mask=token_mask, other=0.0).to(tl.float32))
+    d_opening = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    if ROUTED:
+        for slot in range(top_k):
+            pairs = tokens * top_k + slot
+            rows = tl.load(row_of_pair_ptr + pairs, mask=token_mask, other=-1).to(tl.int64)
+            mask = (rows >= 0)[:, None] & (partials < num_columns)[None, :]
+            offsets = rows[:, None] * num_columns + partials[None, :]
+            product = tl.sum(tl.load(products_ptr + offsets, mask=mask, other=0.0), axis=1)
+            if CONVEX:
+                weights = tl.load(routing_weights_ptr + pairs, mask=token_mask, other=0.0).to(tl.float32)
+                d_opening -= weights * product
+                product *= 1.0 - opening
+            if NEED_WEIGHTS:
+                tl.store(d_routing_weights_ptr + pairs, product, mask=token_mask)
+    if NEED_LOGITS:
+        mask = token_mask[:, None] & (partials < graft_num_columns)[None, :]
+        offsets = tokens[:, None] * graft_num_columns + partials[None, :]
+        d_opening += tl.sum(tl.load(graft_products_ptr + offsets, mask=mask, other=0.0), axis=1)
+        tl.store(d_graft_logits_ptr + tokens, opening * (1.0 - opening) * d_opening, mask=token_mask)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The layer's call, contiguous, and which of its gradients are wanted."""
+
+    d_out: Tensor
+    sorted_pairs: Tensor
+    routing_weights: Tensor
+    down_proj: Tensor
+    graft_down_proj: Tensor | None
+    graft_logits: Tensor | None
+    preactivations: Tensor
+    graft_preactivations: Tensor
+    activation: str
+    convex: bool
+    need_hidden: bool
+    need_routing_weights: bool
+    need_graft: bool
+    need_graft_logits: bool
+
+    @property
+    def has_graft(self) -> bool:
+        return self.graft_down_proj is not None
+
+    @property
+    def routed(self) -> bool:
+        """Whether anything asked for goes through the routed experts."""
+        return self.need_hidden or self.need_routing_weights or (self.need_graft_logits and self.convex)
+
+
+def _d_preactivations(
+    layer: _Layer, schedule: Schedule, target: Target, tile: Tile
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """dZ [R, 2I], the graft's dZ [T, 2I_g] and s A [T, I_g], and the partials of `p`, [R, columns] and [T, columns]."""
+    num_experts, hidden_size, intermediate_size = layer.down_proj.shape
+    graft_size = layer.graft_down_proj.shape[1] if layer.has_graft else 0
+    num_columns, graft_num_columns = cdiv(intermediate_size, tile.block_n), cdiv(graft_size, tile.block_n)
+    products_wanted = layer.need_routing_weights or layer.need_graft_logits
+    empty = layer.d_out.new_empty
+    d_preactivations = empty(schedule.num_rows if layer.need_hidden else 0, 2 * intermediate_size)
+    products = empty(schedule.num_rows if products_wanted and layer.routed else 0, num_columns, dtype=torch.float32)
+    d_graft_preactivations = opened_activations = graft_products = None
+    if layer.has_graft:
+        d_graft_preactivations = empty(schedule.num_tokens, 2 * graft_size)
+        opened_activations = empty(schedule.num_tokens if layer.need_graft else 0, graft_size)
+        graft_products = empty(schedule.num_tokens, graft_num_columns, dtype=torch.float32)
+    graft_row_tiles = schedule.graft_row_tiles(layer.has_graft)
+    max_tiles = schedule.max_row_tiles * num_columns + graft_row_tiles * graft_num_columns
+    even = hidden_size % tile.block_k == 0
+    tma = use_tma(target, layer.down_proj, layer.graft_down_proj) and even
+    block_shape = [tile.block_k, tile.block_n]
+    _d_preactivations_kernel[(target.programs(tile, max_tiles),)](
+        layer.d_out, layer.sorted_pairs, layer.routing_weights, layer.graft_logits,
+        operand(layer.down_proj, tma, block_shape), operand(layer.graft_down_proj, tma, block_shape),
+        layer.preactivations, layer.graft_preactivations,
+        d_preactivations, d_graft_preactivations, opened_activations, products, graft_products,
+        schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
+        schedule.num_tokens, num_experts, layer.routing_weights.shape[1], hidden_size, intermediate_size, graft_size,
+        ACTIVATION=layer.activation, CONVEX=layer.convex, HAS_GRAFT=layer.has_graft, ROUTED=layer.routed,
+        STORE_ROUTED=layer.need_hidden, STORE_GRAFT=layer.has_graft and (layer.need_hidden or layer.need_graft),
+        STORE_OPENED=layer.need_graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
+        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return d_preactivations, d_graft_preactivations, opened_activations, products, graft_products
+
+
+def _reduce_products(
+    layer: _Layer, schedule: Schedule, products: Tensor, graft_products: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """d_routing_weights [T, K] and d_graft_logits [T], fp32; [0] where not wanted."""
+    num_tokens, top_k = layer.routing_weights.shape
+    empty = products.new_empty
+    d_routing_weights = empty(num_tokens, top_k) if layer.need_routing_weights else empty(0)
+    d_graft_logits = empty(num_tokens) if layer.need_graft_logits else empty(0)
+    if not (layer.need_routing_weights or layer.need_graft_logits):
+        return d_routing_weights, d_graft_logits
+    num_columns, graft_num_columns = products.shape[1], graft_products.shape[1] if layer.has_graft else 0
+    block_c = next_power_of_2(max(num_columns, graft_num_columns))
+    block_t = reduction_tokens(products.device, block_c)
+    _reduce_products_kernel[(cdiv(num_tokens, block_t),)](
+        products, graft_products, schedule.row_of_pair, layer.routing_weights, layer.graft_logits,
+        d_routing_weights, d_graft_logits,
+        num_tokens, top_k, num_columns, graft_num_columns,
+        ROUTED=layer.routed, CONVEX=layer.convex,
+        NEED_WEIGHTS=layer.need_routing_weights, NEED_LOGITS=layer.need_graft_logits,
+        BLOCK_T=block_t, BLOCK_C=block_c,
+    )  # fmt: skip
+    return d_routing_weights, d_graft_logits
+
+
+def experts_bwd(
+    d_out: Tensor,
+    layer: LayerInputs,
+    preactivations: Tensor,
+    graft_preactivations: Tensor,
+    combine: str,
+    activation: str,
+    need_hidden: bool,
+    need_routing_weights: bool,
+    need_graft: bool,
+    need_graft_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d_hidden_states [T, H], d_routing_weights [T, K] fp32, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
+    [T] fp32; what is not needed is an empty tensor, and its work is not done."""
+    layer = layer.contiguous()
+    hidden_states, has_graft = layer.hidden_states, layer.has_graft
+    call = _Layer(
+        *contiguous(d_out), layer.sorted_pairs, layer.routing_weights, layer.down_proj, layer.graft_down_proj,
+        layer.graft_logits, *contiguous(preactivations, graft_preactivations),
+        activation=activation,
+        convex=has_graft and combine == "convex",
+        need_hidden=need_hidden,
+        need_routing_weights=need_routing_weights,
+        need_graft=has_graft and need_graft,
+        need_graft_logits=has_graft and need_graft_logits,
+    )  # fmt: skip
+    num_tokens, top_k = layer.routing_weights.shape
+    if num_tokens == 0:
+        return _no_tokens(call, hidden_states, layer.graft_gate_up_proj)
+
+    d_hidden_states, d_graft_gate_up_proj, d_graft_down_proj = (hidden_states.new_empty(0) for _ in range(3))
+    target, tiles = target_and_tiles(layer)
+    with torch.cuda.device_of(hidden_states):
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
+        d_preactivations, d_graft_preactivations, opened_activations, products, graft_products = _d_preactivations(
+            call, schedule, target, tiles.d_preactivations
+        )
+        d_routing_weights, d_graft_logits = _reduce_products(call, schedule, products, graft_products)
+        if need_hidden:
+            d_rows = grouped_rows(
+                d_preactivations, d_graft_preactivations, layer.gate_up_proj, layer.graft_gate_up_proj,
+                schedule, target, tiles.d_hidden, inner_last=False,
+            )  # fmt: skip
+            d_hidden_states = sum_rows(d_rows, schedule.row_of_pair, num_tokens, top_k, has_graft)
+        if call.need_graft:
+            d_graft_gate_up_proj = d_graft_preactivations.T @ hidden_states
+            d_graft_down_proj = call.d_out.T @ opened_activations
+    return d_hidden_states, d_routing_weights, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
+
+
+def _no_tokens(layer: _Layer, hidden_states: Tensor, graft_gate_up_proj: Tensor | None) -> tuple[Tensor, ...]:
+    """Every gradient of a batch without tokens: nothing for the tokens, zero for the graft."""
+    wide, none = layer.routing_weights.new_empty, hidden_states.new_empty(0)
+    return (
+        torch.empty_like(hidden_states) if layer.need_hidden else none,
+        wide(layer.routing_weights.shape if layer.need_routing_weights else 0, dtype=torch.float32),
+        torch.zeros_like(graft_gate_up_proj) if layer.need_graft else hidden_states.new_empty(0),
+        torch.zeros_like(layer.graft_down_proj) if layer.need_graft else hidden_states.new_empty(0),
+        wide(0, dtype=torch.float32),
+    )

@@ -1,0 +1,219 @@
+"""The layer after the router, forward: routed experts, the graft and their sum (paper: K + 1 experts a token).
+
+    Z_r = [G_e; U_e] x_t    A_r = act(Z_gate) * Z_up    Y_r = D_e A_r        for every row r = (t, k) with expert e
+    y_t = c_t sum_k w_tk Y_(t,k) + s_t Y_g,t            s = sigmoid(graft_logits), c = 1 (additive) or 1 - s (convex)
+
+Twin: `reference.grafted_experts`. Four launches: schedule, `[G; U]` with gathered rows and the activation in its
+epilogue, `D`, combine. The graft is expert number `E` of both GEMMs (rows = tokens in order, a width of its own).
+Fused away: the gathered copy of the input (2 R H elements of traffic), and `Z` between GEMM and activation (4 R I, of
+which 2 R I remain where the backward pass will need `Z`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.triton.activations import pass_through
+from flex_kernels.backends.triton.combine import combine_rows
+from flex_kernels.backends.triton.experts_bwd import experts_bwd
+from flex_kernels.backends.triton.grouped import (
+    Schedule,
+    grouped_rows,
+    locate_tile,
+    make_schedule,
+    quarter_columns,
+    target_and_tiles,
+)
+from flex_kernels.backends.triton.tiles import Target, Tile, alignment, cdiv, operand, use_tma
+
+__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
+
+
+@triton.jit
+def _activate_columns(
+    gate, up, rows, end_row, first_column, width, a_ptr, z_ptr,
+    ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue for a part of a tile's columns: stores A, and Z where the backward pass will want it."""
+    columns = first_column + tl.arange(0, gate.shape[1])
+    kept = (rows < end_row)[:, None] & (columns < width)[None, :]
+    if ACTIVATE:
+        a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        activations = gate * pass_through(gate, ACTIVATION) * up
+        tl.store(a_ptr + a_offsets, activations.to(a_ptr.dtype.element_ty), mask=kept)
+    if SAVE:
+        z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+        tl.store(z_ptr + z_offsets, gate.to(z_ptr.dtype.element_ty), mask=kept)
+        tl.store(z_ptr + z_offsets + width, up.to(z_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
+def _gate_up_fwd_kernel(
+    hidden_states_ptr, sorted_pairs_ptr, gate_up, graft_gate_up,
+    activations_ptr, graft_activations_ptr, preactivations_ptr, graft_preactivations_ptr,
+    row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
+    num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
+    ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    hidden_size = hidden_size // ALIGN * ALIGN
+    intermediate_size = intermediate_size // ALIGN * ALIGN
+    graft_size = graft_size // ALIGN * ALIGN
+    num_row_tiles = tl.load(num_row_tiles_ptr)
+    num_columns = (intermediate_size + BLOCK_N - 1) // BLOCK_N
+    graft_num_columns = (graft_size + BLOCK_N - 1) // BLOCK_N
+    num_tiles = num_row_tiles * num_columns + graft_row_tiles * graft_num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first_row, end_row, column = locate_tile(
+            tile, row_tiles_ptr, num_row_tiles, max_row_tiles, num_columns,
+            graft_row_tiles, graft_num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner_offsets = tl.arange(0, BLOCK_K)
+
+        weight = gate_up
+        width = intermediate_size
+        weight_row = expert * 2 * intermediate_size
+        a_ptr = activations_ptr
+        z_ptr = preactivations_ptr
+        tokens = tl.load(sorted_pairs_ptr + rows, mask=(rows < end_row) & (expert < num_experts), other=0) // top_k
+        if HAS_GRAFT and expert == num_experts:
+            weight = graft_gate_up
+            width = graft_size
+            weight_row = 0
+            a_ptr = graft_activations_ptr
+            z_ptr = graft_preactivations_ptr
+            tokens = tl.minimum(rows, num_tokens - 1)
+        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
+        if not TMA:
+            # Columns past the end repeat the last one: no mask here, and the store drops them.
+            weight_rows = (weight_row + tl.minimum(columns, width - 1)).to(tl.int64)
+            gate_ptrs = weight + weight_rows[None, :] * hidden_size + inner_offsets[:, None]
+            up_ptrs = gate_ptrs + tl.cast(width, tl.int64) * hidden_size
+
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, hidden_size, BLOCK_K):
+            if EVEN:
+                source = tl.load(source_ptrs + k)
+            else:
+                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
+            if TMA:
+                gate_matrix = weight.load([weight_row + column * BLOCK_N, k]).T
+                up_matrix = weight.load([weight_row + width + column * BLOCK_N, k]).T
+            elif EVEN:
+                gate_matrix = tl.load(gate_ptrs + k)
+                up_matrix = tl.load(up_ptrs + k)
+            else:
+                gate_matrix = tl.load(gate_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+                up_matrix = tl.load(up_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+            gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
+            up = tl.dot(source, up_matrix, up, input_precision="ieee")
+
+        gate_parts, up_parts = quarter_columns(gate), quarter_columns(up)
+        for part in tl.static_range(4):
+            first_column = column * BLOCK_N + part * (BLOCK_N // 4)
+            _activate_columns(
+                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr,
+                ACTIVATION, ACTIVATE, SAVE,
+            )  # fmt: skip
+
+
+def gate_up_fwd(
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    top_k: int,
+    gate_up_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    schedule: Schedule,
+    target: Target,
+    tile: Tile,
+    activation: str,
+    save_preactivations: bool,
+    activate: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """activations [R, I], graft_activations [T, I_g] or None, preactivations [R or 0, 2I], graft's [T or 0, 2I_g].
+
+    With `activate=False` the first two have no rows.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    num_experts, intermediate_size = gate_up_proj.shape[0], gate_up_proj.shape[1] // 2
+    has_graft = graft_gate_up_proj is not None
+    graft_size = graft_gate_up_proj.shape[0] // 2 if has_graft else 0
+    activations = hidden_states.new_empty(schedule.num_rows if activate else 0, intermediate_size)
+    graft_activations = hidden_states.new_empty(num_tokens if activate else 0, graft_size) if has_graft else None
+    saved_rows, saved_tokens = (schedule.num_rows, num_tokens) if save_preactivations else (0, 0)
+    preactivations = hidden_states.new_empty(saved_rows, 2 * intermediate_size)
+    graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
+    even = hidden_size % tile.block_k == 0
+    tma = use_tma(target, gate_up_proj, graft_gate_up_proj)
+    block_shape = [tile.block_n, tile.block_k]
+    graft_row_tiles = schedule.graft_row_tiles(has_graft)
+    max_tiles = schedule.max_row_tiles * cdiv(intermediate_size, tile.block_n)
+    max_tiles += graft_row_tiles * cdiv(graft_size, tile.block_n)
+    _gate_up_fwd_kernel[(target.programs(tile, max_tiles),)](
+        hidden_states, sorted_pairs,
+        operand(gate_up_proj, tma, block_shape), operand(graft_gate_up_proj, tma, block_shape),
+        activations, graft_activations, preactivations, graft_preactivations,
+        schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
+        num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
+        ACTIVATION=activation, ACTIVATE=activate, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
+        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return activations, graft_activations, preactivations, graft_preactivations
+
+
+def experts_fwd(
+    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [T, H], preactivations [T*K, 2I] in plan order, graft_preactivations [T, 2I_g]; see the module's docstring.
+
+    Without `save_preactivations` the last two have no rows. fp32 products run in full precision (`ieee`), as PyTorch's
+    own default does.
+    """
+    layer = layer.contiguous()
+    num_tokens = len(layer.hidden_states)
+    if num_tokens == 0:
+        return torch.empty_like(layer.hidden_states), *_no_preactivations(layer)
+    target, tiles = target_and_tiles(layer)
+    with torch.cuda.device_of(layer.hidden_states):
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
+        activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(
+            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
+            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, activation, save_preactivations,
+        )  # fmt: skip
+        expert_out = grouped_rows(
+            activations, graft_activations, layer.down_proj, layer.graft_down_proj,
+            schedule, target, tiles.down, inner_last=True,
+        )  # fmt: skip
+        out = combine_rows(
+            expert_out, schedule.row_of_pair, layer.routing_weights, layer.graft_logits, combine, layer.has_graft
+        )
+    return out, preactivations, graft_preactivations
+
+
+def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Z alone, for a backward that kept none: preactivations [T*K, 2I] and graft_preactivations [T, 2I_g]."""
+    layer = layer.contiguous()
+    num_tokens = len(layer.hidden_states)
+    if num_tokens == 0:
+        return _no_preactivations(layer)
+    target, tiles = target_and_tiles(layer)
+    with torch.cuda.device_of(layer.hidden_states):
+        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
+        *_, preactivations, graft_preactivations = gate_up_fwd(
+            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
+            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
+        )  # fmt: skip
+    return preactivations, graft_preactivations
+
+
+def _no_preactivations(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+    empty = layer.hidden_states.new_empty
+    return empty(0, layer.gate_up_proj.shape[1]), empty(0, 2 * layer.graft_width)

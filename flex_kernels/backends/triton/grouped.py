@@ -1,0 +1,275 @@
+"""What the grouped GEMMs share: the schedule of row tiles, and the product of sorted rows with their expert's matrix.
+
+A grouped GEMM runs over the rows in plan order (sorted by expert), then over the graft's rows (all tokens, in order).
+Its tiles are numbered on the device, so no count ever travels to the host: `row_tiles` lists (expert, first row, end
+row) of every row tile of every expert, `num_row_tiles` says how many there are; grids and buffers are upper bounds
+(`ceil(R / block_m) + E` row tiles). The graft is expert number `E` in the same launch: its tiles come after the others.
+
+    out_r = W_e in_r    for the rows r of expert e         out_{R+t} = W_g in_t    for the graft's row of token t
+
+with `W_e` stored [N, K] (`down_proj`, forward) or [K, N] (`gate_up_proj` read as it lies, for `dX`).
+Twin: the `F.linear`s of `reference.expert`. Tiles go expert by expert, `GROUP_M` row tiles to a visit, so that the
+programs in flight share their weights in L2 and a weight is read from memory about once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.triton.tiles import (
+    ExpertTiles,
+    Target,
+    Tile,
+    alignment,
+    cdiv,
+    expert_tiles,
+    next_power_of_2,
+    operand,
+    target_of,
+    use_tma,
+)
+
+PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows each row tile covers, and where each pair went. All on the device but the last three."""
+
+    row_tiles: Tensor  # [3, max_row_tiles] int32: expert, first row, end row
+    num_row_tiles: Tensor  # [1] int32
+    row_of_pair: Tensor  # [T*K] int32, -1 where no expert here computes the pair
+    num_tokens: int
+    num_rows: int  # T*K
+    block_m: int
+
+    @property
+    def max_row_tiles(self) -> int:
+        return self.row_tiles.shape[1]
+
+    def graft_row_tiles(self, has_graft: bool) -> int:
+        return cdiv(self.num_tokens, self.block_m) if has_graft else 0
+
+
+def target_and_tiles(layer: LayerInputs) -> tuple[Target, ExpertTiles]:
+    """What the GEMMs of one layer call are shaped for; forward and backward get the same."""
+    target, (num_experts, *sizes) = target_of(layer.hidden_states.device), layer.down_proj.shape
+    num_rows, dtype = len(layer.sorted_pairs), layer.hidden_states.dtype
+    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, layer.graft_width))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "max_row_tiles"])
+def _schedule_kernel(
+    expert_offsets_ptr, sorted_pairs_ptr,
+    row_tiles_ptr, num_row_tiles_ptr, row_of_pair_ptr,
+    num_pairs, num_experts, max_row_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Programs 0 to E-1 list one expert's row tiles each; the others invert `sorted_pairs`."""
+    program = tl.program_id(0)
+    if program < num_experts:
+        experts = tl.arange(0, BLOCK_E)
+        starts = tl.load(expert_offsets_ptr + experts, mask=experts < num_experts, other=0)
+        ends = tl.load(expert_offsets_ptr + experts + 1, mask=experts < num_experts, other=0)
+        tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+        before = tl.sum(tl.where(experts < program, tiles, 0), axis=0)
+        if program == 0:
+            tl.store(num_row_tiles_ptr, tl.sum(tiles, axis=0))
+        start = tl.load(expert_offsets_ptr + program)
+        end = tl.load(expert_offsets_ptr + program + 1)
+        for first in range(start, end, BLOCK_M * BLOCK_E):
+            rows = first + experts * BLOCK_M
+            entries = row_tiles_ptr + before + (first - start) // BLOCK_M + experts
+            tl.store(entries, tl.zeros_like(rows) + program, mask=rows < end)
+            tl.store(entries + max_row_tiles, rows, mask=rows < end)
+            tl.store(entries + 2 * max_row_tiles, tl.minimum(rows + BLOCK_M, end), mask=rows < end)
+    else:
+        rows = (program - num_experts) * BLOCK_P + tl.arange(0, BLOCK_P)
+        num_rows = tl.load(expert_offsets_ptr + num_experts)
+        pairs = tl.load(sorted_pairs_ptr + rows, mask=rows < num_pairs, other=0)
+        tl.store(row_of_pair_ptr + pairs, tl.where(rows < num_rows, rows, -1), mask=rows < num_pairs)
+
+
+def make_schedule(sorted_pairs: Tensor, expert_offsets: Tensor, num_tokens: int, block_m: int) -> Schedule:
+    """One launch; `sorted_pairs` and `expert_offsets` as `routing_plan` gives them."""
+    num_pairs, num_experts = sorted_pairs.numel(), expert_offsets.numel() - 1
+    max_row_tiles = cdiv(num_pairs, block_m) + num_experts
+    schedule = Schedule(
+        row_tiles=sorted_pairs.new_empty(3, max_row_tiles),
+        num_row_tiles=sorted_pairs.new_empty(1),
+        row_of_pair=torch.empty_like(sorted_pairs),
+        num_tokens=num_tokens,
+        num_rows=num_pairs,
+        block_m=block_m,
+    )
+    _schedule_kernel[(num_experts + cdiv(num_pairs, PAIRS_PER_PROGRAM),)](
+        expert_offsets, sorted_pairs,
+        schedule.row_tiles, schedule.num_row_tiles, schedule.row_of_pair,
+        num_pairs, num_experts, max_row_tiles,
+        BLOCK_M=block_m, BLOCK_E=next_power_of_2(num_experts), BLOCK_P=PAIRS_PER_PROGRAM,
+    )  # fmt: skip
+    return schedule
+
+
+@triton.jit
+def locate_tile(
+    tile, row_tiles_ptr, num_row_tiles, max_row_tiles, num_columns,
+    graft_row_tiles, graft_num_columns, num_tokens, num_experts,
+    BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """(expert, first row, end row, column tile) of tile number `tile`; the graft is expert `num_experts`."""
+    routed_tiles = num_row_tiles * num_columns
+    is_graft = tile >= routed_tiles
+    local = tl.where(is_graft, tile - routed_tiles, tile)
+    rows = tl.where(is_graft, graft_row_tiles, num_row_tiles)
+    columns = tl.where(is_graft, graft_num_columns, num_columns)
+    # Within a group of GROUP_M row tiles the row tile changes fastest.
+    group_first = local // (GROUP_M * columns) * GROUP_M
+    group_rows = tl.minimum(rows - group_first, GROUP_M)
+    within = local % (GROUP_M * columns)
+    row_tile = group_first + within % group_rows
+    column = within // group_rows
+    expert = tl.load(row_tiles_ptr + row_tile, mask=tile < routed_tiles, other=0)
+    first_row = tl.load(row_tiles_ptr + max_row_tiles + row_tile, mask=tile < routed_tiles, other=0)
+    end_row = tl.load(row_tiles_ptr + 2 * max_row_tiles + row_tile, mask=tile < routed_tiles, other=0)
+    expert = tl.where(is_graft, num_experts, expert)
+    first_row = tl.where(is_graft, row_tile * BLOCK_M, first_row)
+    end_row = tl.where(is_graft, num_tokens, end_row)
+    return expert, first_row, end_row, column
+
+
+@triton.jit
+def _halve_columns(x):
+    left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(left_right, (0, 2, 1)))
+
+
+@triton.jit
+def quarter_columns(x):
+    """[M, N] -> four [M, N / 4], left to right; each thread keeps what it has.
+
+    For epilogues in parts: what an activation computes on the way is several times as large as the accumulator, and
+    all at once does not fit in registers.
+    """
+    left, right = _halve_columns(x)
+    far_left, middle_left = _halve_columns(left)
+    middle_right, far_right = _halve_columns(right)
+    return far_left, middle_left, middle_right, far_right
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "max_row_tiles", "graft_row_tiles"])
+def _grouped_rows_kernel(
+    sources, graft_sources, weights, graft_weights,
+    out_ptr,
+    row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
+    num_tokens, num_rows, num_experts, inner_size, graft_inner_size, out_size,
+    HAS_GRAFT: tl.constexpr, INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Says to the compiler that rows begin at multiples of ALIGN: what is loaded and stored can be 16 bytes wide.
+    inner_size = inner_size // ALIGN * ALIGN
+    graft_inner_size = graft_inner_size // ALIGN * ALIGN
+    out_size = out_size // ALIGN * ALIGN
+    num_row_tiles = tl.load(num_row_tiles_ptr)
+    num_columns = (out_size + BLOCK_N - 1) // BLOCK_N
+    num_tiles = (num_row_tiles + graft_row_tiles) * num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first_row, end_row, column = locate_tile(
+            tile, row_tiles_ptr, num_row_tiles, max_row_tiles, num_columns,
+            graft_row_tiles, num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
+        )  # fmt: skip
+        rows = first_row + tl.arange(0, BLOCK_M)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner_offsets = tl.arange(0, BLOCK_K)
+        source = sources
+        weight = weights
+        inner = inner_size
+        out_row = 0
+        weight_row = expert * out_size if INNER_LAST else expert * inner_size
+        if HAS_GRAFT and expert == num_experts:
+            source = graft_sources
+            weight = graft_weights
+            inner = graft_inner_size
+            out_row = num_rows
+            weight_row = 0
+        if not TMA:
+            # Rows and columns past the end repeat the last one: no mask for them, and the store drops them.
+            safe_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
+            source_ptrs = source + safe_rows[:, None] * inner + inner_offsets[None, :]
+            if INNER_LAST:
+                safe_columns = tl.minimum(columns, out_size - 1)
+                weight_rows = (weight_row + safe_columns).to(tl.int64)
+                weight_ptrs = weight + weight_rows[None, :] * inner + inner_offsets[:, None]
+            else:
+                weight_rows = (weight_row + inner_offsets).to(tl.int64)
+                weight_ptrs = weight + weight_rows[:, None] * out_size + columns[None, :]
+
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, inner, BLOCK_K):
+            if TMA:
+                left = source.load([first_row, k])
+                if INNER_LAST:
+                    right = weight.load([weight_row + column * BLOCK_N, k]).T
+                else:
+                    right = weight.load([weight_row + k, column * BLOCK_N])
+            elif INNER_LAST and EVEN:
+                left = tl.load(source_ptrs + k)
+                right = tl.load(weight_ptrs + k)
+            else:
+                in_range = inner_offsets < inner - k
+                left = tl.load(source_ptrs + k, mask=in_range[None, :], other=0.0)
+                if INNER_LAST:
+                    right = tl.load(weight_ptrs + k, mask=in_range[:, None], other=0.0)
+                else:
+                    right_ptrs = weight_ptrs + tl.cast(k, tl.int64) * out_size
+                    right = tl.load(right_ptrs, mask=in_range[:, None] & (columns < out_size)[None, :], other=0.0)
+            accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
+
+        out_rows = (out_row + rows).to(tl.int64)
+        parts = quarter_columns(accumulator)
+        for part in tl.static_range(4):
+            part_columns = column * BLOCK_N + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            kept = (rows < end_row)[:, None] & (part_columns < out_size)[None, :]
+            out_ptrs = out_ptr + out_rows[:, None] * out_size + part_columns[None, :]
+            tl.store(out_ptrs, parts[part].to(out_ptr.dtype.element_ty), mask=kept)
+
+
+def grouped_rows(
+    rows: Tensor,
+    graft_rows: Tensor | None,
+    weights: Tensor,
+    graft_weights: Tensor | None,
+    schedule: Schedule,
+    target: Target,
+    tile: Tile,
+    inner_last: bool,
+) -> Tensor:
+    """[R, K] and [T, K_g] times each row's own matrix -> [R + T, N] (or [R, N] without a graft)."""
+    num_experts, inner_size = weights.shape[0], rows.shape[1]
+    out_size = weights.shape[1 if inner_last else 2]
+    has_graft = graft_rows is not None
+    graft_inner_size = graft_rows.shape[1] if has_graft else 0
+    graft_row_tiles = schedule.graft_row_tiles(has_graft)
+    out = rows.new_empty(schedule.num_rows + (schedule.num_tokens if has_graft else 0), out_size)
+    # A descriptor pads with zeros past its own end only: where experts follow each other along K, K must be even.
+    even = inner_size % tile.block_k == 0
+    tma = use_tma(target, rows, graft_rows, weights, graft_weights) and (inner_last or even)
+    source_block = [tile.block_m, tile.block_k]
+    weight_block = [tile.block_n, tile.block_k] if inner_last else [tile.block_k, tile.block_n]
+    max_tiles = (schedule.max_row_tiles + graft_row_tiles) * cdiv(out_size, tile.block_n)
+    _grouped_rows_kernel[(target.programs(tile, max_tiles),)](
+        operand(rows, tma, source_block), operand(graft_rows, tma, source_block),
+        operand(weights, tma, weight_block), operand(graft_weights, tma, weight_block),
+        out,
+        schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
+        schedule.num_tokens, schedule.num_rows, num_experts, inner_size, graft_inner_size, out_size,
+        HAS_GRAFT=has_graft, INNER_LAST=inner_last, TMA=tma,
+        EVEN=even and graft_inner_size % tile.block_k == 0, ALIGN=alignment(inner_size, graft_inner_size, out_size),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out

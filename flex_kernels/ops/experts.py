@@ -1,0 +1,332 @@
+"""The layer as one differentiable PyTorch operation, `flex::grafted_experts`.
+
+Each operation in the same order: CUDA -> fake -> CPU -> backward (an operation of its own) -> autograd -> the public
+function with checks and documentation. Who computes is decided in `plan.py`. `ops_router.py` (route, routing_plan,
+combine) and `ops_score.py` (score_experts, score_neurons) go on in the same way.
+
+Kept for the backward of `grafted_experts`: the pre-activations `Z`, and with a graft the input `X`; or `X` alone where
+the caller says `recompute`. Under `no_grad` nothing.
+Frozen expert weights are plain attributes of the autograd node (no version check, no pinning) and their gradient is
+never computed. Trained ones are saved as usual and get their gradient from an operation of its own.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flex_kernels import plan
+from flex_kernels.backends import pytorch
+from flex_kernels.backends.call import LayerInputs
+from flex_kernels.ops.checks import (
+    autocast_off,
+    check_activation,
+    check_combine,
+    check_device,
+    check_float,
+    check_integer,
+    check_shape,
+    compute_dtype,
+    wide_dtype,
+)
+
+Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
+
+
+_LAYER = (
+    "Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, "
+    "Tensor? graft_gate_up_proj, Tensor? graft_down_proj, Tensor? graft_logits"
+)
+
+
+def _forward(
+    choose: Choose,
+    hidden_states: Tensor,
+    expert_indices: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    planner = choose("routing_plan", hidden_states.dtype)
+    backend = choose("experts", hidden_states.dtype, gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        sorted_pairs, _, expert_offsets = planner.routing_plan(expert_indices, gate_up_proj.shape[0])
+        plan_of_rows = (sorted_pairs, expert_offsets)
+        *experts_and_graft, combine, activation, save_preactivations = rest
+        layer = LayerInputs(
+            hidden_states.contiguous(), *plan_of_rows, routing_weights, gate_up_proj, *experts_and_graft
+        )
+        results = backend.experts_fwd(layer, combine, activation, save_preactivations)
+    return *results, *plan_of_rows
+
+
+@torch.library.custom_op(
+    "flex::grafted_experts",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"(Tensor hidden_states, Tensor expert_indices, {_LAYER}, str combine, str activation, "
+    "bool save_preactivations) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _grafted_experts(*args: Any) -> tuple[Tensor, ...]:
+    return _forward(plan.cuda_backend, *args)
+
+
+@_grafted_experts.register_fake
+def _(
+    hidden_states: Tensor,
+    expert_indices: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+    combine: str,
+    activation: str,
+    save_preactivations: bool,
+) -> tuple[Tensor, ...]:
+    torch._check(hidden_states.dim() == 2 and expert_indices.dim() == 2 and gate_up_proj.dim() == 3)
+    num_tokens, num_pairs = hidden_states.shape[0], expert_indices.numel()
+    grafted = graft_gate_up_proj is not None
+    return (
+        hidden_states.new_empty(hidden_states.shape),
+        hidden_states.new_empty(num_pairs if save_preactivations else 0, gate_up_proj.shape[1]),
+        hidden_states.new_empty(
+            num_tokens if save_preactivations and grafted else 0, graft_gate_up_proj.shape[0] if grafted else 0
+        ),
+        expert_indices.new_empty(num_pairs, dtype=torch.int32),
+        expert_indices.new_empty(gate_up_proj.shape[0] + 1, dtype=torch.int32),
+    )
+
+
+@_grafted_experts.register_kernel("cpu")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return _forward(plan.cpu_backend, *args)
+
+
+def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    layer, preactivations, needs = LayerInputs(hidden_states.contiguous(), *rest[:8]), rest[8:10], rest[10:]
+    backend = choose("experts", hidden_states.dtype, layer.gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        preactivations = _preactivations(backend, layer, preactivations)
+        return backend.experts_bwd(d_out.contiguous(), layer, *preactivations, *needs)
+
+
+def _preactivations(backend: ModuleType, layer: LayerInputs, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the forward kept, or the same once more."""
+    return kept if len(kept[0]) == len(layer.sorted_pairs) else backend.preactivations_fwd(layer)
+
+
+@torch.library.custom_op(
+    "flex::grafted_experts_bwd",
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"(Tensor d_out, Tensor hidden_states, Tensor sorted_pairs, Tensor expert_offsets, {_LAYER}, "
+    "Tensor preactivations, Tensor graft_preactivations, str combine, str activation, bool need_hidden, "
+    "bool need_routing_weights, bool need_graft, bool need_graft_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _grafted_experts_bwd(*args: Any) -> tuple[Tensor, ...]:
+    return _backward(plan.cuda_backend, *args)
+
+
+@_grafted_experts_bwd.register_fake
+def _(
+    d_out: Tensor,
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None,
+    graft_down_proj: Tensor | None,
+    graft_logits: Tensor | None,
+    preactivations: Tensor,
+    graft_preactivations: Tensor,
+    combine: str,
+    activation: str,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    inputs = (hidden_states, routing_weights, graft_gate_up_proj, graft_down_proj, graft_logits)
+    needs = (needs[0], needs[1], needs[2], needs[2], needs[3])
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else _nothing(hidden_states, routing_weights, index)
+        for index, (x, need) in enumerate(zip(inputs, needs, strict=True))
+    )
+
+
+def _nothing(hidden_states: Tensor, routing_weights: Tensor, index: int) -> Tensor:
+    return (routing_weights if index in (1, 4) else hidden_states).new_empty(0)
+
+
+@_grafted_experts_bwd.register_kernel("cpu")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return _backward(plan.cpu_backend, *args)
+
+
+@torch.library.custom_op("flex::grafted_experts_bwd_weights", mutates_args=())
+def _grafted_experts_bwd_weights(
+    d_out: Tensor,
+    hidden_states: Tensor,
+    sorted_pairs: Tensor,
+    expert_offsets: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_logits: Tensor | None,
+    preactivations: Tensor,
+    combine: str,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    plan_of_rows, names = (sorted_pairs, expert_offsets), (combine, activation)
+    experts = (routing_weights, gate_up_proj, down_proj)
+    with autocast_off(hidden_states):
+        rows = (d_out.contiguous(), hidden_states.contiguous())
+        bare = LayerInputs(rows[1], *plan_of_rows, *experts, None, None, None)
+        kept = _preactivations(pytorch, bare, (preactivations,))
+        return pytorch.expert_weight_grads(*rows, *plan_of_rows, *experts, graft_logits, kept[0], *names)
+
+
+@_grafted_experts_bwd_weights.register_fake
+def _(d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    gate_up_proj, down_proj = rest[3], rest[4]
+    return gate_up_proj.new_empty(gate_up_proj.shape), down_proj.new_empty(down_proj.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_states, _, routing_weights, gate_up_proj, down_proj, *graft = inputs[:8]
+    ctx.combine, ctx.activation, ctx.saved_z = inputs[8:]
+    _, preactivations, graft_preactivations, sorted_pairs, expert_offsets = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.trains_experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    experts = (gate_up_proj, down_proj)
+    ctx.frozen_experts = None if ctx.trains_experts else experts
+    input_read = ctx.trains_experts or graft[0] is not None or not ctx.saved_z
+    rows = (hidden_states if input_read else None, sorted_pairs, expert_offsets, routing_weights, *graft)
+    ctx.save_for_backward(*rows, preactivations, graft_preactivations, *(experts if ctx.trains_experts else ()))
+
+
+def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    if d_out is None:
+        return (None,) * len(needs)
+    saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
+    hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = saved[:9]
+    hidden_states = d_out if hidden_states is None else hidden_states  # then nothing but its shape and dtype is read
+    experts = saved[9:] if ctx.trains_experts else ctx.frozen_experts
+    plan_of_rows, names = (sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
+    wanted = (needs[0], needs[2], needs[5] or needs[6], needs[7])
+    d_hidden = d_weights = d_graft_gate_up = d_graft_down = d_graft_logits = d_gate_up = d_down = None
+    if any(wanted):
+        d_hidden, d_weights, d_graft_gate_up, d_graft_down, d_graft_logits = _grafted_experts_bwd(
+            d_out, hidden_states, *plan_of_rows, routing_weights, *experts, *graft, z, graft_z, *names, *wanted
+        )
+    if ctx.trains_experts:
+        d_gate_up, d_down = _grafted_experts_bwd_weights(
+            d_out, hidden_states, *plan_of_rows, routing_weights, *experts, graft[2], z, *names
+        )
+    grads = (d_hidden, None, d_weights, d_gate_up, d_down, d_graft_gate_up, d_graft_down, d_graft_logits)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None
+
+
+_grafted_experts.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def grafted_experts(
+    hidden_states: Tensor,
+    expert_indices: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft_gate_up_proj: Tensor | None = None,
+    graft_down_proj: Tensor | None = None,
+    graft_logits: Tensor | None = None,
+    *,
+    combine: str = "additive",
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """A Mixture-of-Experts layer after its router, with one extra expert that is always on behind a gate of its own.
+
+    additive: `y_t = sum_k w_tk E_{p_tk}(x_t) + s_t E_g(x_t)`, convex: `y_t = (1 - s_t) sum_k ... + s_t E_g(x_t)`, where
+    `E(x) = D (act(G x) * (U x))` and `s_t = sigmoid(graft_logits_t)` (arXiv 2506.00965; twin:
+    `reference.grafted_experts`).
+
+    Differentiable in every float argument that requires grad. Frozen expert weights cost nothing in the backward.
+    Matrix products run in the dtype of `hidden_states` (under autocast: in autocast's) and everything between them in
+    fp32. Expert weights may have another dtype (kept in bf16 beside fp32 activations, say): they are converted one
+    expert at a time. Graft weights, usually trained in fp32, are cast as a whole.
+
+    Args:
+        hidden_states: [T, H].
+        expert_indices: [T, K] int64 or int32, not negative; ids `>= E` are skipped (expert parallelism).
+        routing_weights: [T, K], used in fp32.
+        gate_up_proj: [E, 2I, H], the rows of G, then those of U.
+        down_proj: [E, H, I].
+        graft_gate_up_proj: [2I_g, H]; any width I_g.
+        graft_down_proj: [H, I_g].
+        graft_logits: [T], the graft's gate before the sigmoid, used in fp32. All three of the graft or none.
+        combine: "additive" or "convex".
+        activation: "silu", "gelu" or "gelu_tanh".
+        recompute: whether the backward computes the pre-activations [T * K, 2I] again, a third more work, rather than
+            keep them. For experts much wider than the layer, where they are most of what a step keeps.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`. No tokens: [0, H]. An idle expert's weights are not touched.
+
+    Raises:
+        ValueError: a shape, device or name that does not fit, part of a graft, a negative id (on CUDA: skipped).
+        TypeError: a dtype that does not fit.
+    """
+    graft = (graft_gate_up_proj, graft_down_proj, graft_logits)
+    _check_layer(hidden_states, expert_indices, routing_weights, gate_up_proj, down_proj, graft)
+    check_combine(combine)
+    check_activation(activation)
+    dtype = compute_dtype(hidden_states)
+    wide = wide_dtype(dtype)
+    if dtype != hidden_states.dtype:  # autocast
+        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    elif gate_up_proj.dtype != down_proj.dtype:
+        down_proj = down_proj.to(gate_up_proj.dtype)
+    if graft_gate_up_proj is not None:
+        graft = (graft_gate_up_proj.to(dtype), graft_down_proj.to(dtype), graft_logits.to(wide))
+    floats = (hidden_states.to(dtype), routing_weights.to(wide), gate_up_proj, down_proj, *graft)
+    save = not recompute and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    out = _grafted_experts(floats[0], expert_indices, *floats[1:], combine, activation, save)[0]
+    return out.to(hidden_states.dtype)
+
+
+def _check_layer(
+    hidden_states: Tensor,
+    expert_indices: Tensor,
+    routing_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    graft: tuple[Tensor | None, ...],
+) -> None:
+    check_shape("hidden_states", hidden_states, ("T", "H"))
+    num_tokens, hidden_size = hidden_states.shape
+    check_shape("expert_indices", expert_indices, (num_tokens, "K"))
+    check_integer("expert_indices", expert_indices)
+    check_shape("routing_weights", routing_weights, tuple(expert_indices.shape))
+    check_shape("down_proj", down_proj, ("E", hidden_size, "I"))
+    num_experts, _, intermediate_size = down_proj.shape
+    check_shape("gate_up_proj", gate_up_proj, (num_experts, 2 * intermediate_size, hidden_size))
+    named = {"routing_weights": routing_weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    graft_names = ("graft_gate_up_proj", "graft_down_proj", "graft_logits")
+    missing = [name for name, tensor in zip(graft_names, graft, strict=True) if tensor is None]
+    if not missing:
+        check_shape("graft_down_proj", graft[1], (hidden_size, "I_g"))
+        check_shape("graft_gate_up_proj", graft[0], (2 * graft[1].shape[1], hidden_size))
+        check_shape("graft_logits", graft[2], (num_tokens,))
+        named |= zip(graft_names, graft, strict=True)
+    elif len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} missing, want all of {', '.join(graft_names)} or none of them")
+    check_float("hidden_states", hidden_states)
+    check_device("expert_indices", expert_indices, hidden_states.device)
+    for name, tensor in named.items():
+        check_float(name, tensor)
+        check_device(name, tensor, hidden_states.device)

@@ -1,0 +1,167 @@
+"""Scoring pretrained components against a target: `flex::score_experts` and `flex::score_neurons`.
+
+Neither is differentiable: they choose what to train, before training. Order of each operation as in `ops.py`.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from flex_kernels import plan
+from flex_kernels.ops.checks import (
+    autocast_off,
+    check_activation,
+    check_device,
+    check_float,
+    check_integer,
+    check_shape,
+)
+
+
+@torch.library.custom_op("flex::score_experts", mutates_args=(), device_types="cuda")
+def _score_experts(
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    batch_offsets: Tensor,
+    activation: str,
+) -> Tensor:
+    backend = plan.cuda_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        return backend.score_experts(hidden_states, target, gate_up_proj, down_proj, batch_offsets, activation)
+
+
+@_score_experts.register_fake
+def _(
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    batch_offsets: Tensor,
+    activation: str,
+) -> Tensor:
+    torch._check(hidden_states.dim() == 2 and target.shape == hidden_states.shape)
+    return hidden_states.new_empty(batch_offsets.shape[0] - 1, gate_up_proj.shape[0], 3, dtype=torch.float32)
+
+
+@_score_experts.register_kernel("cpu")
+def _(
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    batch_offsets: Tensor,
+    activation: str,
+) -> Tensor:
+    backend = plan.cpu_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        return backend.score_experts(hidden_states, target, gate_up_proj, down_proj, batch_offsets, activation)
+
+
+def score_experts(
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    batch_offsets: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """How well each expert alone reconstructs the layer's output; twin: `reference.score_experts`.
+
+    `(||F_b - E_i(X_b)||^2, <F_b, E_i(X_b)>, ||E_i(X_b)||^2)` for each calibration batch `b` and expert `i`: from these
+    three every criterion of `selection.py` follows. `[T, E, H]` is never written. Not differentiable.
+
+    Args:
+        hidden_states: [T, H], the layer's input.
+        target: [T, H], `F`: the layer's output, or what it is missing.
+        gate_up_proj: [E, 2I, H]; down_proj: [E, H, I].
+        batch_offsets: [B+1] int64 or int32, ascending from 0 to T: batch `b` is tokens `[offsets[b], offsets[b+1])`.
+        activation: "silu", "gelu" or "gelu_tanh".
+
+    Returns:
+        [B, E, 3] fp32; zeros for an empty batch.
+
+    Raises:
+        ValueError: a shape or device that does not fit, offsets that do not ascend from 0 to T. TypeError: a dtype.
+    """
+    _check(hidden_states, target, gate_up_proj, down_proj, activation)
+    check_integer("batch_offsets", batch_offsets)
+    check_shape("batch_offsets", batch_offsets, ("B+1",))
+    check_device("batch_offsets", batch_offsets, hidden_states.device)
+    if not torch.compiler.is_compiling():
+        offsets = batch_offsets.tolist()
+        ascending = all(a <= b for a, b in itertools.pairwise(offsets))
+        if not ascending or len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(hidden_states)):
+            raise ValueError(
+                f"batch_offsets is {offsets}, want it to ascend from 0 to {len(hidden_states)}, the tokens"
+            )
+    with torch.no_grad():
+        return _score_experts(
+            hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, batch_offsets, activation
+        )
+
+
+@torch.library.custom_op("flex::score_neurons", mutates_args=(), device_types="cuda")
+def _score_neurons(
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    backend = plan.cuda_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        return backend.score_neurons(hidden_states, target, gate_up_proj, down_proj, activation)
+
+
+@_score_neurons.register_fake
+def _(
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    torch._check(hidden_states.dim() == 2 and target.shape == hidden_states.shape)
+    shape = (down_proj.shape[0], down_proj.shape[2])
+    return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.float32)
+
+
+@_score_neurons.register_kernel("cpu")
+def _(
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    backend = plan.cpu_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+    with autocast_off(hidden_states):
+        return backend.score_neurons(hidden_states, target, gate_up_proj, down_proj, activation)
+
+
+def score_neurons(
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *, activation: str = "silu"
+) -> tuple[Tensor, Tensor]:
+    """Energy and correlation of every neuron; twin: `reference.score_neurons`.
+
+    Neuron `(e, j)` adds `a_ej(t) d_ej` to the output of expert `e` (`d_ej`: its column of `D_e`):
+    `q_ej = sum_t a_ej(t)^2 ||d_ej||^2`, `b_ej = sum_t a_ej(t) <d_ej, F_t>`. Not differentiable.
+
+    Args:
+        hidden_states, target, gate_up_proj, down_proj, activation: as in `score_experts`.
+
+    Returns:
+        energy [E, I] fp32 and correlation [E, I] fp32; zeros without tokens.
+
+    Raises:
+        ValueError: a shape or device that does not fit. TypeError: a dtype that does not.
+    """
+    _check(hidden_states, target, gate_up_proj, down_proj, activation)
+    with torch.no_grad():
+        return _score_neurons(hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, activation)
+
+
+def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
+    check_shape("hidden_states", hidden_states, ("T", "H"))
+    check_shape("target", target, tuple(hidden_states.shape))
+    check_shape("down_proj", down_proj, ("E", hidden_states.shape[1], "I"))
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    check_shape("gate_up_proj", gate_up_proj, (num_experts, 2 * intermediate_size, hidden_size))
+    check_float("hidden_states", hidden_states)
+    named = {"target": target, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    for name, tensor in named.items():
+        check_float(name, tensor)
+        check_device(name, tensor, hidden_states.device)
+    check_activation(activation)

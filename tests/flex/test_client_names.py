@@ -1,0 +1,71 @@
+"""A client's name is anybody's text: whatever it holds, its files stay in its own folder, and a run takes it."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import records, tiny_config, write_records
+
+from flex.federation.client import ClientRuntime
+from flex.graft.choose import choose_grafts
+from flex.graft.show import choice_table
+from flex.runs.workers import prepare
+from flex.store.files import LONGEST_NAME, folder_name
+
+SIMPLE = ("a", "closed_qa", "Ward 7", "site-3.b", "Zürich", "数学", "a..b", "x" * LONGEST_NAME)
+ODD = (
+    *("../../../../evil", "../server", "/etc", "N/A", "a\\b", "..", ".", ".hidden", "%2E", "~", "a~b", "a:b", "a\nb"),
+    *("", "\0", "\ud800", "😀", "x" * 300, "x" * 301, "数" * 100, "/" * 200, "[/red]"),
+)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_a_simple_name_is_its_own_folder(name):
+    assert folder_name(name) == name
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_name_gives_one_plain_folder(tmp_path, name):
+    folder = folder_name(name)
+    assert folder == folder_name(name)
+    assert not folder.startswith(".")
+    assert not set(folder) & set("/\\:\n\0")
+    assert len(folder.encode()) <= LONGEST_NAME
+    (tmp_path / folder).mkdir()
+    assert os.listdir(tmp_path) == [folder]
+
+
+def test_different_names_give_different_folders():
+    names = {*SIMPLE, *ODD}
+    # What the scheme itself writes is a name like any other, and gets another folder.
+    names |= {folder_name(name) for name in names}
+    assert len({folder_name(name) for name in names}) == len(names)
+
+
+def test_the_files_of_every_client_stay_in_the_job_and_are_found_again(tmp_path):
+    names = ["../../../../evil", "../server", "N/A", "[/red]", "x" * 300, "plain"]
+    config = tiny_config(tmp_path, data={"test": ""})
+    write_records(Path(config.data.train), [{**r, "client": name} for name in names for r in records("a", 6)])
+    setting = prepare(config, 0)
+    job = tmp_path / "deep" / "enough" / "for" / "the" / "way" / "out"
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    parts = (setting.base, setting.encoder, setting.clients, setting.general, config, "flex", 0, job)
+    runtime = ClientRuntime(*parts)
+    shared = runtime.shared_arrays()
+    for name in names:
+        runtime.train(name, 1, shared)
+    written = {p for p in tmp_path.rglob("*") if p.is_file()} - before
+    assert {p.parent.parent for p in written} == {job / "clients"}
+    assert {p.parent.name for p in written} == {folder_name(name) for name in names}
+    assert all(ClientRuntime(*parts).stores[name].load(1).parameters for name in names)
+
+
+def test_a_name_is_no_markup_of_the_terminal(tmp_path):
+    config = tiny_config(tmp_path)
+    setting = prepare(config, 0)
+    choices = choose_grafts(setting.base, setting.encoder, setting.clients[0].train, config.graft, 4, "s")
+    printed = io.StringIO()
+    Console(width=120, file=printed).print(choice_table("[/red]", 1, choices))
+    assert "client [/red]" in printed.getvalue()

@@ -1,0 +1,1 @@
+"""Makes small bases: `python -m tools.pretrain`; not part of the installed packages."""
