@@ -280,7 +280,7 @@ def test_a_flower_that_moved_its_private_parts_is_named(module, call, monkeypatc
 
 def test_import_is_quiet_and_leaves_no_trace(tmp_path):
     code = (
-        "import os, flex.strategy, flex.flower;"
+        "import os, flex.federation.strategy, flex.federation.flower;"
         "assert os.environ['FLWR_TELEMETRY_ENABLED'] == '0' and os.environ['FLWR_DISABLE_UPDATE_CHECK'] == '1';"
         "import sys; assert 'torch' not in sys.modules and 'ray' not in sys.modules;"
         "import flex.federation.flower as flower, flex.federation.local as local;"
