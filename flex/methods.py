@@ -1,4 +1,10 @@
-"""The methods a run compares, and the settings of their graft: what it is made of, what is fitted, what trains."""
+"""The methods a run compares, and the settings of the graft.
+
+A method is one declared row, which the trainer, the report and the command line all read.
+
+To add a method, add a row to `METHODS`. Code never asks for a method by its name, it asks the row: what is shared, what
+is kept, where it starts, in which phases it trains, for a control which method it is compared with.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,39 +12,149 @@ from dataclasses import dataclass
 from flex.errors import require
 
 COMBINES = ("additive", "convex")
-# How a graft is chosen, and how many neurons or experts of the layer it is then made of (`graft.py`).
+# How a graft is chosen, and how many neurons or experts of the layer it is then made of (`graft/choose.py`).
 WHOLE_EXPERT = ("reconstruction", "scaled", "routed_mass")
 MERGED_EXPERTS = ("renormalized", "scaled_subset", "random")
 NEW_MODULE = ("fresh", "zero")
 CRITERIA = (*WHOLE_EXPERT, *MERGED_EXPERTS, *NEW_MODULE, "neurons")
 TARGETS = ("output", "correction")
-CONFIGURED = "configured"  # a graft that is what the configuration says, in all its settings
+CONFIGURED = "configured"  # the method uses [graft] of the configuration unchanged
+LORAS = ("shared", "personal")
+PRIVATES = ("graft", "lora", "expert")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Local steps of one turn. `trains`: the roles of the parameters that move (`model/partition.py`)."""
+
+    trains: tuple[str, ...]
+
+
+JOINT = (Phase(("shared", "personal")),)  # everything at once, as FLEx does
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the comparison. `lora`: shared, personal or none. `graft`: none, `CONFIGURED`, or the criterion of a
-    method that stays what it is whatever the configuration says of the graft's choice (`GraftSettings.of`).
-    `rival`: what a client keeps to itself instead of a graft, see `rivals.py`; "lora", "expert" or none."""
+    """One line of the comparison.
 
-    title: str
-    lora: str | None
-    graft: str | None
-    rival: str | None = None
+    label, about: its name in tables, and what it is in one line.
+    lora: the LoRA on attention is "shared" (averaged), "personal" (never sent), or None (there is none).
+    private: what a client keeps to itself besides: a "graft", a second "lora", an "expert" adapted in place, or None.
+    start: what a graft or adapted expert starts from: `CONFIGURED`, or a criterion that stays what it is whatever the
+        configuration says of the graft's choice (`GraftSettings.of`).
+    phases: of a client's turn, in order; empty: nothing trains.
+    strategy: of the server; empty: that of the configuration (section [strategy]).
+    control_of: for a control, the method that it is compared with; the two differ in the private part alone.
+    in_place, unproven: for a control, what stands in place of the graft, and what a run fails to show if that does as
+        well.
+    capacity: whether the control separates a good choice from mere private capacity.
+    in_words: its name within a sentence; empty: the label.
+    """
+
+    label: str
+    about: str
+    lora: str | None = "shared"
+    private: str | None = None
+    start: str | None = None
+    phases: tuple[Phase, ...] = JOINT
+    strategy: str = ""
+    control_of: str = ""
+    in_place: str = ""
+    unproven: str = ""
+    capacity: bool = False
+    in_words: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("lora", (None, *LORAS)), ("private", (None, *PRIVATES))):
+            value = getattr(self, name)
+            require(value in choices, f"a method's {name} is {value!r}; expected one of {choices}")
+        require((self.start is not None) == (self.private in ("graft", "expert")), "a graft or expert needs a start")
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.phases)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the server aggregates anything: else before and after aggregation are the same weights."""
+        return self.lora == "shared"
+
+    @property
+    def sentence_name(self) -> str:
+        return self.in_words or self.label
 
 
+def _averaged(label: str, strategy: str) -> Method:
+    return Method(label, f"as FedAvg, aggregated by {label}", strategy=strategy)
+
+
+MAIN = "flex"  # the method that the report compares every other one with
+AVERAGED = "fedavg"  # the same without anything private
+# In the order of the tables.
 METHODS = {
-    "base": Method("untrained base", lora=None, graft=None),
-    "local": Method("local LoRA, nothing shared", lora="personal", graft=None),
-    "fedavg": Method("FedAvg LoRA", lora="shared", graft=None),
-    "flex": Method("FLEx: shared LoRA + a graft, by default of neurons", lora="shared", graft=CONFIGURED),
-    "flex-paper": Method("FLEx with the paper's rule: the expert that reconstructs best", "shared", "reconstruction"),
-    "flex-random": Method("control: the graft is a random expert", lora="shared", graft="random"),
-    "flex-fresh": Method("control: the graft is a fresh module", lora="shared", graft="fresh"),
-    "flex-private-lora": Method("control: a second, private LoRA for the graft", "shared", None, rival="lora"),
-    "flex-adapt": Method("control: one expert adapted in place for the graft", "shared", None, rival="expert"),
+    "base": Method("Base model", "as it came, not trained here", lora=None, phases=(), in_words="the untrained base"),
+    "local": Method("Local", "each client alone, nothing is sent", lora="personal", in_words="local training"),
+    "fedavg": Method("FedAvg", "one averaged LoRA for all, nothing private"),
+    "fedprox": _averaged("FedProx", "fedprox"),
+    "scaffold": _averaged("SCAFFOLD", "scaffold"),
+    "fedavgm": _averaged("FedAvgM", "fedavgm"),
+    "fedadagrad": _averaged("FedAdagrad", "fedadagrad"),
+    "fedyogi": _averaged("FedYogi", "fedyogi"),
+    "fedadam": _averaged("FedAdam", "fedadam"),
+    "flex": Method(
+        "FLEx",
+        "averaged LoRA + a private module of pretrained neurons, fitted to what the loss asks for",
+        private="graft",
+        start=CONFIGURED,
+    ),
+    "flex-paper": Method(
+        "Paper's rule",
+        "FLEx, but the private expert is the one that reconstructs best",
+        private="graft",
+        start="reconstruction",
+        control_of="flex",
+        in_place="the paper's rule",
+        unproven="that this graft is better than the paper's",
+    ),
+    "flex-random": Method(
+        "Random expert",
+        "control: FLEx, but the expert is drawn at random",
+        private="graft",
+        start="random",
+        control_of="flex",
+        in_place="a random expert",
+        unproven="that it matters what is grafted",
+        capacity=True,
+    ),
+    "flex-fresh": Method(
+        "Fresh module",
+        "control: FLEx, but the private module is newly initialised",
+        private="graft",
+        start="fresh",
+        control_of="flex",
+        in_place="a fresh module",
+        unproven="that starting from pretrained weights matters",
+        capacity=True,
+    ),
+    "flex-private-lora": Method(
+        "Private LoRA",
+        "control: a second, private LoRA in place of the private module",
+        private="lora",
+        control_of="flex",
+        in_place="a private LoRA",
+        unproven="that a graft is better than a private LoRA",
+    ),
+    "flex-adapt": Method(
+        "Adapted expert",
+        "control: one pretrained expert adapted in place of the private module",
+        private="expert",
+        start="routed_mass",  # an expert that no token is routed to would not train
+        control_of="flex",
+        in_place="an expert adapted in place",
+        unproven="that a graft is better than adapting an expert",
+    ),
 }
-ADAPTED = "routed_mass"  # the rule for `flex-adapt`: an expert that no token is routed to would not train
+DEFAULT_METHODS = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
 
 
 @dataclass(frozen=True)
@@ -46,9 +162,9 @@ class GraftSettings:
     """The personal expert: how it is chosen, what is fitted, its sigmoid gate (`opening`), and what of it trains.
 
     The defaults of criterion, target, refit, ridge and refit_scale are those that won in `docs/choosing-the-graft.md`;
-    they hold one by one, so another criterion alone still is refitted to the correction.
+    each default is independent: changing the criterion alone keeps refit and target.
 
-    criterion: of `flex` (the other methods have their own), see `graft.py`.
+    criterion: of `flex` (the other methods have their own), see `graft/choose.py`.
     experts: how many experts `renormalized`, `scaled_subset` and `random` merge into one graft of their widths' sum.
     width: of a graft of `neurons` or a new module; 0: what the experts it stands for would have.
     candidates: how many neurons survive the first pass; 0: four times the width.
@@ -86,8 +202,8 @@ class GraftSettings:
             ("training", ("full", "lora")),
         ):
             value = getattr(self, name)
-            require(value in choices, f"graft.{name} is {value!r}; wanted one of {', '.join(choices)}")
-        require(1 <= self.experts <= 3, f"graft.experts is {self.experts}; wanted 1, 2 or 3")
+            require(value in choices, f"graft.{name} is {value!r}; expected one of {', '.join(choices)}")
+        require(1 <= self.experts <= 3, f"graft.experts is {self.experts}; expected 1, 2 or 3")
         for name, allowed, plain in (
             ("experts", (*MERGED_EXPERTS, *NEW_MODULE), 1),
             ("width", ("neurons", *NEW_MODULE), 0),
@@ -97,33 +213,33 @@ class GraftSettings:
             require(
                 value == plain or self.criterion in allowed,
                 f"graft.{name} is {value}, which the criterion {self.criterion!r} has no use for; "
-                f"wanted {plain}, or graft.criterion = one of {', '.join(allowed)}",
+                f"expected {plain}, or graft.criterion = one of {', '.join(allowed)}",
             )
         for name in ("width", "candidates", "after_rounds"):
-            require(getattr(self, name) >= 0, f"graft.{name} is {getattr(self, name)}; wanted 0 or more")
+            require(getattr(self, name) >= 0, f"graft.{name} is {getattr(self, name)}; expected 0 or more")
         require(
             not self.candidates or self.candidates >= self.width,
-            f"graft.candidates is {self.candidates}; wanted at least the width, {self.width}",
+            f"graft.candidates is {self.candidates}; expected at least the width, {self.width}",
         )
         require(
             not self.refit or self.criterion not in NEW_MODULE,
             f"graft.refit is true (its default), but {self.criterion!r} starts from nothing that could be fitted; "
-            "wanted graft.refit = false",
+            "expected graft.refit = false",
         )
         require(
             self.gate == "zeros" or self.criterion not in NEW_MODULE,
             f"graft.gate is 'router', but {self.criterion!r} grafts no expert whose router row it could take; "
-            "wanted 'zeros'",
+            "expected 'zeros'",
         )
         for name in ("ridge", "refit_scale", "alpha"):
-            require(getattr(self, name) > 0, f"graft.{name} is {getattr(self, name)}; wanted a number above 0")
+            require(getattr(self, name) > 0, f"graft.{name} is {getattr(self, name)}; expected a number above 0")
         for name in ("rank", "calibration_sequences"):
-            require(getattr(self, name) >= 1, f"graft.{name} is {getattr(self, name)}; wanted 1 or more")
+            require(getattr(self, name) >= 1, f"graft.{name} is {getattr(self, name)}; expected 1 or more")
 
     def of(self, method: Method) -> "GraftSettings":
         """These settings for one method. The paper's rule and the controls have their own criterion and fit nothing,
         but train as `flex` does; their size is that of `flex` as far as it can be (an expert has an expert's width)."""
-        criterion = ADAPTED if method.rival == "expert" else method.graft
+        criterion = method.start
         if criterion in (None, CONFIGURED):
             return self
         new = criterion in NEW_MODULE

@@ -1,38 +1,205 @@
-"""`metrics.jsonl`: what happened, one JSON object a line. A run that is resumed forgets the rounds it will do again."""
+"""The log of a run, `metrics.jsonl`: what happened, one JSON object a line. Its schema is the dataclasses below.
 
+A run that is resumed drops the events of the rounds that it will do again. Keys that a class does not know are left
+aside when a file is read, and keys that a file lacks take their defaults, so that earlier logs stay readable.
+"""
+
+import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flex.errors import FlexError
 
-Event = dict[str, Any]
 METRICS = "metrics.jsonl"
+FORMAT = 2  # of the log; a log without a number is of format 1, which has the same events
+AFTER, BEFORE = "after_aggregation", "before_aggregation"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What all events may say: of which job they are. Events of the run as a whole leave both out."""
+
+    event: ClassVar[str]
+    method: str | None = field(default=None, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        job = {name: value for name in ("method", "seed") if (value := own.pop(name)) is not None}
+        return {**job, "event": self.event, **own}
+
+    @property
+    def at_round(self) -> int:
+        """The round it belongs to; 0 where it has none."""
+        return getattr(self, "round", 0)
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """What the whole run has in common. `clients`: `client_id`, `num_train`, `num_test`, `description` of each; `data`:
+    the data's fingerprint by seed."""
+
+    event: ClassVar[str] = "run"
+    title: str = ""
+    base_model: str = ""
+    fingerprint: str = ""
+    template: str = ""
+    clients: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    data: dict[str, str] = field(default_factory=dict)
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Truncated(Event):
+    """How many examples of a client's `part` ("train" or "test") are longer than `max_length` tokens, and were cut."""
+
+    event: ClassVar[str] = "truncated"
+    client_id: str
+    part: str
+    count: int
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class JobStarted(Event):
+    """A job begins. `trained_parameters`: how many are shared and personal; `started`: UTC, ISO 8601."""
+
+    event: ClassVar[str] = "job"
+    num_rounds: int | None = None
+    num_clients: int | None = None
+    trained_parameters: dict[str, int] | None = None
+    started: str | None = None
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Sent(Event):
+    """The tensors of one message "down" or "up": `name`, `shape`, `dtype`, `bytes` of each."""
+
+    event: ClassVar[str] = "sent"
+    direction: str
+    tensors: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Grafted(Event):
+    """What one layer's graft of one client is made of, and why; the fields are those of `graft/choice.py`."""
+
+    event: ClassVar[str] = "graft"
+    client_id: str
+    round: int
+    layer: int
+    module: str = ""
+    criterion: str = ""
+    target: str = "output"
+    candidates: list[float] = field(default_factory=list)
+    routed_mass: float | None = None
+    seconds: float | None = None
+    neurons: list[int] = field(default_factory=list)
+    width: int | None = None
+    curve: list[list[float]] = field(default_factory=list)
+    peak_bytes: int = 0
+    chosen: int | None = None
+    residual: float | None = None
+    experts: list[int] = field(default_factory=list)
+    unexplained: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained(Event):
+    """A client's turn: `loss` is the mean over its local steps, `opening` the mean of each layer's gate or None."""
+
+    event: ClassVar[str] = "train"
+    round: int
+    client_id: str
+    num_examples: int | None = None
+    loss: float | None = None
+    opening: list[float] | None = None
+    seconds: float | None = None
+    bytes_down: int | None = None
+    bytes_up: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """A client's scores on a `split`, `when` before or after aggregation; `groups`: the first three by group."""
+
+    event: ClassVar[str] = "evaluate"
+    round: int
+    client_id: str
+    when: str
+    split: str
+    num_examples: int | None = None
+    loss: float | None = None
+    exact_match: float | None = None
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    rouge_l: float | None = None
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """A job is finished: seconds and trained tokens of the process that finished it."""
+
+    event: ClassVar[str] = "done"
+    round: int = 0
+    seconds: float | None = None
+    tokens: int | None = None
+
+
+KINDS: dict[str, type[Event]] = {
+    kind.event: kind for kind in (RunStarted, Truncated, JobStarted, Sent, Grafted, Trained, Evaluated, Done)
+}
+
+
+def from_json(values: Mapping[str, Any]) -> Event | None:
+    """The event that a JSON object says; None for a kind that this version does not know.
+
+    Raises:
+        FlexError: it lacks what an event of its kind must say, or is of a later format.
+    """
+    kind = KINDS.get(str(values.get("event")))
+    if kind is None:
+        return None
+    known = {f.name for f in dataclasses.fields(kind)}
+    try:
+        event = kind(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise FlexError(f"an event {kind.event!r} is incomplete: {error}") from None
+    if getattr(event, "format", FORMAT) > FORMAT:
+        raise FlexError(f"this log has format {event.format}; this version reads formats 1 to {FORMAT}")
+    return event
 
 
 class EventLog:
-    """Appends events to a file and flushes each; every event carries the fields given at the start."""
+    """Appends events to a file and flushes each; every event is written as one of this method and seed."""
 
-    def __init__(self, path: Path, **common: Any):
-        self.path, self.common = path, common
+    def __init__(self, path: Path, method: str, seed: int):
+        self.path, self.method, self.seed = path, method, seed
 
     def write(self, event: Event) -> None:
+        event = dataclasses.replace(event, method=self.method, seed=self.seed)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**self.common, **event}) + "\n")
+                file.write(json.dumps(event.to_json()) + "\n")
         except OSError as error:
             raise FlexError(f"cannot write {self.path}: {error}") from None
 
-    def rewind(self, round_index: int) -> None:
-        """Keeps what belongs to rounds up to `round_index`; an event without a round belongs to round 0."""
-        write_events(self.path, [e for e in read_events(self.path) if e.get("round", 0) <= round_index])
+    def rewind(self, round_index: int) -> list[Event]:
+        """Keeps, and returns, the events of rounds up to `round_index`; one without a round belongs to round 0."""
+        kept = [event for event in read_events(self.path) if event.at_round <= round_index]
+        write_events(self.path, kept)
+        return kept
 
 
 def read_events(path: Path) -> list[Event]:
-    """The whole events of a file; a last line cut short by a kill is left out. No file: no events.
+    """The events of a file; a last line cut short by a kill is left out. No file: no events.
 
     Raises:
         FlexError: the file cannot be read, or a line that was written to its end is no event.
@@ -43,31 +210,39 @@ def read_events(path: Path) -> list[Event]:
         return []
     except OSError as error:
         raise FlexError(f"cannot read {path}: {error}") from None
-    events = []
+    return list(_parsed(path, lines))
+
+
+def _parsed(path: Path, lines: list[bytes]) -> Iterator[Event]:
     for number, line in enumerate(lines, 1):
-        event = _parse(line)
+        values = _object(line)
+        if values is None:
+            if line.strip() and number < len(lines):
+                start = line[:40].decode("utf-8", errors="replace")
+                raise FlexError(f"{path}, line {number} is damaged: it begins with {start!r}; expected a JSON object")
+            continue
+        try:
+            event = from_json(values)
+        except FlexError as error:
+            raise FlexError(f"{path}, line {number}: {error}") from None
         if event is not None:
-            events.append(event)
-        elif line.strip() and number < len(lines):
-            start = line[:40].decode("utf-8", errors="replace")
-            raise FlexError(f"{path}, line {number} is damaged: it begins with {start!r}; wanted a JSON object")
-    return events
+            yield event
 
 
-def _parse(line: bytes) -> Event | None:
+def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line.decode("utf-8"))
+        values = json.loads(line.decode("utf-8"))
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    return values if isinstance(values, dict) else None
 
 
 def write_events(path: Path, events: Iterable[Event]) -> None:
-    """The file anew, whole or not at all."""
+    """The file as a whole, or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(e) + "\n" for e in events), encoding="utf-8")
+        part.write_text("".join(json.dumps(event.to_json()) + "\n" for event in events), encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
