@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flex.config import to_toml
 from flex.errors import FlexError, require
+from flex.methods import MAIN
 
 EXAMPLES = """examples:
   flex demo                      a federated run on a small model, in minutes, on a laptop
@@ -95,7 +96,7 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--method", default="flex", help="which method's weights (default: %(default)s)")
+    parser.add_argument("--method", default=MAIN, help="which method's weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="which seed's weights (default: the run's first)")
 
 
@@ -104,7 +105,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     last = (arguments.clients or [""])[-1]
     require(
         arguments.config is not None or not last.endswith(".toml"),
-        f"--clients took {last!r} for a client; wanted the configuration before the options: "
+        f"--clients took {last!r} for a client; expected the configuration before the options: "
         f"flex {arguments.command} {last} --clients ...",
     )
     given = {key: getattr(arguments, name, None) for name, key in NAMED.items()}
@@ -121,7 +122,43 @@ def _version() -> str:
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(build_parser().parse_args(words))
+        given = build_parser().parse_args(words)
+        overrides = _overrides(given) if "clients_by" in given else []
+        # torch and transformers take seconds to import: only commands that need them pay for it.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        match given.command:
+            case "report":
+                from flex.commands import report
+
+                return report.report(given.run)
+            case "demo":
+                from flex.commands import train
+
+                return train.demo(given.output, given.overrides)
+            case "train":
+                from flex.commands import train
+
+                return train.train(given.config, overrides)
+            case "graft":
+                from flex.commands import graft
+
+                return graft.graft(given.config, overrides, given.client)
+            case "eval":
+                from flex.commands import saved
+
+                return saved.evaluate(given.run, given.method, given.seed, given.client)
+            case _:
+                from flex.commands import saved
+
+                return saved.generate(
+                    given.run,
+                    given.method,
+                    given.seed,
+                    given.client,
+                    given.prompt,
+                    given.context,
+                    given.max_new_tokens,
+                )
     except FlexError as error:
         print(f"flex: {error}", file=sys.stderr)
         return 2
@@ -129,34 +166,6 @@ def main(arguments: list[str] | None = None) -> int:
         goes_on = "; the same command goes on where the last round ended" if set(words[:1]) & RESUMED else ""
         print(f"flex: interrupted{goes_on}", file=sys.stderr)
         return 130
-
-
-def _dispatch(given: argparse.Namespace) -> int:
-    # torch and transformers take seconds to import: only commands that need them pay for it.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if given.command == "report":
-        from flex.report.terminal import read_events, write_report
-
-        require(
-            bool(read_events(given.run)),
-            f"{given.run} has nothing to report yet; wanted a run with events in metrics.jsonl",
-        )
-        print(write_report(given.run))
-        return 0
-    overrides = _overrides(given) if given.command in ("train", "graft") else []
-    from flex.commands import graft, saved, train
-
-    if given.command == "demo":
-        return train.demo(given.output, given.overrides)
-    if given.command == "train":
-        return train.train(given.config, overrides)
-    if given.command == "graft":
-        return graft.graft(given.config, overrides, given.client)
-    if given.command == "eval":
-        return saved.evaluate(given.run, given.method, given.seed, given.client)
-    return saved.generate(
-        given.run, given.method, given.seed, given.client, given.prompt, given.context, given.max_new_tokens
-    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 import dataclasses
 import difflib
 import json
-import math
 import tomllib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from flex.errors import FlexError, require
-from flex.methods import METHODS, GraftSettings
+from flex.methods import DEFAULT_METHODS, METHODS, GraftSettings
+from flex.settings import check, setting
 
+FORMAT = 2  # of config.toml; a file without a number is of format 1 or written by hand, and is read as well
 TEMPLATES = ("alpaca", "chat")
-STRATEGIES = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
+# The server's strategies, and which settings of [strategy] each has a use for.
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedprox": ("proximal_mu",),
+    "scaffold": (),
+    "fedavgm": ("beta_1",),
+    "fedadagrad": ("eta", "tau"),
+    "fedyogi": ("eta", "tau", "beta_1", "beta_2"),
+    "fedadam": ("eta", "tau", "beta_1", "beta_2"),
+}
+# Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
+OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,13 @@ class ModelConfig:
     """The base model: a folder or a hub name that `transformers` can load."""
 
     path: str = ""
-    dtype: str = "auto"  # "auto" keeps the checkpoint's dtype on a GPU and takes float32 on a CPU
+    # "auto" keeps the checkpoint's dtype on a GPU and takes float32 on a CPU
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = "auto"
     experts_implementation: str = "flex"
 
     def __post_init__(self) -> None:
-        choices = ("auto", "float32", "bfloat16", "float16")
-        require(self.dtype in choices, f"model.dtype is {self.dtype!r}; wanted one of {', '.join(choices)}")
+        check("model", self)
 
 
 @dataclass(frozen=True)
@@ -39,26 +52,18 @@ class DataConfig:
 
     train: str = ""
     test: str = ""  # empty: a share of `train` is held out
-    test_fraction: float = 0.2
+    test_fraction: float = setting(0.2, above=0, below=1)
     general: str = ""  # a held-out set that belongs to nobody: what is forgotten shows there
-    clients_by: str = "client"
-    clients: tuple[str, ...] = ()  # empty: every value of the column
+    clients_by: str = setting("client", empty="the column that says whose an example is")
+    clients: tuple[str, ...] = setting((), distinct=True)  # empty: every value of the column
     group_by: str = ""  # a column to report the exact match by, e.g. the skill
-    max_train: int = 0  # per client; 0: all
-    max_test: int = 0
-    template: str = "alpaca"
-    max_length: int = 512  # tokens; longer sequences are cut, and the report says how many
+    max_train: int = setting(0, least=0, zero="all")  # per client
+    max_test: int = setting(0, least=0, zero="all")
+    template: str = setting("alpaca", choices=TEMPLATES)
+    max_length: int = setting(512, least=16)  # tokens; longer sequences are cut, and the report says how many
 
     def __post_init__(self) -> None:
-        require(self.template in TEMPLATES, f"data.template is {self.template!r}; wanted one of {', '.join(TEMPLATES)}")
-        require(
-            0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; wanted a number between 0 and 1"
-        )
-        require(bool(self.clients_by), "data.clients_by is empty; wanted the column that says whose an example is")
-        _require_distinct("data.clients", self.clients)
-        require(self.max_length >= 16, f"data.max_length is {self.max_length}; wanted at least 16 tokens")
-        for name in ("max_train", "max_test"):
-            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; wanted 0 (all) or more")
+        check("data", self)
 
     def for_seed(self, seed: int) -> "DataConfig":
         """The files of one seed: `{seed}` in a path stands for its number (data that is itself drawn from a seed)."""
@@ -70,78 +75,81 @@ class DataConfig:
 class LoraSettings:
     """The only trained thing that leaves a client: LoRA on the attention projections (through `peft`)."""
 
-    rank: int = 32
-    alpha: float = 64.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    rank: int = setting(32, least=1)
+    alpha: float = setting(64.0, above=0)
+    dropout: float = setting(0.05, least=0, below=1)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), empty="the names of the attention projections"
+    )
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, f"lora.rank is {self.rank}; wanted 1 or more")
-        require(self.alpha > 0, f"lora.alpha is {self.alpha}; wanted a number above 0")
-        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; wanted a number from 0 to below 1")
-        require(bool(self.targets), "lora.targets is empty; wanted the names of the attention projections")
+        check("lora", self)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The federated run and the local steps. The rate is a cosine over the rounds, constant within one."""
 
-    methods: tuple[str, ...] = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
-    seeds: tuple[int, ...] = (0,)
-    strategy: str = "fedavg"
-    rounds: int = 100
-    steps: int = 5
-    batch_size: int = 4
-    clients_per_round: int = 0  # 0: all of them
-    learning_rate: float = 4e-5
-    graft_learning_rate: float = 4e-5
-    final_learning_rate: float = 1e-6  # the same share of it for the graft
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    proximal_mu: float = 0.01  # FedProx only
-    gradient_checkpointing: bool = False
+    methods: tuple[str, ...] = setting(
+        DEFAULT_METHODS, choices=tuple(METHODS), distinct=True, empty="at least one method"
+    )
+    seeds: tuple[int, ...] = setting((0,), distinct=True, empty="at least one seed")
+    rounds: int = setting(100, least=1)
+    steps: int = setting(5, least=1)
+    batch_size: int = setting(4, least=1)
+    clients_per_round: int = setting(0, least=0, zero="all")
+    learning_rate: float = setting(4e-5, above=0)
+    graft_learning_rate: float = setting(4e-5, above=0)
+    final_learning_rate: float = setting(1e-6, least=0)  # the same share of it for the graft
+    schedule: str = setting("cosine", choices=("cosine", "constant"))
+    weight_decay: float = setting(0.0, least=0)
+    max_grad_norm: float = setting(1.0, above=0)
+    gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
 
     def __post_init__(self) -> None:
-        unknown = [m for m in self.methods if m not in METHODS]
-        require(not unknown, f"train.methods names {unknown}; wanted some of {', '.join(METHODS)}")
-        require(bool(self.methods), "train.methods is empty; wanted at least one method")
-        require(bool(self.seeds), "train.seeds is empty; wanted at least one seed")
-        _require_distinct("train.methods", self.methods)
-        _require_distinct("train.seeds", self.seeds)
-        require(
-            self.strategy in STRATEGIES,
-            f"train.strategy is {self.strategy!r}; wanted one of {', '.join(STRATEGIES)}",
-        )
-        require(
-            self.schedule in ("cosine", "constant"),
-            f"train.schedule is {self.schedule!r}; wanted 'cosine' or 'constant'",
-        )
-        for name in ("rounds", "steps", "batch_size"):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; wanted 1 or more")
-        for name in ("learning_rate", "graft_learning_rate", "max_grad_norm"):
-            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; wanted a number above 0")
-        for name in ("final_learning_rate", "weight_decay", "proximal_mu"):
-            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; wanted 0 or more")
-        require(
-            self.clients_per_round >= 0,
-            f"train.clients_per_round is {self.clients_per_round}; wanted 0 (all) or more",
-        )
+        check("train", self)
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """How the server aggregates what the clients share.
+
+    A setting that is left out (None) is the strategy's own default. A method whose row in `methods.py` names a strategy
+    is aggregated by that one instead of `name`.
+    """
+
+    name: str = setting("fedavg", choices=tuple(STRATEGIES))
+    eta: float | None = setting(None, above=0)
+    tau: float | None = setting(None, above=0)
+    beta_1: float | None = setting(None, least=0, below=1)
+    beta_2: float | None = setting(None, least=0, below=1)
+    proximal_mu: float | None = setting(None, least=0)
+
+    def __post_init__(self) -> None:
+        check("strategy", self)
+
+    def of(self, method: str) -> tuple[str, dict[str, float]]:
+        """(name, settings that are given and that it takes) of the strategy that averages for `method`."""
+        name = METHODS[method].strategy or self.name
+        return name, self.given(name)
+
+    def given(self, name: str) -> dict[str, float]:
+        """The settings that are given, of those that this strategy takes."""
+        values = {key: getattr(self, key) for key in STRATEGIES[name]}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Scoring on each client's held-out part. Exact match is by teacher forcing, ROUGE-L by greedy decoding."""
 
-    every: int = 0  # rounds; 0: after the last one only
-    batch_size: int = 16
+    every: int = setting(0, least=0, zero="the last round only")  # rounds
+    batch_size: int = setting(16, least=1)
     rouge: bool = True
-    max_new_tokens: int = 256
+    max_new_tokens: int = setting(256, least=1)
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"evaluate.every is {self.every}; wanted 0 (the last round only) or more")
-        for name in ("batch_size", "max_new_tokens"):
-            require(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; wanted 1 or more")
+        check("evaluate", self)
 
 
 @dataclass(frozen=True)
@@ -153,20 +161,22 @@ class RunConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     graft: GraftSettings = field(default_factory=GraftSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    strategy: StrategySettings = field(default_factory=StrategySettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     output: str = "runs/flex"
-    threads: int = 0  # of torch, in each process; 0: torch's own choice
-    workers: int = 1  # jobs at once, each in a process of its own with a base of its own
+    threads: int = setting(0, least=0, zero="torch's choice")  # of torch, in each process
+    workers: int = setting(1, least=1)  # jobs at once, each in a process of its own with a base of its own
 
     def __post_init__(self) -> None:
-        require(self.threads >= 0, f"threads is {self.threads}; wanted 0 (torch's choice) or more")
-        require(self.workers >= 1, f"workers is {self.workers}; wanted 1 or more")
-        for section in dataclasses.fields(self):
-            values = getattr(self, section.name)
-            for key in dataclasses.fields(values) if dataclasses.is_dataclass(values) else ():
-                value = getattr(values, key.name)
-                finite = not isinstance(value, float) or math.isfinite(value)
-                require(finite, f"{section.name}.{key.name} is {value}; wanted a finite number")
+        check("", self)
+        names = {self.strategy.of(method)[0] for method in self.train.methods}
+        for key in {key for keys in STRATEGIES.values() for key in keys}:
+            value, users = getattr(self.strategy, key), [name for name, keys in STRATEGIES.items() if key in keys]
+            require(
+                value is None or bool(names & set(users)),
+                f"strategy.{key} is {value}, which {', '.join(sorted(names))} has no use for; "
+                f"expected it left out, or one of {', '.join(users)}",
+            )
 
     def with_values(self, **sections: dict[str, Any]) -> "RunConfig":
         """A copy with some fields of some sections replaced: `config.with_values(train={"rounds": 3})`."""
@@ -174,23 +184,20 @@ class RunConfig:
         return dataclasses.replace(self, **changed)
 
 
-def _require_distinct(name: str, values: tuple[Any, ...]) -> None:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    require(not twice, f"{name} names {twice[0] if twice else None!r} twice; wanted each once")
-
-
-def _convert(value: Any, wanted: Any, name: str) -> Any:
+def _convert(value: Any, kind: Any, name: str) -> Any:
     """`value` as TOML gives it -> the field's type; numbers may widen, lists become tuples."""
-    if typing.get_origin(wanted) is tuple:
-        item = typing.get_args(wanted)[0]
+    if typing.get_origin(kind) is types.UnionType:  # `X | None`: left out, or an X
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(v, item, name) for v in items)
-    if wanted is float and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not wanted:
-        raise FlexError(f"{name} is {value!r}, {_with_article(type(value))}; wanted {_with_article(wanted)}")
-    if wanted is str and not _is_unicode(value):
-        raise FlexError(f"{name} is {value!r}, with bytes that are no text; wanted UTF-8")
+    if type(value) is not kind:
+        raise FlexError(f"{name} is {value!r}, {_with_article(type(value))}; expected {_with_article(kind)}")
+    if kind is str and not _is_unicode(value):
+        raise FlexError(f"{name} is {value!r}, with bytes that are no text; expected UTF-8")
     return value
 
 
@@ -210,10 +217,10 @@ def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
         name = f"{prefix}{key}"
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; wanted one of {', '.join(types)}"
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; expected one of {', '.join(types)}"
             raise FlexError(f"{name} is no setting of a run{hint}")
         if dataclasses.is_dataclass(types[key]):
-            require(isinstance(value, dict), f"{name} is {value!r}; wanted a table [{name}]")
+            require(isinstance(value, dict), f"{name} is {value!r}; expected a table [{name}]")
             values[key] = _build(types[key], value, f"{name}.")
         else:
             values[key] = _convert(value, types[key], name)
@@ -222,12 +229,44 @@ def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
     key, sign, raw = text.partition("=")
-    require(bool(sign) and bool(key.strip()), f"--set got {text!r}; wanted section.key=value")
+    require(bool(sign) and bool(key.strip()), f"--set got {text!r}; expected section.key=value")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw  # a bare word is a string
-    return key.strip().split("."), value
+    key = key.strip()
+    return OLD_NAMES.get(key, key).split("."), value
+
+
+def _rename(table: dict[str, Any], where: str) -> None:
+    """Gives the settings of a file the names they have today, and takes its format number out.
+
+    Raises:
+        FlexError: a later format, or a setting under both of its names.
+    """
+    number = table.pop("format", FORMAT)
+    require(
+        type(number) is int and 1 <= number <= FORMAT,
+        f"{where} has format {number!r}; this version reads formats 1 to {FORMAT}",
+    )
+    for old, new in OLD_NAMES.items():
+        (old_section, old_key), (section, key) = old.split("."), new.split(".")
+        source = table.get(old_section)
+        if isinstance(source, dict) and old_key in source:
+            target = table.setdefault(section, {})
+            both = isinstance(target, dict) and key in target
+            require(not both, f"{where} names both {old} and {new}; expected {new} alone")
+            target[key] = source.pop(old_key)
+
+
+def _without_unused(table: dict[str, Any]) -> None:
+    """Format 1 wrote FedProx's mu into every file: where no strategy of the run takes it, it says nothing."""
+    strategy, train = (table.get(section, {}) for section in ("strategy", "train"))
+    methods = [METHODS[m] for m in train.get("methods", DEFAULT_METHODS) if m in METHODS]
+    names = {strategy.get("name", "fedavg"), *(method.strategy for method in methods)}
+    if not any("proximal_mu" in STRATEGIES.get(name, ()) for name in names):
+        _build(StrategySettings, strategy, "strategy.")  # a wrong value is refused all the same
+        strategy.pop("proximal_mu", None)
 
 
 def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -241,9 +280,11 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise FlexError(f"no configuration at {path}; wanted a TOML file") from None
+            raise FlexError(f"no configuration at {path}; expected a TOML file") from None
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise FlexError(f"{path} is not a TOML file: {error}") from None
+    old_mu = isinstance(table.get("train"), dict) and "proximal_mu" in table["train"]
+    _rename(table, str(path))
     for text in overrides:
         (*sections, key), value = _parse_override(text)
         node = table
@@ -251,18 +292,21 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             node = node.setdefault(section, {})
             require(isinstance(node, dict), f"--set {text}: {section} is a value, not a section")
         node[key] = value
+    if old_mu:
+        _without_unused(table)
     config = _build(RunConfig, table, "")
-    require(bool(config.output), "output is empty; wanted the folder of the run")
+    require(bool(config.output), "output is empty; expected the folder of the run")
     return config
 
 
 def write_config(config: RunConfig, path: Path) -> None:
     """The resolved run as TOML: `read_config` gives the same run back."""
-    lines, sections = [], []
+    lines, sections = [f"format = {FORMAT}"], []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            body = [f"{k.name} = {to_toml(getattr(value, k.name))}" for k in dataclasses.fields(value)]
+            given = {k.name: getattr(value, k.name) for k in dataclasses.fields(value)}
+            body = [f"{name} = {to_toml(own)}" for name, own in given.items() if own is not None]
             sections.append("\n".join([f"[{f.name}]", *body]))
         else:
             lines.append(f"{f.name} = {to_toml(value)}")

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read: a sentence that names what came and what is wanted."""
+"""The one exception a user is meant to read: a sentence that names what came and what is expected."""
 
 
 class FlexError(ValueError):

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from flex.errors import require
+from flex.settings import check, setting
 
 COMBINES = ("additive", "convex")
 # How a graft is chosen, and how many neurons or experts of the layer it is then made of (`graft/choose.py`).
@@ -176,33 +177,25 @@ class GraftSettings:
     after_rounds: so many rounds share alone; then the graft is chosen, in the function with that round's shared LoRA.
     """
 
-    criterion: str = "neurons"
+    criterion: str = setting("neurons", choices=CRITERIA)
     experts: int = 1
-    width: int = 0
-    candidates: int = 0
-    target: str = "correction"
+    width: int = setting(0, least=0)
+    candidates: int = setting(0, least=0)
+    target: str = setting("correction", choices=TARGETS)
     refit: bool = True
-    ridge: float = 1.0
-    refit_scale: float = 0.1  # fitted at full length it takes over what the shared LoRA should learn
-    gate: str = "zeros"
-    combine: str = "additive"
+    ridge: float = setting(1.0, above=0)
+    refit_scale: float = setting(0.1, above=0)  # fitted at full length it takes over what the shared LoRA should learn
+    gate: str = setting("zeros", choices=("zeros", "router"))
+    combine: str = setting("additive", choices=COMBINES)
     logit_bias: float = -4.0  # sigmoid(-4) = 0.018: training starts next to the pretrained function
-    training: str = "full"
-    rank: int = 8
-    alpha: float = 16.0
-    after_rounds: int = 0
-    calibration_sequences: int = 128
+    training: str = setting("full", choices=("full", "lora"))
+    rank: int = setting(8, least=1)
+    alpha: float = setting(16.0, above=0)
+    after_rounds: int = setting(0, least=0)
+    calibration_sequences: int = setting(128, least=1)
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("criterion", CRITERIA),
-            ("target", TARGETS),
-            ("gate", ("zeros", "router")),
-            ("combine", COMBINES),
-            ("training", ("full", "lora")),
-        ):
-            value = getattr(self, name)
-            require(value in choices, f"graft.{name} is {value!r}; expected one of {', '.join(choices)}")
+        check("graft", self)
         require(1 <= self.experts <= 3, f"graft.experts is {self.experts}; expected 1, 2 or 3")
         for name, allowed, plain in (
             ("experts", (*MERGED_EXPERTS, *NEW_MODULE), 1),
@@ -215,26 +208,21 @@ class GraftSettings:
                 f"graft.{name} is {value}, which the criterion {self.criterion!r} has no use for; "
                 f"expected {plain}, or graft.criterion = one of {', '.join(allowed)}",
             )
-        for name in ("width", "candidates", "after_rounds"):
-            require(getattr(self, name) >= 0, f"graft.{name} is {getattr(self, name)}; expected 0 or more")
         require(
             not self.candidates or self.candidates >= self.width,
             f"graft.candidates is {self.candidates}; expected at least the width, {self.width}",
         )
+        new = self.criterion in NEW_MODULE
         require(
-            not self.refit or self.criterion not in NEW_MODULE,
+            not (self.refit and new),
             f"graft.refit is true (its default), but {self.criterion!r} starts from nothing that could be fitted; "
             "expected graft.refit = false",
         )
         require(
-            self.gate == "zeros" or self.criterion not in NEW_MODULE,
+            self.gate == "zeros" or not new,
             f"graft.gate is 'router', but {self.criterion!r} grafts no expert whose router row it could take; "
             "expected 'zeros'",
         )
-        for name in ("ridge", "refit_scale", "alpha"):
-            require(getattr(self, name) > 0, f"graft.{name} is {getattr(self, name)}; expected a number above 0")
-        for name in ("rank", "calibration_sequences"):
-            require(getattr(self, name) >= 1, f"graft.{name} is {getattr(self, name)}; expected 1 or more")
 
     def of(self, method: Method) -> "GraftSettings":
         """These settings for one method. The paper's rule and the controls have their own criterion and fit nothing,
@@ -252,6 +240,7 @@ class GraftSettings:
             target="output",
             refit=False,
             gate=self.gate if criterion == "random" else "zeros",
+            after_rounds=0 if method.private == "expert" else self.after_rounds,
         )
 
     def graft_width(self, intermediate_size: int) -> int:

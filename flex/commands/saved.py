@@ -1,5 +1,6 @@
 """`flex eval` and `flex generate`: what a run saved, loaded again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -7,30 +8,46 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flex.config import METHODS, read_config
+from flex.config import read_config
 from flex.errors import FlexError, require
 from flex.evaluation.score import generate as greedy
-from flex.federation.client import ClientRuntime
-from flex.runs.job import Setting, latest_shared
-from flex.runs.workers import prepare
+from flex.federation.client import Site
+from flex.federation.messages import Arrays
+from flex.methods import METHODS
+from flex.runs.job import latest_shared
+from flex.runs.workers import job_folder
+from flex.runs.world import World, load_world
+from flex.store.events import Evaluated
 
 console = Console()
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A job as its files have it: its clients, and the shared state after `round_index`."""
+
+    world: World
+    sites: dict[str, Site]
+    round_index: int
+    shared: Arrays
+
+    def site(self, client_id: str) -> Site:
+        if client_id not in self.sites:
+            raise no_client(client_id, self.world)
+        return self.sites[client_id]
+
+
 def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None) -> int:
     """Scores on the test part from the files of the last round."""
-    setting, runtime, round_index, shared = _load_run(folder, method, seed)
-    table = Table(title=Text(f"{folder}, {method}, after round {round_index}", "table.title"))
+    saved = _load(folder, method, seed)
+    table = Table(title=Text(f"{folder}, {method}, after round {saved.round_index}", "table.title"))
     for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
         table.add_column(column, justify="left" if column == "client" else "right")
-    clients = [client_id] if client_id is not None else [c.client_id for c in setting.clients]
-    for name in clients:
-        if name not in runtime.clients:
-            raise _no_client(name, setting)
-        scores = runtime.evaluate(name, round_index, shared, "after_aggregation")["test"]
-        rouge = "" if scores["rouge_l"] is None else f"{scores['rouge_l']:.3f}"
-        numbers = (str(scores["num_examples"]), f"{scores['loss']:.3f}", f"{scores['exact_match']:.3f}", rouge)
-        table.add_row(Text(name), *numbers)
+    for name in [client_id] if client_id is not None else saved.sites:
+        events = saved.site(name).evaluate(saved.round_index, saved.shared)
+        test = next(event for event in events if isinstance(event, Evaluated))
+        rouge = "" if test.rouge_l is None else f"{test.rouge_l:.3f}"
+        table.add_row(Text(name), str(test.num_examples), f"{test.loss:.3f}", f"{test.exact_match:.3f}", rouge)
     console.print(table)
     return 0
 
@@ -39,35 +56,34 @@ def generate(
     folder: Path, method: str, seed: int | None, client_id: str, prompt: str, context: str, max_new_tokens: int
 ) -> int:
     """The answer of one client's model: shared LoRA of the last round, that client's own graft."""
-    require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; wanted 1 or more")
-    setting, runtime, round_index, shared = _load_run(folder, method, seed)
-    if client_id not in runtime.clients:
-        raise _no_client(client_id, setting)
-    runtime.attach(client_id, round_index, shared)
-    prompt_ids = setting.encoder.prompt_ids(prompt, context)
-    print(greedy(setting.base.model, setting.encoder, [prompt_ids], max_new_tokens)[0])
+    require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
+    saved = _load(folder, method, seed)
+    saved.site(client_id).attach(saved.round_index, saved.shared)
+    encoder = saved.world.encoder
+    print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens)[0])
     return 0
 
 
-def _load_run(folder: Path, method: str, seed: int | None) -> tuple[Setting, ClientRuntime, int, dict]:
+def _load(folder: Path, method: str, seed: int | None) -> Saved:
     if not (folder / "config.toml").exists():
-        raise FlexError(f"no run at {folder}; wanted a folder that `flex train` or `flex demo` wrote")
+        raise FlexError(f"no run at {folder}; expected a folder that `flex train` or `flex demo` wrote")
     config = read_config(folder / "config.toml")
     if method not in METHODS:
-        raise FlexError(f"--method is {method!r}; wanted one of {', '.join(METHODS)}")
+        raise FlexError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     seed = config.train.seeds[0] if seed is None else seed
-    job = folder / f"{method}-seed{seed}"
+    job = folder / job_folder(config, (seed, method)).name
     if not job.exists():
         there = sorted(p.name for p in folder.glob("*-seed*") if p.name.rpartition("-seed")[0] in METHODS)
         raise FlexError(f"{folder} has no job {job.name}; it has {', '.join(there) or 'none yet'}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    setting = prepare(config, seed)
-    runtime = ClientRuntime(setting.base, setting.encoder, setting.clients, setting.general, config, method, seed, job)
-    round_index, shared = latest_shared(job, setting.base.fingerprint, runtime.shared_arrays())
-    return setting, runtime, round_index, shared
+    world = load_world(config, seed)
+    sites = world.sites(config, method, seed, job)
+    start = next(iter(sites.values())).model.shared_arrays()
+    round_index, shared = latest_shared(job, world.base.fingerprint, start)
+    return Saved(world, sites, round_index, shared)
 
 
-def _no_client(client_id: str, setting: Setting) -> FlexError:
-    names = ", ".join(c.client_id for c in setting.clients)
+def no_client(client_id: str, world: World) -> FlexError:
+    names = ", ".join(c.client_id for c in world.clients)
     return FlexError(f"no client {client_id!r} in this run; its clients are {names}")

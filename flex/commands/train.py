@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
-from flex.commands.saved import console
-from flex.config import RunConfig, read_config
+from rich.console import Console
+
+from flex.config import read_config
 from flex.demo.data import demo_config, describe_clients, write_demo_data
 from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
 from flex.runs.run import run
+
+console = Console()
 
 
 def demo(folder: Path, overrides: list[str]) -> int:
@@ -15,16 +18,15 @@ def demo(folder: Path, overrides: list[str]) -> int:
     for seed in config.train.seeds:
         write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
     title = "FLEx demo: five clients, conventions of their own, one new skill in common"
-    return _run_and_report(config, title, describe_clients(config.train.seeds[0]))
+    return _report(run(config, console, title, describe_clients(config.train.seeds[0])))
 
 
 def train(path: Path | None, overrides: list[str]) -> int:
     """Every method and seed of a configuration, from data to report; resumes what was stopped."""
-    return _run_and_report(read_config(path, overrides))
+    return _report(run(read_config(path, overrides), console))
 
 
-def _run_and_report(config: RunConfig, title: str = "", descriptions: dict[str, str] | None = None) -> int:
-    folder = run(config, console, title, descriptions)
+def _report(folder: Path) -> int:
     summary = summarise(read_events(folder))
     console.print(terminal_table(summary, console.width))
     for sentence in findings(summary):

@@ -72,7 +72,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise FlexError("the tokenizer has no end-of-sequence token; a model could never learn to stop")
         if template == "chat" and not tokenizer.chat_template:
-            raise FlexError('the tokenizer has no chat template; wanted data.template = "alpaca"')
+            raise FlexError('the tokenizer has no chat template; expected data.template = "alpaca"')
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -119,7 +119,7 @@ def load_clients(config: DataConfig, encoder: Encoder) -> list[ClientData]:
         FlexError: a file or column is missing or not what it should be, or a client has nothing to train or to test on.
     """
     if not config.train:
-        raise FlexError("data.train is empty; wanted a .jsonl or .jsonl.gz file (--data FILE)")
+        raise FlexError("data.train is empty; expected a .jsonl or .jsonl.gz file (--data FILE)")
     columns = ["instruction", "response", config.clients_by, *([config.group_by] if config.group_by else [])]
     train = split_clients(read_records(config.train, columns, config.clients_by), config.clients_by, config.clients)
     test = {}
@@ -132,7 +132,7 @@ def load_clients(config: DataConfig, encoder: Encoder) -> list[ClientData]:
         kept = [part[:limit] if limit else part for part, limit in zip(parts, limits, strict=True)]
         for part, what in zip(kept, ("train", "test"), strict=True):
             if not part:
-                raise FlexError(f"client {name!r} has no {what} examples; wanted at least one, or leave the client out")
+                raise FlexError(f"client {name!r} has no {what} examples; expected one or more, or no such client")
         encoded = [[encoder.example(r, str(r.get(config.group_by, ""))) for r in part] for part in kept]
         clients.append(ClientData(name, *encoded))
     return clients

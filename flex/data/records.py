@@ -26,7 +26,7 @@ def read_records(
     """
     path = Path(path)
     if not path.is_file():
-        raise FlexError(f"no data file at {path}; wanted a .jsonl or .jsonl.gz file")
+        raise FlexError(f"no data file at {path}; expected a .jsonl or .jsonl.gz file")
     open_text = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
@@ -37,7 +37,7 @@ def read_records(
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise FlexError(f"{path} cannot be read as JSON lines: {error}") from None
     if not records:
-        raise FlexError(f"{path} holds no records; wanted one JSON object a line")
+        raise FlexError(f"{path} holds no records; expected one JSON object a line")
     return records
 
 
@@ -49,7 +49,7 @@ def _record(line: str, where: str, columns: Sequence[str], clients_by: str) -> R
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise FlexError(f"{where} is not JSON that can be read: {error}") from None
     if not isinstance(record, dict):
-        raise FlexError(f"{where} is a {type(record).__name__}; wanted a JSON object")
+        raise FlexError(f"{where} is a {type(record).__name__}; expected a JSON object")
     for column in columns:
         if column not in record:
             raise FlexError(f"{where} has no column {column!r}; it has {', '.join(map(repr, record))}")
@@ -57,15 +57,15 @@ def _record(line: str, where: str, columns: Sequence[str], clients_by: str) -> R
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise FlexError(f"{where} holds half of a character (a \\ud… alone); wanted whole ones") from None
+            raise FlexError(f"{where} holds half of a character (a \\ud… alone); expected whole ones") from None
     for column in TEXTS:
         value = record.get(column, "")
         if not (isinstance(value, str) or (value is None and column == "context")):
-            raise FlexError(f"{where} has {_shown(value)} as {column!r}; wanted a string")
+            raise FlexError(f"{where} has {_shown(value)} as {column!r}; expected a string")
     if clients_by:
         name = record[clients_by]
         if not isinstance(name, str | int | float) or not str(name).strip():
-            raise FlexError(f"{where} has {_shown(name)} as {clients_by!r}; wanted the name of a client")
+            raise FlexError(f"{where} has {_shown(name)} as {clients_by!r}; expected the name of a client")
     return record
 
 

@@ -40,7 +40,7 @@ def load_server(path: Path) -> tuple[int, Arrays, Arrays, dict[str, Any]]:
     """
     tensors, kept = load_tensors(path)
     if not isinstance(kept, dict) or kept.get("kind") != "server":
-        raise FlexError(f"{path} is no server state; wanted a file that `save_server` wrote")
+        raise FlexError(f"{path} is no server state; expected a file that `save_server` wrote")
     if kept.get("sha256") != _digest(tensors):
         raise FlexError(f"{path} is damaged: its tensors are not those that were written")
     parts: dict[str, Arrays] = {"shared": {}, "strategy": {}}

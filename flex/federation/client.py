@@ -1,33 +1,44 @@
-"""One client's turn: (shared state, personal file, config) -> (update, metrics).
+"""One client's turn: (shared state, personal file, config) -> (update, numbers, events).
 
-The model is built once per job. A turn copies the shared values and this client's personal values into it, trains a
-few steps on the response tokens, writes the personal file, and hands back the shared values alone.
+The model is built once per job (`JobModel`). A turn copies the shared values and this client's personal values into it,
+trains a few steps on the response tokens, writes the personal file, and hands back the shared values alone, with what
+the log is to say of it.
 """
 
 import hashlib
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flex.config import METHODS, RunConfig
+from flex.config import RunConfig
 from flex.data.examples import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluation.score import response_logits, score
-from flex.federation.messages import Arrays
+from flex.federation.messages import Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
-from flex.graft import choose as grafting
-from flex.model import rivals
-from flex.model.adapters import wrap
+from flex.graft.calibrate import Calibration
+from flex.graft.choose import choose_grafts
+from flex.methods import METHODS, Phase
+from flex.model.adapters import PRIVATE, recomputed, wrap
 from flex.model.base import Base
-from flex.model.partition import Partition, load_into, load_moments, optimizer_moments, partition, snapshot
+from flex.model.partition import (
+    Partition,
+    load_into,
+    load_moments,
+    optimizer_moments,
+    partition,
+    snapshot,
+)
+from flex.store.events import AFTER, BEFORE, Evaluated, Event
 from flex.store.files import folder_name
 from flex.store.personal import PersonalState, PersonalStore
 
@@ -46,176 +57,242 @@ def rate(first: float, config: RunConfig, round_index: int) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class ClientRuntime:
-    """All clients of one job on one model; each call works on one of them.
+def about(base: Base, client: ClientData) -> SiteAbout:
+    """What a client is, whatever the method."""
+    sizes = {"num_train": len(client.train), "num_test": len(client.test)}
+    return SiteAbout(client.client_id, base.fingerprint, truncated=client.truncated(), **sizes)
 
-    Args:
-        folder: of the job; personal files go to `folder/clients/<folder_name(client_id)>/`.
-        on_event: takes what is worth keeping (see `events.py`).
-        on_step: called after each training step, for a progress bar.
-        on_calibration: called after each batch of a calibration, likewise.
+
+class Listener(Protocol):
+    """Whom a site tells how far it is, for a progress bar; nothing else goes this way."""
+
+    def step(self, steps: int = 1) -> None: ...
+    def say(self, what: str) -> None: ...
+
+
+class Silence:
+    """A listener that nobody hears."""
+
+    def step(self, steps: int = 1) -> None:
+        pass
+
+    def say(self, what: str) -> None:
+        pass
+
+
+class JobModel:
+    """The base as one method wears it: what all sites of a job on this machine have in common.
+
+    Attributes:
+        parts: every parameter by its role.
+        own: what a client owns by name: all that it trains alone, and what of its private modules is frozen (the copy
+            beneath a low-rank graft).
+        start: the values of `own` of a client that never trained.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        encoder: Encoder,
-        clients: list[ClientData],
-        general: list[Example],
-        config: RunConfig,
-        method: str,
-        seed: int,
-        folder: Path,
-        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-        on_step: Callable[[], None] = lambda: None,
-        on_calibration: grafting.Progress = lambda what, done, total: None,
-    ):
+    def __init__(self, base: Base, encoder: Encoder, config: RunConfig, method: str, seed: int):
         self.base, self.encoder, self.config, self.seed = base, encoder, config, seed
-        self.clients = {client.client_id: client for client in clients}
-        self.general, self.on_event, self.on_step = general, on_event, on_step
-        self.on_calibration = on_calibration
-        self.current = ""  # the client at work
-        self.tokens = 0  # trained on by this process
-        self.method = METHODS[method]
-        self.graft_settings = config.graft.of(self.method)
+        self.method_name, self.method = method, METHODS[method]
+        self.graft = config.graft.of(self.method)
+        self.private = PRIVATE[self.method.private]
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
-        # What a client owns: all that it trains alone, and what of its grafts is frozen (a low-rank graft's copy).
-        copies = _graft_names(base) & self.parts.frozen.keys()
+        added = {id(p) for module in self.private.modules(base) for p in module.parameters()}
+        copies = [name for name, p in base.model.named_parameters() if id(p) in added and name in self.parts.frozen]
         self.own = {**self.parts.personal, **{name: self.parts.frozen[name] for name in sorted(copies)}}
-        self.start = snapshot(self.own)  # what a client that never trained owns
-        self.stores = {
-            name: PersonalStore(
-                folder / "clients" / folder_name(name),
-                {"base": base.fingerprint, "method": method, "seed": seed, "client": name},
-            )
-            for name in self.clients
-        }
+        self.start = snapshot(self.own)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What every file of this job must agree in."""
+        return {"base": self.base.fingerprint, "method": self.method_name, "seed": self.seed}
 
     def shared_arrays(self) -> Arrays:
         """The shared values that stand in the model, by name."""
         return {name: tensor.numpy() for name, tensor in snapshot(self.parts.shared).items()}
 
-    def train(self, client_id: str, round_index: int, shared: Arrays, proximal_mu: float = 0.0) -> tuple[Arrays, dict]:
-        """Local steps from the shared state of the round's start.
-
-        Returns:
-            the shared values after the steps, and the numbers of the turn (`num_examples`, `loss`, `opening`, ...).
-        """
-        started = time.perf_counter()
-        client = self.clients[client_id]
-        shared, control = split_control(shared)
-        own = self.attach(client_id, round_index - 1, shared)
-        if self.method.graft and round_index > self.graft_settings.after_rounds and not self._grafted():
-            own = PersonalState(self._graft(client_id, round_index), control=own.control)
-        optimizer = self.optimizer(round_index)
-        load_moments(optimizer, self.parts.personal, own.moments)
-        drift = {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()}
-        loss, openings = self.steps(client, round_index, optimizer, proximal_mu, drift)
-        update = self.shared_arrays()
-        if control:
-            c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
-            step = rate(self.config.train.learning_rate, self.config, round_index)
-            c_own, change = control_update(shared, update, control, c_own, self.config.train.steps, step)
-            own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
-            update |= change
-        if self.own or control:
-            own.parameters = snapshot(self.own)
-            own.moments = optimizer_moments(optimizer, self.parts.personal)
-            self.stores[client_id].save(round_index, own)
-        metrics = {
-            "num_examples": len(client.train),
-            "loss": loss,
-            "opening": openings,
-            "seconds": time.perf_counter() - started,
-        }
-        return update, metrics
-
-    def evaluate(self, client_id: str, round_index: int, shared: Arrays | None, when: str) -> dict[str, dict]:
-        """Scores on the client's test part and on the general set, each also sent to `on_event`.
-
-        Args:
-            shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
-        """
-        if shared is not None:
-            self.attach(client_id, round_index, shared)
-        scores = {}
-        for split, examples in (("test", self.clients[client_id].test), ("general", self.general)):
-            if examples:
-                # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
-                settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
-                scores[split] = score(self.base.model, self.encoder, examples, settings)
-                self.on_event(
-                    {
-                        "event": "evaluate",
-                        "round": round_index,
-                        "client_id": client_id,
-                        "when": when,
-                        "split": split,
-                        **scores[split],
-                    }
-                )
-        return scores
-
-    def attach(self, client_id: str, round_index: int, shared: Arrays) -> PersonalState:
-        """Shared and personal values, as after `round_index`, into the model; returns what the client owns."""
-        self.current = client_id
-        load_into(self.parts.shared, {k: torch.from_numpy(v) for k, v in shared.items()}, "the shared state")
-        store = self.stores[client_id]
-        own = store.load(round_index)
-        if own is None:
-            own = PersonalState(self._first_personal(client_id, round_index))
-            if own.parameters:
-                store.save(round_index, own)
-        load_into(self.own, own.parameters, f"the personal file of client {client_id!r}")
-        return own
-
-    def _first_personal(self, client_id: str, round_index: int) -> dict[str, Tensor]:
-        """What the client owns before its first step: grafts chosen on its own training data, LoRA as initialised."""
-        load_into(self.own, self.start, "the start")
-        if self.method.rival == "expert" or (self.method.graft and not self.graft_settings.after_rounds):
-            return self._graft(client_id, round_index)
-        return snapshot(self.own)
-
-    def _grafted(self) -> bool:
-        """Whether the client at work has its graft already: until then all of it is zero, and stays so."""
-        return all(layer.graft.gate_up_proj.any() for layer in self.base.layers.values())
-
-    def _graft(self, client_id: str, round_index: int) -> dict[str, Tensor]:
-        """Chooses and builds what the client starts from; with shared rounds before it, on top of what they gave."""
-        seed = derived_seed("graft", self.seed, client_id)
-        choices = grafting.choose_grafts(
-            self.base,
-            self.encoder,
-            self.clients[client_id].train[: self.config.graft.calibration_sequences],
-            self.graft_settings,
-            self.config.evaluate.batch_size,
-            str(seed),
-            self.stores[client_id].folder,
-            self.on_calibration,
-            self._lora_name() if self.graft_settings.after_rounds and self.method.graft else "",
-        )
-        if self.method.graft:
-            grafting.build(self.base, choices, self.graft_settings, seed)
-        else:
-            rivals.adapt(self.base.layers, choices)
-        for choice in choices:
-            self.on_event({"client_id": client_id, "round": round_index, **choice.event()})
-        return snapshot(self.own)
-
-    def _lora_name(self) -> str:
+    def shared_name(self) -> str:
         """A name for the shared values that stand in the model."""
         digest = hashlib.sha256()
         for name, array in self.shared_arrays().items():
             digest.update(name.encode() + array.tobytes())
         return digest.hexdigest()
 
+
+@dataclass
+class TurnReport:
+    """What a client's turn gives: the shared values, the numbers of the turn, what the log is to say of it."""
+
+    update: Arrays
+    metrics: dict[str, Any]
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What holds the local steps of a turn back: FedProx's `mu / 2 ||p - anchor||²` for each shared tensor, and
+    SCAFFOLD's `c - c_k`, added to its gradient; both by the tensor's name."""
+
+    mu: float = 0.0
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
+    drift: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Told:
+    """What the steps of a turn tell: each step's loss and each layer's mean opening, and the tokens trained on."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    openings: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+
+class Site:
+    """One client: its examples, its personal files, and its turns on the job's model.
+
+    Args:
+        model: of the job; a run on one machine hands one model to all its sites.
+        general: the held-out examples that belong to nobody.
+        folder: of the job; personal files go to `folder/clients/<folder_name(client_id)>/`.
+    """
+
+    def __init__(
+        self,
+        model: JobModel,
+        client: ClientData,
+        general: list[Example],
+        folder: Path,
+        listen: Listener | None = None,
+    ):
+        self.model, self.client, self.general = model, client, general
+        self.client_id, self.listen = client.client_id, listen or Silence()
+        self.config = model.config
+        own_folder = folder / "clients" / folder_name(client.client_id)
+        self.store = PersonalStore(own_folder, {**model.header, "client": client.client_id})
+
+    def about(self) -> SiteAbout:
+        """What the server is told before the first round."""
+        counts = self.model.parts.counts()
+        trained = {role: counts[role] for role in ("shared", "personal")}
+        return replace(about(self.model.base, self.client), trained_parameters=trained)
+
+    def train(
+        self, round_index: int, shared: Arrays, proximal_mu: float = 0.0, score_after: bool = False
+    ) -> TurnReport:
+        """Local steps from the shared state of the round's start.
+
+        Args:
+            score_after: whether the client also scores its own model, before the server averages it.
+        """
+        started = time.perf_counter()
+        model, train = self.model, self.config.train
+        # What is left of a later round is of a run that was stopped: its rounds are done again.
+        self.store.forget(after=round_index - 1 if round_index > 1 else -1)
+        shared, control = split_control(shared)
+        own = self.attach(round_index - 1, shared)
+        if model.method.start and round_index > model.graft.after_rounds and not model.private.started(model.base):
+            own = PersonalState(control=own.control)
+            own.parameters = self._choose(round_index, own)
+        optimizer = self.optimizer(round_index)
+        load_moments(optimizer, model.parts.personal, own.moments)
+        held = Held(
+            proximal_mu,
+            {name: p.detach().clone() for name, p in model.parts.shared.items()} if proximal_mu else {},
+            {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()},
+        )
+        # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
+        seed = derived_seed(model.seed, round_index, self.client_id)
+        torch.manual_seed(seed)
+        batches = training_batches(self.client.train, train.batch_size, train.steps, f"batches {seed}")
+        model.base.model.train()
+        told = Told()
+        with recomputed(model.base.model, train.gradient_checkpointing):
+            for phase, count in _share_out(train.steps, model.method.phases):
+                trained = {name: p for role in phase.trains for name, p in getattr(model.parts, role).items()}
+                self.steps(round_index, itertools.islice(batches, count), optimizer, trained, held, told)
+        update = model.shared_arrays()
+        if control:
+            c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
+            step = rate(train.learning_rate, self.config, round_index)
+            c_own, change = control_update(shared, update, control, c_own, train.steps, step)
+            own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
+            update |= change
+        if model.own or control:
+            own.parameters = snapshot(model.own)
+            own.moments = optimizer_moments(optimizer, model.parts.personal)
+            own.choices = [choice for choice in own.choices if choice.round >= round_index - 1]
+            self.store.save(round_index, own)
+        metrics = {
+            "num_examples": len(self.client.train),
+            "loss": float(torch.stack(told.losses).mean()),
+            "opening": torch.stack(told.openings).mean(0).tolist() if told.openings else None,
+            "tokens": told.tokens,
+            "seconds": time.perf_counter() - started,
+        }
+        # Grafts are chosen in this round, or in a turn before it that a kill cut off.
+        events: list[Event] = [choice for choice in own.choices if choice.round >= round_index - 1]
+        if score_after:
+            events += self.evaluate(round_index, None, BEFORE)
+        return TurnReport(update, metrics, events)
+
+    def evaluate(self, round_index: int, shared: Arrays | None, when: str = AFTER) -> list[Event]:
+        """Scores on the client's test part and on the general set; before them the grafts, if they are chosen here.
+
+        Args:
+            shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
+        """
+        found: list[Event] = []
+        if shared is not None:
+            own = self.attach(round_index, shared)
+            found += [choice for choice in own.choices if choice.round >= round_index]
+        for split, examples in (("test", self.client.test), ("general", self.general)):
+            if examples:
+                # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
+                settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
+                scores = score(self.model.base.model, self.model.encoder, examples, settings)
+                found.append(Evaluated(round_index, self.client_id, when, split, **scores))
+        return found
+
+    def attach(self, round_index: int, shared: Arrays) -> PersonalState:
+        """Shared and personal values, as after `round_index`, into the model; returns what the client owns."""
+        model = self.model
+        load_into(model.parts.shared, {k: torch.from_numpy(v) for k, v in shared.items()}, "the shared state")
+        own = self.store.load(round_index)
+        if own is None:
+            load_into(model.own, model.start, "the start")
+            own = PersonalState()
+            if model.method.start and not model.graft.after_rounds:
+                own.parameters = self._choose(round_index, own)
+            else:
+                own.parameters = snapshot(model.own)
+            if own.parameters:
+                self.store.save(round_index, own)
+        load_into(model.own, own.parameters, f"the personal file of client {self.client_id!r}")
+        return own
+
+    def _choose(self, round_index: int, own: PersonalState) -> dict[str, Tensor]:
+        """Chooses and builds what the client starts from; with shared rounds before it, on top of what they gave."""
+        model = self.model
+        seed = derived_seed("graft", model.seed, self.client_id)
+        calibration = Calibration(
+            model.base,
+            model.encoder,
+            self.client.train[: model.graft.calibration_sequences],
+            self.config.evaluate.batch_size,
+            self.store.folder,
+            lambda what, done, total: self.listen.say(f"{self.client_id}: {what}, {done}/{total}"),
+            model.shared_name() if model.graft.after_rounds else "",
+        )
+        choices = choose_grafts(calibration, model.graft, str(seed))
+        model.private.start(model.base, choices, model.graft, seed)
+        own.choices = [choice.event(self.client_id, round_index) for choice in choices]
+        return snapshot(model.own)
+
     def optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
-        train = self.config.train
-        private = self.method.graft or self.method.rival
-        own = {id(p) for p in self.parts.personal.values()} if private else set()
-        trained = self.parts.trained().values()
+        train, parts = self.config.train, self.model.parts
+        own = {id(p) for p in parts.personal.values()} if self.model.method.private else set()
+        trained = parts.trained().values()
         groups = [
             ([p for p in trained if id(p) not in own], train.learning_rate),
             ([p for p in trained if id(p) in own], train.graft_learning_rate),
@@ -227,53 +304,42 @@ class ClientRuntime:
 
     def steps(
         self,
-        client: ClientData,
         round_index: int,
+        batches: Iterable[list[Example]],
         optimizer: torch.optim.Optimizer,
-        proximal_mu: float,
-        drift: dict[str, Tensor],
-    ) -> tuple[float, list[float] | None]:
-        """The local steps of a turn on what stands in the model: their mean loss and each layer's mean opening."""
-        train = self.config.train
-        model, trained = self.base.model, list(self.parts.trained().values())
-        anchors = [(p, p.detach().clone()) for p in self.parts.shared.values()] if proximal_mu else []
-        # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
-        seed = derived_seed(self.seed, round_index, client.client_id)
-        torch.manual_seed(seed)
-        model.train()
-        losses, openings = [], []
-        for examples in training_batches(client.train, train.batch_size, train.steps, f"batches {seed}"):
-            logits, targets, _ = response_logits(model, self.encoder.batch(examples, self.base.device))
+        trained: Mapping[str, nn.Parameter],
+        held: Held,
+        told: Told,
+    ) -> None:
+        """One step per batch, of the parameters in `trained` alone, on what stands in the model."""
+        model, base = self.model, self.model.base
+        for name, parameter in model.parts.trained().items():
+            parameter.requires_grad_(name in trained)
+        for examples in batches:
+            logits, targets, _ = response_logits(base.model, model.encoder.batch(examples, base.device))
             loss = F.cross_entropy(logits.float(), targets)
             if not torch.isfinite(loss):
                 raise FlexError(
-                    f"the loss of client {client.client_id!r} is {loss.item()} in round {round_index}; "
-                    "wanted a finite number (a lower learning rate may help)"
+                    f"the loss of client {self.client_id!r} is {loss.item()} in round {round_index}; "
+                    "expected a finite number (a lower learning rate may help)"
                 )
-            for parameter, anchor in anchors:
-                loss = loss + 0.5 * proximal_mu * ((parameter - anchor) ** 2).sum()
+            for name, anchor in held.anchors.items():
+                loss = loss + 0.5 * held.mu * ((model.parts.shared[name] - anchor) ** 2).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for name, correction in drift.items():  # SCAFFOLD: c - c_k
-                self.parts.shared[name].grad += correction.to(self.base.device)
-            nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+            for name, correction in held.drift.items():  # SCAFFOLD: c - c_k
+                model.parts.shared[name].grad += correction.to(base.device)
+            nn.utils.clip_grad_norm_(list(trained.values()), self.config.train.max_grad_norm)
             optimizer.step()
-            losses.append(loss.detach())
-            self.tokens += sum(len(example.input_ids) for example in examples)
-            if self.method.graft:
-                openings.append(torch.stack([layer.graft.last_opening for layer in self.base.layers.values()]))
-            self.on_step()
+            told.losses.append(loss.detach())
+            told.tokens += sum(len(example.input_ids) for example in examples)
+            if (opening := model.private.opening(base)) is not None:
+                told.openings.append(opening)
+            self.listen.step()
         optimizer.zero_grad(set_to_none=True)
-        mean_openings = torch.stack(openings).mean(0).tolist() if openings else None
-        return float(torch.stack(losses).mean()), mean_openings
 
 
-def _graft_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    added = [getattr(layer, name, None) for name in ("graft", "adapted")]
-    return [p for module in added if module is not None for p in module.parameters()]
-
-
-def _graft_names(base: Base) -> set[str]:
-    """Every parameter of every graft or adapted expert, as the model names it."""
-    names = {id(p) for layer in base.layers.values() for p in _graft_parameters(layer)}
-    return {name for name, p in base.model.named_parameters() if id(p) in names}
+def _share_out(steps: int, phases: tuple[Phase, ...]) -> Iterator[tuple[Phase, int]]:
+    """How many of the steps of a turn each phase gets: all alike, what is left over goes to the first."""
+    for index, phase in enumerate(phases):
+        yield phase, steps // len(phases) + (index < steps % len(phases))

@@ -1,48 +1,79 @@
-"""The client's turn behind Flower's messages: the same `ClientApp` runs in one process and under Flower's engine."""
+"""A site behind Flower's messages: the same `ClientApp` runs in one process and under Flower's engine.
 
-from flex.federation.client import ClientRuntime
+See `messages.py` for the contents of a message.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from flex.federation.client import Site
 from flex.federation.flower import ClientApp, Context, Message, MetricRecord, RecordDict
-from flex.federation.messages import ARRAYS, CLIENT_INDEX, CONFIG, METRICS, NUM_EXAMPLES, to_arrays, to_record
+from flex.federation.messages import (
+    ABOUT,
+    ARRAYS,
+    ASK,
+    CLIENT_INDEX,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    NUM_EXAMPLES,
+    json_record,
+    to_arrays,
+    to_record,
+)
 from flex.federation.rounds import answer_identity
+from flex.store.events import Evaluated, Event
 
 
-def make_client_app(runtime: ClientRuntime) -> ClientApp:
-    """Answers train messages with the shared update and the turn's numbers, evaluate messages with the scores.
-
-    What a message holds is said in `engine.py`. In a round that ends with an evaluation the client also scores its own
-    model before the server averages it.
-    """
+def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
+    """Answers for the sites that live in this process, by client id; at a real site that is one."""
     app = ClientApp()
-    app.query()(answer_identity)
+
+    def site_of(context: Context) -> Site:
+        return sites[str(context.node_config["client-id"])]
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        reply = answer_identity(message, context)
+        question = message.content.config_records.get(CONFIG, {}).get(ASK)
+        if question == "about":
+            reply.content[ABOUT] = json_record(asdict(site_of(context).about()))
+        elif question == "start":
+            reply.content[ARRAYS] = to_record(site_of(context).model.shared_arrays())
+        return reply
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        client_id, config = str(context.node_config["client-id"]), message.content[CONFIG]
-        round_index = int(config["server-round"])
-        shared = to_arrays(message.content[ARRAYS])
-        update, metrics = runtime.train(client_id, round_index, shared, float(config.get("proximal-mu", 0.0)))
-        if config.get("evaluate", False):
-            runtime.evaluate(client_id, round_index, None, "before_aggregation")
-        record = {
+        config, shared = message.content[CONFIG], to_arrays(message.content[ARRAYS])
+        turn = site_of(context).train(
+            int(config["server-round"]), shared, float(config.get("proximal-mu", 0.0)), bool(config.get("evaluate"))
+        )
+        numbers = {
             CLIENT_INDEX: int(context.node_config["partition-id"]),
-            NUM_EXAMPLES: metrics["num_examples"],
-            "loss": metrics["loss"],
-            "seconds": metrics["seconds"],
-            "opening": metrics["opening"] or [],
+            NUM_EXAMPLES: turn.metrics["num_examples"],
+            "loss": turn.metrics["loss"],
+            "seconds": turn.metrics["seconds"],
+            "tokens": turn.metrics["tokens"],
+            "opening": turn.metrics["opening"] or [],
         }
-        return Message(RecordDict({ARRAYS: to_record(update), METRICS: MetricRecord(record)}), reply_to=message)
+        return _reply(message, numbers, turn.events, {ARRAYS: to_record(turn.update)})
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        client_id, round_index = str(context.node_config["client-id"]), int(message.content[CONFIG]["server-round"])
-        shared = to_arrays(message.content[ARRAYS])
-        scores = runtime.evaluate(client_id, round_index, shared, "after_aggregation")["test"]
-        record = {
+        round_index, shared = int(message.content[CONFIG]["server-round"]), to_arrays(message.content[ARRAYS])
+        events = site_of(context).evaluate(round_index, shared)
+        test = next(event for event in events if isinstance(event, Evaluated))
+        numbers = {
             CLIENT_INDEX: int(context.node_config["partition-id"]),
-            NUM_EXAMPLES: scores["num_examples"],
-            "loss": scores["loss"],
-            "exact-match": scores["exact_match"],
+            NUM_EXAMPLES: test.num_examples,
+            "loss": test.loss,
+            "exact-match": test.exact_match,
         }
-        return Message(RecordDict({METRICS: MetricRecord(record)}), reply_to=message)
+        return _reply(message, numbers, events, {})
 
     return app
+
+
+def _reply(message: Message, numbers: dict, events: list[Event], arrays: dict) -> Message:
+    told = {METRICS: MetricRecord(numbers), EVENTS: json_record([event.to_json() for event in events])}
+    return Message(RecordDict({**arrays, **told}), reply_to=message)

@@ -85,5 +85,5 @@ def empty_run(run_id: int):
 def _moved(part: str) -> RuntimeError:
     return RuntimeError(
         f"flwr {version('flwr')} has moved {part}, which the in-process engine needs; "
-        f"wanted a release like {TESTED}, which this project is tested with"
+        f"expected a release like {TESTED}, which this project is tested with"
     )

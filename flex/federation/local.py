@@ -45,7 +45,7 @@ class InProcessGrid(Grid):
         on_message: Callable[[Message, Message, float], None] | None = None,
     ):
         if not client_ids or len(set(client_ids)) < len(client_ids):
-            raise FlexError(f"client_ids is {client_ids}; wanted at least one name, each once")
+            raise FlexError(f"client_ids is {client_ids}; expected at least one name, each once")
         become_server(RUN_ID)
         self.client_app, self.on_message = client_app, on_message
         self.clients = {FIRST_NODE_ID + index: client_id for index, client_id in enumerate(client_ids)}
@@ -65,7 +65,7 @@ class InProcessGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies, each computed when it is asked for: who stops at a failure does not train the rest in vain."""
-        return (self._deliver(message) for message in messages)
+        return map(self._deliver, messages)
 
     def _deliver(self, message: Message) -> Message:
         node, started = message.metadata.dst_node_id, time.perf_counter()
@@ -76,7 +76,7 @@ class InProcessGrid(Grid):
         try:
             reply = self.client_app(message, self._contexts[node])
             if not isinstance(reply, Message):
-                raise TypeError(f"the ClientApp returned {type(reply).__name__}; wanted a Message")
+                raise TypeError(f"the ClientApp returned {type(reply).__name__}; expected a Message")
         except Exception as error:  # as on a real node: the reply says what happened
             self.raised[node] = error
             reply = Message(Error(code=CLIENT_RAISED, reason=_sentence(error)), reply_to=message)

@@ -1,26 +1,53 @@
-"""What travels between the server and its clients: shared tensors as Flower's records, counted, checked and averaged.
+"""What travels between the server and its clients, as Flower's records: counted, checked and averaged.
 
-A message carries one ArrayRecord `arrays` (float32) and one ConfigRecord `config`; a reply to training one ArrayRecord
-of the same tensors and one MetricRecord with at least `num-examples`; a reply to evaluation the MetricRecord alone.
+    train      `arrays` (the shared state, float32), `config` with `server-round`, `evaluate` (whether this round ends
+               with an evaluation) and the caller's own
+               reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`
+    evaluate   the same content                               reply: `metrics`, `events`
+    query      `config` with `ask`, or nothing: who are you?  reply: `client` (id and index); to "about" also `about`
+               (see `SiteAbout`), to "start" also `arrays`, the shared state as the method initialises it
+
+`events` is a ConfigRecord with the JSON of what the log is to say of the turn (`store/events.py`): scores of every
+split and moment, and what the grafts are made of. A client speaks of itself alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flex.errors import FlexError
+from flex.store.events import Evaluated, Event, Grafted, from_json
 
 if TYPE_CHECKING:  # Flower itself only where a record is made: a client's turn needs none
-    from flex.federation.flower import Array, ArrayRecord, Message, MetricRecord, RecordDict
+    from flex.federation.flower import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 Arrays = dict[str, np.ndarray]
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records' names in a message, as Flower's strategies use
+EVENTS, ABOUT, ASK = "events", "about", "ask"
 NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
+TOLD = (Grafted, Evaluated)  # what a client may say to the log
+
+
+@dataclass(frozen=True)
+class SiteAbout:
+    """What a site says of itself before the first round.
+
+    fingerprint: of its base. truncated: examples cut, by part. trained_parameters: how many are shared, and personal.
+    """
+
+    client_id: str
+    fingerprint: str
+    num_train: int
+    num_test: int
+    truncated: dict[str, int]
+    trained_parameters: dict[str, int] = field(default_factory=dict)
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -57,11 +84,51 @@ def metrics_of(reply: Message) -> dict[str, Any]:
     return dict(next(iter(reply.content.metric_records.values()), {}))
 
 
+def json_record(values: Any) -> ConfigRecord:
+    """JSON as it travels: a record of numbers and texts cannot nest."""
+    from flex.federation.flower import ConfigRecord
+
+    return ConfigRecord({"json": json.dumps(values)})
+
+
+def _json_of(reply: Message, record: str, sender: str) -> Any:
+    try:
+        return json.loads(str(reply.content.config_records[record]["json"]))
+    except (KeyError, ValueError):
+        raise FlexError(f"{sender} sent no readable {record!r} record; expected JSON") from None
+
+
+def events_of(reply: Message, client_id: str) -> list[Event]:
+    """What a reply says for the log, as said of `client_id` whatever name it gives; nothing where it says nothing.
+
+    Raises:
+        FlexError: it is no JSON, or no event that a client may tell.
+    """
+    if EVENTS not in reply.content.config_records:
+        return []
+    sender = f"client {client_id!r}"
+    values = _json_of(reply, EVENTS, sender)
+    well_formed = isinstance(values, list) and all(isinstance(value, dict) for value in values)
+    events = [from_json(value) for value in values] if well_formed else [None]
+    if not all(isinstance(event, TOLD) for event in events):
+        raise FlexError(f"{sender} sent events that are no scores and no grafts; expected these alone")
+    return [replace(event, client_id=client_id, method=None, seed=None) for event in events]
+
+
+def about_of(reply: Message, client_id: str) -> SiteAbout:
+    """What a site says of itself, by the name that the server knows it by."""
+    values = _json_of(reply, ABOUT, f"client {client_id!r}")
+    try:
+        return replace(SiteAbout(**values), client_id=client_id)
+    except TypeError as error:
+        raise FlexError(f"client {client_id!r} does not say who it is: {error}") from None
+
+
 def size_of(reply: Message, sender: str) -> float:
     """The weight of a reply in a mean: its number of examples."""
     size = metrics_of(reply).get(NUM_EXAMPLES)
     if not isinstance(size, int | float) or not 0 < size < math.inf:
-        raise FlexError(f"{sender} reported {NUM_EXAMPLES} {size!r}; wanted a number above 0")
+        raise FlexError(f"{sender} reported {NUM_EXAMPLES} {size!r}; expected a number above 0")
     return size
 
 
@@ -74,20 +141,20 @@ def update_of(reply: Message, sent: ArrayRecord, sender: str) -> dict[str, Array
     """
     records = list(reply.content.array_records.values())
     if len(records) != 1:
-        raise FlexError(f"{sender} sent {len(records)} ArrayRecords; wanted exactly one")
+        raise FlexError(f"{sender} sent {len(records)} ArrayRecords; expected exactly one")
     came = records[0]
     if missing := [name for name in sent if name not in came]:
-        raise FlexError(f"{sender} did not send {missing[0]!r}; wanted every tensor that the server sent out")
+        raise FlexError(f"{sender} did not send {missing[0]!r}; expected every tensor that the server sent out")
     if extra := [name for name in came if name not in sent]:
         raise FlexError(f"{sender} sent {extra[0]!r}, which the server did not send out; nothing else may travel")
     for name, wanted in sent.items():
         if tuple(came[name].shape) != tuple(wanted.shape):
             raise FlexError(
-                f"{sender} sent {name!r} with shape {tuple(came[name].shape)}; wanted {tuple(wanted.shape)}, as the "
+                f"{sender} sent {name!r} with shape {tuple(came[name].shape)}; expected {tuple(wanted.shape)}, as the "
                 "server sent it (all clients must have the same model and LoRA rank)"
             )
         if came[name].dtype != "float32":
-            raise FlexError(f"{sender} sent {name!r} as {came[name].dtype}; wanted float32")
+            raise FlexError(f"{sender} sent {name!r} as {came[name].dtype}; expected float32")
     return {name: came[name] for name in sent}
 
 

@@ -1,15 +1,10 @@
-"""The federated run in one process: a Grid that calls the ClientApp itself, the rounds, and the server's checkpoint.
+"""The rounds of a federated run: the algorithm, on any engine.
 
-`run_rounds` is the algorithm. It drives Flower's Strategy, Message and ArrayRecord through any Flower Grid: the
-`InProcessGrid` here, or the one that Flower hands to a ServerApp. Whatever the Grid, one ClientApp serves:
+`run_rounds` drives Flower's Strategy, Message and ArrayRecord through any Flower Grid: the `InProcessGrid` of
+`local.py`, or the one that Flower hands to a ServerApp. What a message holds is said in `messages.py`. What the log and
+the report need of a round comes back in its replies (`RoundReport`).
 
-    train      content: `arrays` (the shared state), `config` with `server-round`, `evaluate` (is this a round that ends
-               with an evaluation?) and the caller's own;  reply: `arrays` and `metrics`
-    evaluate   the same content;  reply: `metrics`
-    query      reply: who this node is (`answer_identity` is the handler)
-
-A client's own state does not belong into Flower's `Context.state`, which is lost with the process: it is in the
-client's personal file.
+A client's own state is kept in its personal file, not in Flower's `Context.state`, which does not survive the process.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +13,20 @@ from typing import Any
 
 from flex.errors import FlexError
 from flex.federation.flower import ConfigRecord, Context, Grid, Message, MessageType, RecordDict, Strategy
-from flex.federation.messages import CLIENT_INDEX, Arrays, metrics_of, sent_bytes, to_arrays, to_record
+from flex.federation.messages import (
+    ASK,
+    CLIENT_INDEX,
+    CONFIG,
+    Arrays,
+    SiteAbout,
+    about_of,
+    events_of,
+    metrics_of,
+    sent_tensors,
+    to_arrays,
+    to_record,
+)
+from flex.store.events import Event
 
 Config = Mapping[str, bool | int | float | str]
 
@@ -29,12 +37,22 @@ class ClientFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's part in a round: what it reported, and the bytes of the tensors that travelled."""
+    """One client's part in an exchange: the numbers and events it reported, and the tensors that travelled, with their
+    `name`, `shape`, `dtype` and `bytes`, down to the client and up from it."""
 
     client_id: str
     metrics: dict[str, Any]
-    bytes_down: int
-    bytes_up: int
+    events: list[Event]
+    down: list[dict[str, Any]]
+    up: list[dict[str, Any]]
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(tensor["bytes"] for tensor in self.down)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(tensor["bytes"] for tensor in self.up)
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def run_rounds(
     Raises:
         ClientFailed, or FlexError where that is what the client raised: names the client, round and reason.
     """
-    strategy.clients = clients = getattr(grid, "clients", None) or ask_clients(grid, timeout)
+    inner(strategy).clients = clients = clients_of(grid, timeout)
     for round_index in range(start_round, num_rounds + 1):
         exchange = _Exchange(grid, clients, round_index, skip_failed, timeout)
         evaluating = _evaluates(round_index, num_rounds, evaluate_every)
@@ -101,6 +119,22 @@ def run_rounds(
         if on_round:
             on_round(round_index, shared, RoundReport(round_index, train, evaluate, exchange.failed))
     return shared
+
+
+def evaluate_all(
+    strategy: Strategy, grid: Grid, shared: Arrays, round_index: int, timeout: float | None = None
+) -> list[Turn]:
+    """Every client's scores with this shared state, outside of any round of training."""
+    inner(strategy).clients = clients = clients_of(grid, timeout)
+    messages = strategy.configure_evaluate(round_index, to_record(shared), ConfigRecord({}), grid)
+    return _Exchange(grid, clients, round_index, False, timeout)(messages)[1]
+
+
+def inner(strategy: Strategy) -> Strategy:
+    """The strategy itself, where Flower's wrappers (differential privacy) stand around it."""
+    while isinstance(wrapped := getattr(strategy, "strategy", None), Strategy):
+        strategy = wrapped
+    return strategy
 
 
 def _evaluates(round_index: int, num_rounds: int, every: int | None) -> bool:
@@ -128,8 +162,9 @@ class _Exchange:
                 cause = getattr(self.grid, "raised", {}).pop(node, None)
                 self._fail(node, message.metadata.message_type, reply.error.reason or "no reason given", cause)
             else:
-                down, up = sent_bytes(message.content), sent_bytes(reply.content)
-                answered[node] = reply, Turn(self._name(node), metrics_of(reply), down, up)
+                name = self._name(node)
+                down, up = sent_tensors(message.content), sent_tensors(reply.content)
+                answered[node] = reply, Turn(name, metrics_of(reply), events_of(reply, name), down, up)
         for node, message in pending.items():
             self._fail(node, message.metadata.message_type, f"no reply within {self.timeout} s")
         if not answered and self.failed:
@@ -155,23 +190,57 @@ class _Exchange:
             raise kind(f"client {self._name(node)!r} failed in round {self.round_index} ({doing}): {reason}") from cause
 
 
+def clients_of(grid: Grid, timeout: float | None = None) -> dict[int, str]:
+    """node id -> client id, in client order: an `InProcessGrid` knows, the nodes of any other one are asked."""
+    return getattr(grid, "clients", None) or ask_clients(grid, timeout)
+
+
 def ask_clients(grid: Grid, timeout: float | None = None) -> dict[int, str]:
     """node id -> client id of the nodes of any Grid, in client order: each node is asked who it is.
 
     Raises:
         FlexError: a node does not say, or two nodes are the same client.
     """
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids()]
+    nodes = list(grid.get_node_ids())
     answers: dict[int, tuple[int, str]] = {}
+    for node, reply in _ask(grid, nodes, {}, timeout).items():
+        answer = reply.content["client"]
+        answers[node] = int(answer[CLIENT_INDEX]), str(answer["client-id"])
+    if len(answers) < len(nodes) or len(set(answers.values())) < len(answers) or not answers:
+        raise FlexError(f"{len(nodes)} nodes, who say they are {sorted(answers.values())}; expected each client once")
+    return {node: answers[node][1] for node in sorted(answers, key=answers.__getitem__)}
+
+
+def ask_about(grid: Grid, timeout: float | None = None) -> list[SiteAbout]:
+    """What every site says of itself, in client order; FlexError where one does not say."""
+    clients = clients_of(grid, timeout)
+    replies = _ask(grid, list(clients), {ASK: "about"}, timeout)
+    missing = [clients[node] for node in clients if node not in replies]
+    if missing:
+        raise FlexError(f"client {missing[0]!r} did not answer within {timeout} s who it is")
+    return [about_of(replies[node], client_id) for node, client_id in clients.items()]
+
+
+def ask_start(grid: Grid, timeout: float | None = None) -> Arrays:
+    """The shared state as the method initialises it, from the first client; it depends on the seed alone."""
+    node, client_id = next(iter(clients_of(grid, timeout).items()))
+    replies = _ask(grid, [node], {ASK: "start"}, timeout)
+    if node not in replies or len(replies[node].content.array_records) != 1:
+        raise FlexError(f"client {client_id!r} did not say what the shared state starts from")
+    return to_arrays(next(iter(replies[node].content.array_records.values())))
+
+
+def _ask(grid: Grid, nodes: list[int], question: Config, timeout: float | None) -> dict[int, Message]:
+    """The answers by node; FlexError where a node reports an error."""
+    content = RecordDict({CONFIG: ConfigRecord(dict(question))})
+    messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+    replies = {}
     for reply in grid.send_and_receive(messages, timeout=timeout):
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise FlexError(f"node {node} does not say which client it is: {reply.error.reason}")
-        answer = reply.content["client"]
-        answers[node] = int(answer[CLIENT_INDEX]), str(answer["client-id"])
-    if len(answers) < len(messages) or len(set(answers.values())) < len(answers) or not answers:
-        raise FlexError(f"{len(messages)} nodes, who say they are {sorted(answers.values())}; wanted each client once")
-    return {node: answers[node][1] for node in sorted(answers, key=answers.__getitem__)}
+        replies[node] = reply
+    return replies
 
 
 def answer_identity(message: Message, context: Context) -> Message:

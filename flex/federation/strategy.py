@@ -20,12 +20,12 @@ Whatever the engine: clients are taken in one fixed order, so that a sum of floa
 is held against what it was sent, tensor by tensor; nothing is drawn from a global random generator.
 """
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from flex.config import STRATEGIES, StrategySettings
 from flex.errors import FlexError
 from flex.federation.flower import (
     Array,
@@ -161,11 +161,14 @@ class FedAvg(FlowerFedAvg):
 class FedProx(FlowerFedProx, FedAvg):
     """Flower's own: `config["proximal-mu"]` goes out with every message, and the client adds mu/2 ||w_k - w||²."""
 
+    def __init__(self, proximal_mu: float = 0.01):
+        super().__init__(proximal_mu=proximal_mu)
+
 
 class Scaffold(FedAvg):
     """SCAFFOLD, the server's half: `c` goes out beside `w`, and the clients' changes of their c_k come back.
 
-    The client's half, and what to think of it beside AdamW: `flex/scaffold.py`.
+    The client's half, and what to think of it beside AdamW: `scaffold.py`.
     """
 
     moment_kinds = frozenset({"c"})
@@ -277,15 +280,16 @@ class FedAdam(_Adaptive):
         return self.beta_2 * v + (1 - self.beta_2) * m**2
 
 
-# name -> (class, its settings and their defaults: those of the paper's base)
-STRATEGIES: dict[str, tuple[type[FedAvg], dict[str, float]]] = {
-    "fedavg": (FedAvg, {}),
-    "fedprox": (FedProx, {"proximal_mu": 0.01}),
-    "scaffold": (Scaffold, {}),
-    "fedavgm": (FedAvgM, {"beta_1": 0.9}),
-    "fedadagrad": (FedAdagrad, {"eta": 1e-3, "tau": 1e-3}),
-    "fedyogi": (FedYogi, {"eta": 1e-3, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
-    "fedadam": (FedAdam, {"eta": 1e-3, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
+# Which settings each of them takes is declared in `config.STRATEGIES`; their defaults are those of the paper's base.
+SETTINGS = {key for keys in STRATEGIES.values() for key in keys}
+CLASSES: dict[str, type[FedAvg]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
+    "fedyogi": FedYogi,
+    "fedadam": FedAdam,
 }
 
 
@@ -293,30 +297,25 @@ def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **
     """The strategy `name`, a Flower `Strategy` for `run_rounds`.
 
     Args:
-        name: one of `STRATEGIES`.
+        name: one of `config.STRATEGIES`.
         num_clients: all clients of the run (SCAFFOLD's N).
         clients_per_round: how many of them train in a round; 0: all.
-        settings: of this strategy, see `STRATEGIES`.
+        settings: of this strategy, see `config.STRATEGIES`.
 
     Raises:
         FlexError: no such strategy or setting, or a value outside its range.
     """
-    if name not in STRATEGIES:
-        raise FlexError(f"strategy is {name!r}; wanted one of {', '.join(STRATEGIES)}")
+    StrategySettings(name=name, **{key: value for key, value in settings.items() if key in SETTINGS})
+    for key in settings:
+        if key not in STRATEGIES[name]:
+            raise FlexError(f"{name} has no setting {key!r}; expected {', '.join(STRATEGIES[name]) or 'none'}")
     if num_clients < 1:
-        raise FlexError(f"num_clients is {num_clients}; wanted 1 or more")
+        raise FlexError(f"num_clients is {num_clients}; expected 1 or more")
     if not 0 <= clients_per_round <= num_clients:
         raise FlexError(
-            f"clients_per_round is {clients_per_round}; wanted 0 (all) to {num_clients}, the clients there are"
+            f"clients_per_round is {clients_per_round}; expected 0 (all) to {num_clients}, the clients there are"
         )
-    cls, defaults = STRATEGIES[name]
-    for key, value in settings.items():
-        if key not in defaults:
-            raise FlexError(f"{name} has no setting {key!r}; wanted {', '.join(defaults) or 'none'}")
-        top = 1.0 if key.startswith("beta") else math.inf
-        if not 0 <= value < top or (value == 0 and key in ("eta", "tau")):
-            raise FlexError(f"{name}: {key} is {value!r}; wanted a number from 0 to below {top}, eta and tau above 0")
-    strategy = cls(**{**defaults, **settings})
+    strategy = CLASSES[name](**settings)
     strategy.num_clients, strategy.clients_per_round = num_clients, clients_per_round
     return strategy
 
@@ -335,7 +334,7 @@ def load_strategy_state(strategy: FedAvg, arrays: Arrays) -> None:
     kinds = {name.partition("/")[0] for name in arrays}
     if kinds and kinds != strategy.moment_kinds:
         raise FlexError(
-            f"this strategy state has {sorted(kinds)}; wanted {sorted(strategy.moment_kinds)}, "
+            f"this strategy state has {sorted(kinds)}; expected {sorted(strategy.moment_kinds)}, "
             f"what {type(strategy).__name__} keeps"
         )
     strategy.moments = {name: array.copy() for name, array in arrays.items()}

@@ -73,10 +73,10 @@ class Sequences:
             FlexError: no sequences, or an empty one.
         """
         if not examples:
-            raise FlexError("there are no calibration sequences; wanted at least one training example")
+            raise FlexError("there are no calibration sequences; expected at least one training example")
         for index, example in enumerate(examples):
             if not example.input_ids:
-                raise FlexError(f"calibration sequence {index} has no tokens; wanted text of at least one token")
+                raise FlexError(f"calibration sequence {index} has no tokens; expected text of at least one token")
         count = len(examples) // HELD_OUT if hold_out else 0
         cut = len(examples) - count
         return cls(examples[:cut], examples[cut:], batch_size)
@@ -96,45 +96,53 @@ class Sequences:
         return digest.hexdigest()
 
 
-def run_pass(
-    base: Base,
-    encoder: Encoder,
-    sequences: Sequences,
-    sums: Mapping[str, Sums],
-    target: str,
-    settings: Mapping[str, Any],
-    path: Path | None = None,
-    progress: Progress | None = None,
-    lora: str = "",
-) -> None:
-    """Adds every batch of `sequences` to the `sums` of every layer.
+@dataclass(frozen=True)
+class Calibration:
+    """What a client's grafts are chosen by: its sequences, and the model that reads them.
 
-    Args:
-        target: "output" or "correction".
-        settings: what else decides the sums; a file of other settings, data or base is not gone on from.
-        path: of the file to go on from, written every `SAVE_EVERY` batches and at the end; None keeps none.
-        progress: called after each batch.
-        lora: a name for the values of the LoRA that stays at work; empty: none does.
-
-    Raises:
-        FlexError: activations or gradients that are not finite.
+    examples: the client's training sequences; never test data.
+    folder: for the files that a killed calibration goes on from; None keeps none.
+    progress: called after each batch.
+    lora: a name for the values of the LoRA that stays at work; empty: none does.
     """
-    batches = sequences.batches()
-    key = _key(base, sequences, {"target": target, "lora": lora, **settings})
-    done = _resume(path, key, sums, base.device)
-    layers = {name: base.layers[name] for name in sums}
-    with pretrained_only(base, keep_lora=bool(lora)) as model:
-        for index, (examples, held_out) in enumerate(batches):
-            if index < done:
-                continue
-            batch = encoder.batch(examples, base.device)
-            _show(model, layers, batch, target, lambda name, tokens, h=held_out: sums[name].add(tokens, h))
-            done = index + 1
-            if path is not None and (done % SAVE_EVERY == 0 or done == len(batches)):
-                tensors = {f"{name}:{part}": t for name, own in sums.items() for part, t in own.tensors().items()}
-                save_tensors(path, tensors, {"key": key, "batches": done})
-            if progress is not None:
-                progress(f"calibrating on the layers' {target}", done, len(batches))
+
+    base: Base
+    encoder: Encoder
+    examples: Sequence[Example]
+    batch_size: int
+    folder: Path | None = None
+    progress: Progress = lambda what, done, total: None
+    lora: str = ""
+
+    def run_pass(
+        self, sequences: Sequences, sums: Mapping[str, Sums], target: str, settings: Mapping[str, Any], number: int
+    ) -> None:
+        """Adds every batch of `sequences` to the `sums` of every layer.
+
+        Args:
+            target: "output" or "correction".
+            settings: what else decides the sums; a file of other settings, data or base is not gone on from.
+            number: of the pass; its file is written every `SAVE_EVERY` batches and at the end.
+
+        Raises:
+            FlexError: activations or gradients that are not finite.
+        """
+        path = None if self.folder is None else self.folder / f"calibration-{number}.safetensors"
+        batches = sequences.batches()
+        key = _key(self.base, sequences, {"target": target, "lora": self.lora, "pass": number, **settings})
+        done = _resume(path, key, sums, self.base.device)
+        layers = {name: self.base.layers[name] for name in sums}
+        with pretrained_only(self.base, keep_lora=bool(self.lora)) as model:
+            for index, (examples, held_out) in enumerate(batches):
+                if index < done:
+                    continue
+                batch = self.encoder.batch(examples, self.base.device)
+                _show(model, layers, batch, target, lambda name, tokens, h=held_out: sums[name].add(tokens, h))
+                done = index + 1
+                if path is not None and (done % SAVE_EVERY == 0 or done == len(batches)):
+                    tensors = {f"{name}:{part}": t for name, own in sums.items() for part, t in own.tensors().items()}
+                    save_tensors(path, tensors, {"key": key, "batches": done})
+                self.progress(f"calibrating on the layers' {target}", done, len(batches))
 
 
 def _key(base: Base, sequences: Sequences, settings: Mapping[str, Any]) -> str:
@@ -177,7 +185,7 @@ def _show(
         if target == "output":
             keep(name, inputs, output, output, "activations")
         else:
-            # Without the graph: a hook that holds the tensor it hangs on is a cycle that nobody collects.
+            # Without the graph: a hook that captures its own tensor is a reference cycle that is never freed.
             inputs, output_alone = tuple(t.detach() for t in inputs), output.detach()
             output.register_hook(lambda grad: keep(name, inputs, output_alone, -grad, "activations or gradients"))
 

@@ -1,9 +1,11 @@
 """What was chosen for one layer, and what is told of it: the `graft` event of a run."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+
+from flex.store.events import Grafted
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Unexplained:
 
 @dataclass(frozen=True)
 class Choice:
-    """The graft of one layer, and why. `candidates`: the relative residual of every expert alone; `neurons`: how many
+    """The graft of one layer, and why. `residuals`: the relative residual of every expert alone; `neurons`: how many
     of each expert went into the graft; `curve`: [width, share unexplained]; `down_proj` [H, width] where refitted."""
 
     layer: int
     module: str
     criterion: str
     target: str
-    candidates: list[float]
+    residuals: list[float]
     routed_mass: float
     seconds: float
     parts: Parts
@@ -54,15 +56,19 @@ class Choice:
 
     @property
     def residual(self) -> float | None:
-        return None if self.chosen is None else self.candidates[self.chosen]
+        return None if self.chosen is None else self.residuals[self.chosen]
 
-    def event(self) -> dict[str, Any]:
-        own = {k: v for k, v in self.__dict__.items() if k not in ("parts", "down_proj", "unexplained")}
-        return {
-            "event": "graft",
+    def event(self, client_id: str, round_index: int) -> Grafted:
+        """What a run's log tells of it."""
+        told = {f.name for f in dataclasses.fields(Grafted)}
+        own = {name: value for name, value in vars(self).items() if name in told and name != "unexplained"}
+        return Grafted(
             **own,
-            "chosen": self.chosen,
-            "residual": self.residual,
-            "experts": list(self.parts.experts),
-            "unexplained": self.unexplained.__dict__,
-        }
+            client_id=client_id,
+            round=round_index,
+            candidates=self.residuals,
+            chosen=self.chosen,
+            residual=self.residual,
+            experts=list(self.parts.experts),
+            unexplained=vars(self.unexplained),
+        )

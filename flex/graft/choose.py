@@ -11,9 +11,9 @@ One pass over them scores the pretrained experts of every MoE layer against the 
     random           r experts, drawn; the graft is their mean                     control
     fresh, zero      nothing pretrained: weights of the same spread as the experts', `zero` with a down projection of 0
 
-What fits constants, and every refit of the down projection, leaves the last eighth of the sequences out and reports how
-much of the target stays unexplained there. That, and the choice of neurons, takes a second pass (several, over some
-layers each, where their Gram matrices are large).
+Criteria that fit something, and every refit of the down projection, hold out the last eighth of the sequences and
+report how much of the target stays unexplained on it. That, and the choice of neurons, takes a second pass (several,
+over some layers each, if their Gram matrices are large).
 """
 
 import random
@@ -21,20 +21,18 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import flex_kernels
-from flex.data.examples import Encoder, Example
 from flex.errors import FlexError
-from flex.graft.calibrate import Progress, Sequences, run_pass
+from flex.graft.calibrate import Calibration, Sequences
 from flex.graft.choice import Choice, Parts, Unexplained
-from flex.graft.sums import LayerFit, LayerScores, router_of, weights_of
+from flex.graft.sums import LayerFit, LayerScores
 from flex.methods import NEW_MODULE, GraftSettings
-from flex.model.base import Base
+from flex.model.base import Base, router_of, weights_of
 from flex_kernels import NeuronSums
 from flex_kernels.selection.one_expert import best_scales
 
@@ -43,41 +41,25 @@ FIT_BYTES = 2**32  # of a second pass's sums: layers that need more have passes 
 POOL = 4  # candidates for each neuron of the graft, where the settings do not say how many
 
 
-def choose_grafts(
-    base: Base,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    settings: GraftSettings,
-    batch_size: int,
-    seed: str,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-    lora: str = "",
-) -> list[Choice]:
+def choose_grafts(calibration: Calibration, settings: GraftSettings, seed: str) -> list[Choice]:
     """One choice per layer, from calibration to refit.
 
     Args:
-        examples: the client's training sequences; never test data.
         seed: of what is drawn.
-        folder: for the files that a killed calibration goes on from; they are removed when it is done.
-        progress, lora: see `calibrate.run_pass`.
 
     Raises:
         FlexError: see `check`, `calibrate.py` and `LayerScores.check`.
     """
     started = time.perf_counter()
+    base = calibration.base
     check(base, settings)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
-    sequences = Sequences.of(examples, batch_size, settings.fits)
+    sequences = Sequences.of(calibration.examples, calibration.batch_size, settings.fits)
     decides: dict[str, Any] = {"criterion": settings.criterion, "experts": settings.experts}
 
-    def pass_over(sequences: Sequences, sums: dict[str, Any], number: int) -> None:
-        file = None if folder is None else folder / f"calibration-{number}.safetensors"
-        run_pass(base, encoder, sequences, sums, settings.target, {**decides, "pass": number}, file, progress, lora)
-
     scores = {name: LayerScores(base, name, settings) for name in base.layers}
-    pass_over(replace(sequences, held_out=[]), scores, 0)
+    calibration.run_pass(replace(sequences, held_out=[]), scores, settings.target, decides, 0)
     for layer in scores.values():
         layer.check()
     rng = random.Random(seed)
@@ -90,15 +72,15 @@ def choose_grafts(
         started = time.perf_counter()
         fits = {name: _fit(scores[name], parts[name], settings) for name in names} if settings.fits else {}
         if fits:
-            pass_over(sequences, fits, number)
+            calibration.run_pass(sequences, fits, settings.target, decides, number)
         found = [
             _finish(len(choices) + i, scores[name], parts[name], fits.get(name), settings)
             for i, name in enumerate(names)
         ]
         seconds = before + (time.perf_counter() - started) / len(names)
         choices += [Choice(**own, seconds=seconds, peak_bytes=peak_bytes(base.device)) for own in found]
-    if folder is not None:
-        for file in folder.glob("calibration-*.safetensors"):
+    if calibration.folder is not None:
+        for file in calibration.folder.glob("calibration-*.safetensors"):
             file.unlink()
     return choices
 
@@ -124,21 +106,21 @@ def _fit(layer: LayerScores, parts: Parts, settings: GraftSettings) -> LayerFit:
 
 
 def check(base: Base, settings: GraftSettings) -> None:
-    """Raises FlexError where a layer has not what the settings ask for."""
+    """Checks that every layer can provide what the settings ask for; raises FlexError."""
     for name, layer in base.layers.items():
         num_experts, _, intermediate_size = weights_of(name, layer).down_proj.shape
         if settings.experts > num_experts:
-            raise FlexError(f"graft.experts is {settings.experts}; wanted at most {num_experts}, all that {name} has")
+            raise FlexError(f"graft.experts is {settings.experts}; expected at most {num_experts}, all that {name} has")
         if settings.criterion == "neurons":
             for key, value in (("width", settings.width), ("candidates", settings.candidates)):
                 if value > num_experts * intermediate_size:
                     raise FlexError(
-                        f"graft.{key} is {value}; wanted at most {num_experts * intermediate_size}, "
+                        f"graft.{key} is {value}; expected at most {num_experts * intermediate_size}, "
                         f"all neurons of {name}"
                     )
             if settings.candidates and settings.candidates < settings.graft_width(intermediate_size):
                 raise FlexError(
-                    f"graft.candidates is {settings.candidates}; wanted at least the graft's width at {name}, "
+                    f"graft.candidates is {settings.candidates}; expected at least the graft's width at {name}, "
                     f"{settings.graft_width(intermediate_size)}"
                 )
         if settings.gate == "router":
@@ -206,7 +188,7 @@ def _finish(
         "module": layer.name,
         "criterion": settings.criterion,
         "target": settings.target,
-        "candidates": [round(float(r), 6) for r in residuals],
+        "residuals": [round(float(r), 6) for r in residuals],
         "routed_mass": float((mass * counts).sum() / intermediate_size),
         "parts": parts,
         "neurons": counts.tolist(),
@@ -259,37 +241,6 @@ def _refit(fit: LayerFit, down: Tensor, settings: GraftSettings) -> tuple[Unexpl
         held_before = flex_kernels.unexplained(fit.held_out, down)
         held_after = flex_kernels.unexplained(fit.held_out, refit.down_proj) if settings.refit else None
     return Unexplained(before, after, held_before, held_after), refitted
-
-
-@torch.no_grad()
-def build(base: Base, choices: Sequence[Choice], settings: GraftSettings, seed: int) -> None:
-    """Writes the chosen starts into the grafts that hang on the model.
-
-    A new module has normal weights of the same spread as the layer's pretrained experts, so that it differs from a
-    graft in what it knows and not in how loud it starts.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for choice in choices:
-        weights, graft = weights_of(choice.module, base.layers[choice.module]), base.layers[choice.module].graft
-        if len(choice.parts.ids):
-            gate_up, down = flex_kernels.gather_neurons(*weights[:2], choice.parts.ids)
-            graft.gate_up_proj.copy_(gate_up)
-            graft.down_proj.copy_(down * choice.parts.scales if choice.down_proj is None else choice.down_proj)
-        else:
-            for own, pretrained in (
-                (graft.gate_up_proj, weights.gate_up_proj),
-                (graft.down_proj, weights.down_proj),
-            ):
-                own.copy_(torch.randn(own.shape, generator=generator) * float(pretrained.float().std()))
-            if choice.criterion == "zero":
-                graft.down_proj.zero_()
-        if isinstance(graft, flex_kernels.LoraGraft):
-            graft.reset_parameters(torch.Generator(base.device).manual_seed(seed + choice.layer))
-        graft.logit_weight.zero_()
-        if settings.gate == "router" and sum(choice.neurons):
-            share = torch.tensor(choice.neurons, device=base.device) / sum(choice.neurons)
-            graft.logit_weight.copy_(share @ router_of(base, choice.module).float())
-        graft.logit_bias.fill_(settings.logit_bias)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -66,7 +66,7 @@ def heat_map(choices: Sequence[Choice], columns: int) -> RenderableType:
     chosen ones in brackets. `columns`: of the terminal."""
     counted = by_neurons(choices)
     values, most = grid(choices), max(max(choice.neurons) for choice in choices)
-    num_experts = max(len(choice.candidates) for choice in choices)
+    num_experts = max(len(choice.residuals) for choice in choices)
     cell = max(1, min(MOST_CELL, (columns - 8) // num_experts))
     lines = []
     for choice, row in zip(choices, values, strict=True):
@@ -104,7 +104,7 @@ def by_neurons(choices: Sequence[Choice]) -> bool:
 def grid(choices: Sequence[Choice]) -> list[list[float]]:
     """[layers][experts]: neurons taken, or residuals."""
     counted = by_neurons(choices)
-    return [[float(v) for v in (choice.neurons if counted else choice.candidates)] for choice in choices]
+    return [[float(v) for v in (choice.neurons if counted else choice.residuals)] for choice in choices]
 
 
 def write_picture(path: Path, client_id: str, choices: Sequence[Choice]) -> Path:

@@ -8,13 +8,13 @@ import functools
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flex_kernels
 from flex.errors import FlexError
 from flex.graft.calibrate import Tokens
 from flex.methods import GraftSettings
-from flex.model.base import Base
+from flex.model.base import Base, router_of, weights_of
 from flex_kernels import ExpertGram, NeuronSums, RenormalizedLosses, expert_gram, merged, neuron_sums
 
 PLAIN = ("distance", "length", "scores", "energy", "output_energy", "routed_mass")
@@ -48,7 +48,7 @@ class LayerScores:
             self.neuron_correlation = zeros(num_experts, intermediate_size)
 
     def add(self, tokens: Tokens, held_out: bool) -> None:
-        """Held-out tokens choose nothing."""
+        """Held-out tokens do not take part in the choice."""
         if held_out or not len(tokens.target):
             return
         x, target = tokens.hidden_states, tokens.target
@@ -102,11 +102,11 @@ class LayerScores:
         if not self.routed_mass.sum() > 0:
             raise FlexError(
                 f"{self.name} was routed none of the calibration tokens, so there is nothing to choose a graft by; "
-                "wanted some routing weight on its experts"
+                "expected some routing weight on its experts"
             )
         if broken := (~self.scores.isfinite()).any(1).nonzero().flatten().tolist():
             raise FlexError(
-                f"{self.name} gives NaN or infinite activations in its experts {broken}; wanted finite ones"
+                f"{self.name} gives NaN or infinite activations in its experts {broken}; expected finite ones"
             )
         if not self.energy > 0:
             raise FlexError(f"the target of {self.name} is zero on all calibration tokens, so none comes close to it")
@@ -155,37 +155,6 @@ class LayerFit:
         for part in ("fitted", "held_out"):
             values = {k.partition(".")[2]: v for k, v in tensors.items() if k.partition(".")[0] == part}
             setattr(self, part, NeuronSums(**values) if values else None)
-
-
-def weights_of(name: str, layer: nn.Module) -> flex_kernels.ExpertWeights:
-    """The layer's experts as [E, 2I, H], [E, H, I] and their activation; FlexError where they cannot be taken apart."""
-    try:
-        return flex_kernels.expert_weights(layer)
-    except ValueError as error:
-        raise FlexError(f"nothing can be grafted at {name}: {error}") from None
-
-
-def router_of(base: Base, name: str) -> Tensor:
-    """[E, H]: the weight of the router that stands beside a layer's experts.
-
-    Raises:
-        FlexError: no module beside them has such a weight and nothing else.
-    """
-    parent = base.model.get_submodule(name.rpartition(".")[0])
-    num_experts, hidden_size, _ = base.layers[name].down_proj.shape
-    for own_name, module in parent.named_children():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.shape == (num_experts, hidden_size):
-            if extra := [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n != "weight"]:
-                raise FlexError(
-                    f"{type(base.model).__name__}: the router {own_name!r} beside {name} has {extra[0]} besides its "
-                    "weight; wanted a softmax of the weight alone"
-                )
-            return weight
-    raise FlexError(
-        f"{type(base.model).__name__} has no router with a weight of [{num_experts}, {hidden_size}] beside {name}; "
-        "wanted one for graft.criterion = 'renormalized' and graft.gate = 'router'"
-    )
 
 
 def router_logits(name: str, router: Tensor, tokens: Tokens) -> Tensor:

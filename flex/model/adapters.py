@@ -1,44 +1,81 @@
-"""What a method puts on the base and takes off again: LoRA on attention, grafts, and the controls in their place."""
+"""What a method puts on the base and takes off again: LoRA on attention, and the private module of its row.
+
+`PRIVATE` has one entry per kind of private module, all with the same interface (`Private`):
+
+    graft    one gated expert per MoE layer (`flex_kernels.attach_graft`), started from what was chosen for the client
+    lora     a second LoRA on the attention, beside the shared one, with about as many parameters as the grafts have
+    expert   in each layer the expert that most of the client's tokens are routed to, trained in place: a token routed
+             to it with weight w gets w E'(x) instead of w E(x), where E' starts as E
+
+The last two are controls: they separate what a graft contains from the capacity that it adds.
+"""
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 import flex_kernels
 from flex.config import LoraSettings
 from flex.errors import FlexError
 from flex.methods import GraftSettings, Method
-from flex.model import rivals
-from flex.model.base import Base
+from flex.model.base import Base, router_of, weights_of
+from flex_kernels import reference
+
+SECOND_LORA = "private"  # as peft names it
 
 
-def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, seed: int) -> None:
-    """Puts the method's LoRA and grafts (or their rivals) on the base, in place; LoRA starts as `seed` alone says."""
-    unwrap(base)
-    if method.lora:
-        check_targets(base.model, lora.targets)
-        settings = peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
-        )
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
-            warnings.simplefilter("ignore", FutureWarning)
-            base.adapter = peft.get_peft_model(base.model, settings)
-            if method.rival == "lora":
-                rivals.add_private_lora(base.adapter, lora, graft, base.layers)
-        for layer in base.model.modules():
-            if isinstance(layer, LoraLayer):
-                for name, matrix in (*layer.lora_A.items(), *layer.lora_B.items()):
-                    matrix.parameter_roles = {"weight": "personal" if name == rivals.PRIVATE else method.lora}
-    if method.rival == "expert":
-        rivals.attach_adapted(base.layers)
-    if method.graft:
-        graft = graft.of(method)
+class Choice(Protocol):
+    """What a private module needs of one layer's choice; `graft/choice.py` has all of it."""
+
+    layer: int
+    module: str
+    criterion: str
+    neurons: list[int]
+    down_proj: Tensor | None
+
+    @property
+    def chosen(self) -> int | None: ...
+
+
+class Private:
+    """One kind of private module. `attribute`: the name under which it hangs on an experts module, if it does."""
+
+    attribute = ""
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+        """Adds the module to the base, at zero or as initialised; its parameters declare their roles."""
+
+    def take_off(self, base: Base) -> None:
+        """The exact inverse of `put_on`; nothing where it is not on."""
+
+    def start(self, base: Base, choices: Sequence[Choice], graft: GraftSettings, seed: int) -> None:
+        """Writes the chosen starts into the modules."""
+
+    def started(self, base: Base) -> bool:
+        """Whether `start` has been called for what stands in the model."""
+        return True
+
+    def modules(self, base: Base) -> list[nn.Module]:
+        found = [getattr(layer, self.attribute, None) for layer in base.layers.values()] if self.attribute else []
+        return [module for module in found if module is not None]
+
+    def opening(self, base: Base) -> Tensor | None:
+        """[layers]: each gate's mean opening in the last forward; None for a module without a gate."""
+        return None
+
+
+class GraftOn(Private):
+    """A graft and its gate on every MoE layer."""
+
+    attribute = "graft"
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
         low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
         for index, layer in enumerate(base.layers.values()):
             # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
@@ -52,11 +89,160 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
                 **low_rank,
             )
 
+    def take_off(self, base: Base) -> None:
+        flex_kernels.detach_graft(base.model)
+
+    @torch.no_grad()
+    def start(self, base: Base, choices: Sequence[Choice], graft: GraftSettings, seed: int) -> None:
+        """A new module has normal weights with the standard deviation of the layer's pretrained experts: it differs
+        from a graft in its content, not in the scale of its weights."""
+        generator = torch.Generator().manual_seed(seed)
+        for choice in choices:
+            weights, own = weights_of(choice.module, base.layers[choice.module]), base.layers[choice.module].graft
+            if len(choice.parts.ids):
+                gate_up, down = flex_kernels.gather_neurons(*weights[:2], choice.parts.ids)
+                own.gate_up_proj.copy_(gate_up)
+                own.down_proj.copy_(down * choice.parts.scales if choice.down_proj is None else choice.down_proj)
+            else:
+                for parameter, pretrained in (
+                    (own.gate_up_proj, weights.gate_up_proj),
+                    (own.down_proj, weights.down_proj),
+                ):
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(drawn * float(pretrained.float().std()))
+                if choice.criterion == "zero":
+                    own.down_proj.zero_()
+            if isinstance(own, flex_kernels.LoraGraft):
+                own.reset_parameters(torch.Generator(base.device).manual_seed(seed + choice.layer))
+            own.logit_weight.zero_()
+            if graft.gate == "router" and sum(choice.neurons):
+                share = torch.tensor(choice.neurons, device=base.device) / sum(choice.neurons)
+                own.logit_weight.copy_(share @ router_of(base, choice.module).float())
+            own.logit_bias.fill_(graft.logit_bias)
+
+    def started(self, base: Base) -> bool:
+        """Until it is started all of a graft is zero, and stays so: it gets no gradient."""
+        return all(bool(own.gate_up_proj.any()) for own in self.modules(base))
+
+    def opening(self, base: Base) -> Tensor | None:
+        return torch.stack([own.last_opening for own in self.modules(base)])
+
+
+class SecondLora(Private):
+    """A LoRA beside the shared one, both at work; its rank is the one that comes nearest to the grafts' count."""
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+        each = [module for module in base.adapter.modules() if isinstance(module, LoraLayer)]
+        parameters_per_rank = sum(module.in_features + module.out_features for module in each)
+        wanted = sum(graft_parameters(graft, layer) for layer in base.layers.values())
+        rank = max(1, round(wanted / parameters_per_rank))
+        base.adapter.add_adapter(SECOND_LORA, _lora_config(lora, rank, lora.alpha * rank / lora.rank))
+        base.adapter.base_model.set_adapter(["default", SECOND_LORA])
+
+
+class AdaptedExpert(nn.Module):
+    """One expert of a layer, trained in place: `hook`, on the experts module, swaps its part in the layer's output.
+
+    Parameters: gate_up_proj [2I, H], down_proj [H, I], fp32; `expert` [1], which one, a parameter so that a client's
+    file says it, frozen. Before `adapt` it is expert 0 with weights of zero.
+    """
+
+    parameter_roles: ClassVar[dict[str, str]] = {"gate_up_proj": "personal", "down_proj": "personal"}
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        weights = flex_kernels.expert_weights(layer)
+        self.activation = weights.activation
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(self, name, nn.Parameter(torch.zeros_like(getattr(weights, name)[0], dtype=torch.float32)))
+        self.expert = nn.Parameter(torch.zeros(1, device=weights.down_proj.device), requires_grad=False)
+
+    @torch.no_grad()
+    def adapt(self, layer: nn.Module, expert: int) -> None:
+        """Starts as this expert of the layer."""
+        self.gate_up_proj.copy_(layer.gate_up_proj[expert])
+        self.down_proj.copy_(layer.down_proj[expert])
+        self.expert.fill_(expert)
+
+    @staticmethod
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """`F_t + w_te (E'_e(x_t) - E_e(x_t))` for the tokens that are routed to e."""
+        own = layer.adapted
+        if own is None:
+            return output
+        hidden_states, expert_indices, routing_weights = inputs
+        expert = int(own.expert)
+        rows, slots = torch.where(expert_indices == expert)
+        x = hidden_states[rows]
+        dtype = x.dtype
+        new = reference.expert(x, own.gate_up_proj.to(dtype), own.down_proj.to(dtype), own.activation)
+        old = reference.expert(x, layer.gate_up_proj[expert], layer.down_proj[expert], own.activation)
+        change = routing_weights[rows, slots, None] * (new - old).to(routing_weights.dtype)
+        return output.index_add(0, rows, change.to(output.dtype))
+
+
+class ExpertInPlace(Private):
+    """An `AdaptedExpert` on every MoE layer."""
+
+    attribute = "adapted"
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+        for layer in base.layers.values():
+            layer.adapted = AdaptedExpert(layer)
+            layer._adapted_hook = layer.register_forward_hook(AdaptedExpert.hook)
+
+    def take_off(self, base: Base) -> None:
+        for layer in base.layers.values():
+            if hasattr(layer, "_adapted_hook"):
+                layer._adapted_hook.remove()
+                del layer._adapted_hook, layer.adapted
+
+    def start(self, base: Base, choices: Sequence[Choice], graft: GraftSettings, seed: int) -> None:
+        for choice in choices:
+            base.layers[choice.module].adapted.adapt(base.layers[choice.module], choice.chosen)
+
+
+PRIVATE: dict[str | None, Private] = {
+    None: Private(),
+    "graft": GraftOn(),
+    "lora": SecondLora(),
+    "expert": ExpertInPlace(),
+}
+
+
+def graft_parameters(graft: GraftSettings, layer: nn.Module) -> int:
+    """How many numbers of a graft with these settings train."""
+    _, hidden_size, intermediate_size = layer.down_proj.shape
+    width = graft.graft_width(intermediate_size)
+    low_rank = graft.rank * (2 * hidden_size + 3 * width)
+    return (low_rank if graft.training == "lora" else 3 * width * hidden_size) + hidden_size + 1
+
+
+def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, seed: int) -> None:
+    """Puts the method's LoRA and private module on the base, in place; LoRA starts as `seed` alone says."""
+    unwrap(base)
+    private = PRIVATE[method.private]
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
+        warnings.simplefilter("ignore", FutureWarning)
+        if method.lora:
+            check_targets(base.model, lora.targets)
+            torch.manual_seed(seed)
+            base.adapter = peft.get_peft_model(base.model, _lora_config(lora, lora.rank, lora.alpha))
+        private.put_on(base, lora, graft.of(method))
+    for layer in base.model.modules():
+        if isinstance(layer, LoraLayer):
+            for name, matrix in (*layer.lora_A.items(), *layer.lora_B.items()):
+                matrix.parameter_roles = {"weight": "personal" if name == SECOND_LORA else method.lora}
+
+
+def _lora_config(lora: LoraSettings, rank: int, alpha: float) -> peft.LoraConfig:
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets))
+
 
 def unwrap(base: Base) -> None:
-    """Takes LoRA and grafts off again; the base is as it was loaded."""
-    flex_kernels.detach_graft(base.model)
-    rivals.detach_adapted(base.layers)
+    """Takes LoRA and private modules off again; the base is as it was loaded."""
+    for private in PRIVATE.values():
+        private.take_off(base)
     if base.adapter is not None:
         base.adapter.unload()
         base.adapter = None
@@ -78,10 +264,10 @@ def pretrained_only(base: Base, keep_lora: bool = False) -> Iterator[nn.Module]:
     `keep_lora`: the LoRA stays at work, with the values it has.
     """
     added = [
-        (layer, name, module)
+        (layer, private.attribute, module)
         for layer in base.layers.values()
-        for name in ("graft", "adapted")
-        if (module := getattr(layer, name, None)) is not None
+        for private in PRIVATE.values()
+        if private.attribute and (module := getattr(layer, private.attribute, None)) is not None
     ]
     training, trained = base.model.training, [p for p in base.model.parameters() if p.requires_grad]
     off = base.adapter is not None and not keep_lora
@@ -97,3 +283,25 @@ def pretrained_only(base: Base, keep_lora: bool = False) -> Iterator[nn.Module]:
         base.model.train(training).requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside the block, if `wanted`, a backward computes each layer's activations again instead of keeping them.
+
+    Raises:
+        FlexError: the model does not support it.
+    """
+    if not wanted:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise FlexError(f"{type(model).__name__} cannot recompute its layers; expected gradient_checkpointing = false")
+    named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # since transformers 5.23
+    getattr(model, f"{named}_checkpointing_enable")(**{f"{named}_checkpointing_kwargs": {"use_reentrant": False}})
+    try:
+        yield
+    finally:
+        getattr(model, f"{named}_checkpointing_disable")()
+        if hasattr(model, "_require_grads_hook"):  # transformers' own, which it leaves on the embeddings
+            model.disable_input_require_grads()

@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -49,7 +49,7 @@ def load_base(config: ModelConfig) -> Base:
             its folder has no tokenizer.
     """
     if not config.path:
-        raise FlexError("model.path is empty; wanted a folder or a hub name of a Mixture-of-Experts model")
+        raise FlexError("model.path is empty; expected a folder or a hub name of a Mixture-of-Experts model")
     path = _expanded(config.path)
     device = _device(config.device)
     flex_kernels.register()
@@ -67,7 +67,7 @@ def load_base(config: ModelConfig) -> Base:
         raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {reason}") from None
     # Without its files, transformers builds a tokenizer that knows no word.
     if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
-        raise FlexError(f"no tokenizer in model.path = {config.path!r}; wanted its files beside the model's")
+        raise FlexError(f"no tokenizer in model.path = {config.path!r}; expected its files beside the model's")
     layers = flex_kernels.moe_layers(model)
     if not layers:
         raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
@@ -81,7 +81,7 @@ def _expanded(path: str) -> str:
     expanded = os.path.expanduser(path)
     local = not HUB_NAME.fullmatch(expanded) or Path(expanded.partition("/")[0]).exists()
     if local and not Path(expanded).is_dir():
-        raise FlexError(f"no folder at model.path = {path!r}; wanted a folder with a model, or a hub name")
+        raise FlexError(f"no folder at model.path = {path!r}; expected a folder with a model, or a hub name")
     return expanded
 
 
@@ -92,7 +92,7 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FlexError(f'model.device is {name!r}; wanted "auto", "cpu", "cuda" or "cuda:0": {reason}') from None
+        raise FlexError(f'model.device is {name!r}; expected "auto", "cpu", "cuda" or "cuda:0": {reason}') from None
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -107,3 +107,34 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weights_of(name: str, layer: nn.Module) -> flex_kernels.ExpertWeights:
+    """The layer's experts as [E, 2I, H], [E, H, I] and their activation; FlexError where they cannot be taken apart."""
+    try:
+        return flex_kernels.expert_weights(layer)
+    except ValueError as error:
+        raise FlexError(f"nothing can be grafted at {name}: {error}") from None
+
+
+def router_of(base: Base, name: str) -> Tensor:
+    """[E, H]: the weight of the router that stands beside a layer's experts.
+
+    Raises:
+        FlexError: no module beside them has such a weight and nothing else.
+    """
+    parent = base.model.get_submodule(name.rpartition(".")[0])
+    num_experts, hidden_size, _ = base.layers[name].down_proj.shape
+    for own_name, module in parent.named_children():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (num_experts, hidden_size):
+            if extra := [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n != "weight"]:
+                raise FlexError(
+                    f"{type(base.model).__name__}: the router {own_name!r} beside {name} has {extra[0]} besides its "
+                    "weight; expected a softmax of the weight alone"
+                )
+            return weight
+    raise FlexError(
+        f"{type(base.model).__name__} has no router with a weight of [{num_experts}, {hidden_size}] beside {name}; "
+        "expected one for graft.criterion = 'renormalized' and graft.gate = 'router'"
+    )

@@ -37,7 +37,7 @@ def partition(model: nn.Module) -> Partition:
         owner, _, own_name = name.rpartition(".")
         role = getattr(model.get_submodule(owner), "parameter_roles", {}).get(own_name, "frozen")
         if role not in ROLES:
-            raise FlexError(f"{name} is declared {role!r}; wanted one of {', '.join(ROLES)}")
+            raise FlexError(f"{name} is declared {role!r}; expected one of {', '.join(ROLES)}")
         getattr(parts, role)[name] = parameter
         parameter.requires_grad_(role != "frozen")
     return parts
@@ -53,7 +53,7 @@ def load_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
         if parameter.shape != values[name].shape:
             raise FlexError(
                 f"{what} does not fit this model: {name} is {tuple(values[name].shape)}; "
-                f"wanted {tuple(parameter.shape)}"
+                f"expected {tuple(parameter.shape)}"
             )
         parameter.copy_(values[name])
 

@@ -3,117 +3,76 @@
 JOB/metrics.jsonl                       its events
 JOB/server/round-0003.safetensors       shared state and the strategy's moments after round 3
 JOB/clients/<folder_name(client_id)>/   that client's personal files, for nobody else
+
+`Job` is the server's half. It needs no base, no tokenizer and no data: what it knows of a client, and all that it
+writes into the log, comes in replies.
 """
 
-import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flex.config import RunConfig
-from flex.data.examples import ClientData, Encoder, Example
 from flex.federation.checkpoint import load_server, save_server
-from flex.federation.client import ClientRuntime
-from flex.federation.client_app import make_client_app
-from flex.federation.flower import Message, MessageType
-from flex.federation.local import InProcessGrid
-from flex.federation.messages import NUM_EXAMPLES, Arrays, sent_tensors
-from flex.federation.rounds import RoundReport, run_rounds
-from flex.federation.strategy import FedAvg, load_strategy_state, make_strategy
-from flex.model.base import Base
-from flex.store.events import METRICS, EventLog, read_events
+from flex.federation.flower import Grid, Strategy
+from flex.federation.messages import NUM_EXAMPLES, Arrays
+from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, evaluate_all, inner, run_rounds
+from flex.federation.strategy import load_strategy_state, make_strategy
+from flex.methods import METHODS
+from flex.runs.progress import Bar
+from flex.store.events import (
+    AFTER,
+    FORMAT,
+    METRICS,
+    Done,
+    Evaluated,
+    Event,
+    EventLog,
+    Grafted,
+    JobStarted,
+    Sent,
+    Trained,
+    read_events,
+)
 from flex.store.files import check_header, round_file, rounds_in
 from flex.store.personal import KEPT_ROUNDS
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all jobs of one seed have in common."""
-
-    base: Base
-    encoder: Encoder
-    clients: list[ClientData]
-    general: list[Example]
-
-    @cached_property
-    def data_fingerprint(self) -> str:
-        """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
-        digest = hashlib.sha256()
-        for client in self.clients:
-            for part in (client.train, client.test):
-                digest.update(f"{client.client_id}/{len(part)}".encode())
-                for example in part:
-                    digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
-        return digest.hexdigest()[:16]
-
-
-class Bar(Protocol):
-    """Where a job shows its progress."""
-
-    def begin(self, total: int) -> None: ...
-    def step(self, steps: int = 1) -> None: ...
-    def say(self, what: str) -> None: ...
-    def end(self) -> None: ...
-
-
-def run_job(setting: Setting, config: RunConfig, method: str, seed: int, folder: Path, bar: Bar) -> None:
-    """Does what is left of a job: nothing where it is finished, all of it where it is new."""
-    rounds = 0 if method == "base" else config.train.rounds
-    steps_per_round = (config.train.clients_per_round or len(setting.clients)) * config.train.steps
-    total = max(1, rounds * steps_per_round)
-    bar.begin(total)
-    log = EventLog(folder / METRICS, method=method, seed=seed)
-    if any(event["event"] == "done" for event in read_events(log.path)):
-        bar.step(total)
-        bar.say("done before")
-    else:
-        job = Job(setting, config, method, seed, folder, log, bar, steps_per_round)
-        job.run()
-        bar.say(f"done, {job.verdict}")
-    bar.end()
-
-
 class Job:
-    """One method and one seed: sets up, goes on where it was stopped, runs the rounds, keeps what they give."""
+    """One method and one seed: goes on where it was stopped, runs the rounds, keeps what they give.
+
+    Args:
+        folder: of the job.
+        grid: of the clients, in this process or elsewhere.
+        identity: what a job that is resumed must agree in, beside its method, seed and strategy: base and data.
+    """
 
     def __init__(
         self,
-        setting: Setting,
         config: RunConfig,
         method: str,
         seed: int,
         folder: Path,
-        log: EventLog,
+        grid: Grid,
+        identity: Mapping[str, str],
         bar: Bar,
-        steps_per_round: int,
     ):
-        self.steps_per_round, self.told = steps_per_round, bool(rounds_in(folder / "server"))
-        self.setting, self.config, self.folder, self.log, self.bar = setting, config, folder, log, bar
-        self.method, self.seed, self.started = method, seed, time.perf_counter()
+        self.config, self.method, self.folder, self.grid, self.bar = config, METHODS[method], folder, grid, bar
+        self.log = EventLog(folder / METRICS, method, seed)
+        self.server = folder / "server"
+        self.strategy_name, self.strategy_settings = config.strategy.of(method)
         self.header = {
-            "base": setting.base.fingerprint,
+            "base": identity["base"],
             "method": method,
             "seed": seed,
-            "strategy": config.train.strategy,
-            "data": setting.data_fingerprint,
+            "strategy": self.strategy_name,
+            "data": identity["data"],
         }
+        self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
         self.exact: dict[str, float] = {}
-        self.runtime = ClientRuntime(
-            setting.base,
-            setting.encoder,
-            setting.clients,
-            setting.general,
-            config,
-            method,
-            seed,
-            folder,
-            on_event=self._on_event,
-            on_step=bar.step,
-            on_calibration=lambda what, done, total: bar.say(f"{self.runtime.current}: {what}, {done}/{total}"),
-        )
+        self.tokens = 0
 
     @property
     def verdict(self) -> str:
@@ -121,93 +80,109 @@ class Job:
         return f"exact match {mean:.3f}"
 
     def run(self) -> None:
-        train = self.config.train
-        clients = [client.client_id for client in self.setting.clients]
-        settings = {"proximal_mu": train.proximal_mu} if train.strategy == "fedprox" else {}
-        strategy = make_strategy(train.strategy, len(clients), clients_per_round=train.clients_per_round, **settings)
-        shared, done = self._resume(strategy)
-        if self.method == "base":
-            for client_id in clients:
-                self.bar.say(f"scoring {client_id}")
-                self.runtime.evaluate(client_id, 0, shared, "after_aggregation")
-            self.bar.step()
-        else:
-            grid = InProcessGrid(make_client_app(self.runtime), clients, on_message=self._on_message)
+        """Does what is left of the job: all of it where it is new."""
+        started, train = time.perf_counter(), self.config.train
+        sites = ask_about(self.grid)
+        per_round = (train.clients_per_round or len(sites)) * train.steps
+        total = train.rounds * per_round if self.method.trains else 1
+        self.bar.begin(total)
+        strategy = make_strategy(
+            self.strategy_name, len(sites), clients_per_round=train.clients_per_round, **self.strategy_settings
+        )
+        started_event = JobStarted(
+            num_rounds=train.rounds if self.method.trains else 0,
+            num_clients=len(sites),
+            trained_parameters=sites[0].trained_parameters,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            format=FORMAT,
+        )
+        shared, done = self._resume(strategy, started_event)
+        self.bar.step(done * per_round)
+        if self.method.trains:
             run_rounds(
                 strategy,
-                grid,
+                self.grid,
                 shared,
                 train.rounds,
                 start_round=done + 1,
                 evaluate_every=self.config.evaluate.every,
-                on_round=lambda index, arrays, report: self._save(index, arrays, strategy, report),
+                on_round=lambda index, arrays, report: self._keep(index, arrays, strategy, report),
             )
-        seconds = time.perf_counter() - self.started
-        self.log.write({"event": "done", "round": train.rounds, "seconds": seconds, "tokens": self.runtime.tokens})
+        else:
+            for turn in evaluate_all(strategy, self.grid, shared, 0):
+                self._write(turn.events)
+            self.bar.step()
+        self._write([Done(train.rounds, time.perf_counter() - started, self.tokens)])
+        self.bar.say(f"done, {self.verdict}")
+        self.bar.end()
 
-    def _resume(self, strategy: FedAvg) -> tuple[Arrays, int]:
+    def _resume(self, strategy: Strategy, started: JobStarted) -> tuple[Arrays, int]:
         """(shared state, rounds done): from the newest server file, or the start. What came after it is forgotten."""
-        server = self.folder / "server"
-        rounds = rounds_in(server)
+        rounds = rounds_in(self.server)
         if not rounds:
             self.log.path.unlink(missing_ok=True)
-            for store in self.runtime.stores.values():
-                store.forget(after=-1)
-            self.log.write(self._job_event())
-            return self.runtime.shared_arrays(), 0
-        path = round_file(server, rounds[-1])
+            self.known: set[tuple] = set()
+            self._write([started])
+            return ask_start(self.grid), 0
+        path = round_file(self.server, rounds[-1])
         done, shared, moments, header = load_server(path)
         check_header(path, header, self.header)
         load_strategy_state(strategy, moments)
-        self.log.rewind(done)
-        for store in self.runtime.stores.values():
-            store.forget(after=done)
-        self.bar.step(done * self.steps_per_round)
+        self.known = {_place(event) for event in self.log.rewind(done) if isinstance(event, Grafted)}
         return shared, done
 
-    def _save(self, round_index: int, shared: Arrays, strategy: FedAvg, report: RoundReport) -> None:
-        for turn in report.train:
-            self.log.write(
-                {
-                    "event": "train",
-                    "round": round_index,
-                    "client_id": turn.client_id,
-                    "num_examples": turn.metrics[NUM_EXAMPLES],
-                    "loss": turn.metrics["loss"],
-                    "opening": turn.metrics["opening"] or None,
-                    "seconds": turn.metrics["seconds"],
-                    "bytes_down": turn.bytes_down,
-                    "bytes_up": turn.bytes_up,
-                }
-            )
-        server = self.folder / "server"
-        save_server(round_file(server, round_index), round_index, shared, strategy, self.header)
-        for old in rounds_in(server)[:-KEPT_ROUNDS]:
-            round_file(server, old).unlink(missing_ok=True)
-
-    def _job_event(self) -> dict[str, Any]:
-        counts = self.runtime.parts.counts()
-        return {
-            "event": "job",
-            "num_rounds": 0 if self.method == "base" else self.config.train.rounds,
-            "num_clients": len(self.setting.clients),
-            "trained_parameters": {role: counts[role] for role in ("shared", "personal")},
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "evaluate" and event["split"] == "test" and event["when"] == "after_aggregation":
-            self.exact[event["client_id"]] = event["exact_match"]
-        self.log.write(event)
-
-    def _on_message(self, message: Message, reply: Message, seconds: float) -> None:
-        """Keeps, once, what exactly travelled in each direction; says who is at work."""
-        doing, client = message.metadata.message_type, self.runtime.current
-        self.bar.say(f"{client}: {doing}")
-        if doing == MessageType.TRAIN and reply.has_content() and not self.told:
+    def _keep(self, round_index: int, shared: Arrays, strategy: Strategy, report: RoundReport) -> None:
+        if not self.told and report.train:
             self.told = True
-            for direction, content in (("down", message.content), ("up", reply.content)):
-                self.log.write({"event": "sent", "direction": direction, "tensors": sent_tensors(content)})
+            self._write(sent_events(report.train[0]))
+        self._write(round_events(round_index, report))
+        self.tokens += sum(turn.metrics["tokens"] for turn in report.train)
+        save_server(round_file(self.server, round_index), round_index, shared, inner(strategy), self.header)
+        for old in rounds_in(self.server)[:-KEPT_ROUNDS]:
+            round_file(self.server, old).unlink(missing_ok=True)
+
+    def _write(self, events: list[Event]) -> None:
+        """Into the log; a choice of grafts that it has already is left out (a turn that was cut off tells it again)."""
+        for event in events:
+            if isinstance(event, Grafted):
+                if _place(event) in self.known:
+                    continue
+                self.known.add(_place(event))
+            if isinstance(event, Evaluated) and event.split == "test" and event.when == AFTER:
+                self.exact[event.client_id] = event.exact_match
+            self.log.write(event)
+
+
+def sent_events(turn: Turn) -> list[Event]:
+    """What exactly travelled in a turn, tensor by tensor."""
+    return [Sent("down", turn.down), Sent("up", turn.up)]
+
+
+def round_events(round_index: int, report: RoundReport) -> list[Event]:
+    """What the log says of a round: all of it from the replies."""
+    trained = [
+        Trained(
+            round=round_index,
+            client_id=turn.client_id,
+            num_examples=turn.metrics[NUM_EXAMPLES],
+            loss=turn.metrics["loss"],
+            opening=turn.metrics["opening"] or None,
+            seconds=turn.metrics["seconds"],
+            bytes_down=turn.bytes_down,
+            bytes_up=turn.bytes_up,
+        )
+        for turn in report.train
+    ]
+    return [*(event for turn in (*report.train, *report.evaluate) for event in turn.events), *trained]
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the job in `folder` is finished."""
+    return any(isinstance(event, Done) for event in read_events(folder / METRICS))
+
+
+def _place(event: Grafted) -> tuple[Any, ...]:
+    return event.client_id, event.round, event.layer
 
 
 def latest_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:

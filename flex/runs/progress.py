@@ -1,47 +1,57 @@
 """The progress of a job on the terminal, also from another process."""
 
-import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from rich.progress import Progress, TaskID
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-JobName = tuple[int, str]  # seed, method
+Tell = Callable[..., None]
 
 
 class Bar:
-    """The progress of one job on the terminal."""
+    """The progress of one job: what it says goes to `tell`, in this process or through a queue to the one that owns the
+    terminal."""
 
-    def __init__(self, progress: Progress, title: str):
-        self.progress = progress
-        self.task: TaskID = progress.add_task(title, total=None, what="", start=False)
-
-    def begin(self, total: int) -> None:
-        self.progress.update(self.task, total=total)
-        self.progress.start_task(self.task)
-
-    def step(self, steps: int = 1) -> None:
-        self.progress.advance(self.task, steps)
-
-    def say(self, what: str) -> None:
-        self.progress.update(self.task, what=what)
-
-    def end(self) -> None:
-        self.progress.stop_task(self.task)
-
-
-class RemoteBar:
-    """The same, from another process: calls go through a queue to the one that owns the terminal."""
-
-    def __init__(self, messages: multiprocessing.Queue, job: JobName):
-        self.messages, self.job = messages, job
+    def __init__(self, tell: Tell):
+        self.tell = tell
 
     def begin(self, total: int) -> None:
-        self.messages.put((self.job, "begin", (total,)))
+        self.tell(total=total)
 
     def step(self, steps: int = 1) -> None:
-        self.messages.put((self.job, "step", (steps,)))
+        self.tell(advance=steps)
 
     def say(self, what: str) -> None:
-        self.messages.put((self.job, "say", (what,)))
+        self.tell(what=what)
 
     def end(self) -> None:
-        self.messages.put((self.job, "end", ()))
+        self.tell(ended=True)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}", markup=False),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        yield progress
+
+
+def line_of(progress: Progress, title: str) -> Tell:
+    """A line of the terminal for one job; it runs from the first total to the end."""
+    task = progress.add_task(title, total=None, what="", start=False)
+
+    def tell(ended: bool = False, **changes: Any) -> None:
+        progress.update(task, **changes)
+        if "total" in changes:
+            progress.start_task(task)
+        if ended:
+            progress.stop_task(task)
+
+    return tell

@@ -8,7 +8,7 @@ RUN/<method>-seed<N>/                    one job, see `job.py`
 import dataclasses
 import fcntl
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,26 @@ import peft
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flex.config import METHODS, RunConfig, read_config, write_config
+from flex.config import STRATEGIES, RunConfig, read_config, write_config
 from flex.errors import FlexError
+from flex.federation.client import about
+from flex.federation.messages import SiteAbout
 from flex.federation.strategy import make_strategy
-from flex.model.adapters import check_targets
-from flex.runs.job import Setting
-from flex.runs.progress import Bar
-from flex.runs.workers import prepare, run_apart, run_here
-from flex.store.events import METRICS, Event, read_events, write_events
+from flex.methods import METHODS
+from flex.model.adapters import check_targets, unwrap
+from flex.runs.job import is_done
+from flex.runs.progress import line_of, progress_bars
+from flex.runs.workers import job_folder, make_job, run_apart
+from flex.runs.world import World, Worlds
+from flex.store.events import FORMAT, METRICS, Done, Event, RunStarted, Truncated, read_events, write_events
 
 RUN = "run.jsonl"  # what the whole run has in common
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description:<18}", markup=False),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}", markup=False),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        yield progress
+# Settings that do not decide a job's numbers, or whose content is compared instead.
+NOT_COMPARED = {
+    *("output", "workers", "model.path", "model.device", "data.train", "data.test", "data.general"),
+    *("train.methods", "train.seeds", "train.gradient_checkpointing", "evaluate.batch_size"),
+}
 
 
 def run(config: RunConfig, console: Console, title: str = "", descriptions: dict[str, str] | None = None) -> Path:
@@ -53,27 +48,44 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     Raises:
         FlexError: bad input (nothing has been written then), or the folder holds a run with other settings.
     """
-    folder = Path(config.output)
+    folder, descriptions = Path(config.output), descriptions or {}
     config = _with_full_paths(config)
     _check_free(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
     console.print(f"[dim]loading {config.model.path} ...[/dim]")
-    setting = prepare(config, config.train.seeds[0])
-    if any(METHODS[method].lora for method in config.train.methods):
-        check_targets(setting.base.model, config.lora.targets)
-    make_strategy(config.train.strategy, len(setting.clients), clients_per_round=config.train.clients_per_round)
-    data = _check_contents(folder, setting, config.train.seeds[0])
+    worlds = Worlds(config)
+    world = worlds.of(config.train.seeds[0])
+    _check_methods(config, world)
+    data = _check_contents(folder, world, config.train.seeds[0])
     _claim(folder, config)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     with _alone_in(folder), progress_bars(console) as progress:
-        event = {**_run_event(config, setting, title, descriptions or {}), "data": data}
-        write_events(folder / RUN, [event, *_truncation_events(config, setting)])
-        bars = {(seed, method): Bar(progress, f"{method} seed {seed}") for seed, method in jobs}
-        finished = run_here(config, jobs, bars, setting) if config.workers == 1 else run_apart(config, jobs, bars)
-        for _ in finished:
-            collect(folder)
+        sites = [about(world.base, client) for client in world.clients]
+        write_events(folder / RUN, run_events(config, sites, data, title, descriptions))
+        lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
+        left = [job for job in jobs if not is_done(job_folder(config, job))]
+        for job in set(jobs) - set(left):
+            lines[job](total=1, advance=1, what="done before", ended=True)
+        if config.workers > 1 and left:
+            for _ in run_apart(config, left, lines):
+                collect(folder)
+        else:
+            for job in left:
+                make_job(config, job, worlds, lines[job]).run()
+                collect(folder)
+            unwrap(worlds.world.base)
+        collect(folder)
     return folder
+
+
+def _check_methods(config: RunConfig, world: World) -> None:
+    """What is wrong with a method's settings is said before any method trains."""
+    if any(METHODS[method].lora for method in config.train.methods):
+        check_targets(world.base.model, config.lora.targets)
+    for method in config.train.methods:
+        name, settings = config.strategy.of(method)
+        make_strategy(name, len(world.clients), clients_per_round=config.train.clients_per_round, **settings)
 
 
 def collect(folder: Path) -> None:
@@ -95,7 +107,7 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
 
 
 def _check_free(folder: Path, config: RunConfig) -> None:
-    """Nobody's run lies in `folder`, or one with the same settings, or one that came to nothing."""
+    """`folder` is empty, holds a run with these settings, or one without results."""
     path = folder / "config.toml"
     if path.exists() and _has_results(folder):
         here, there = (_comparable(c) for c in (config, read_config(path)))
@@ -104,26 +116,28 @@ def _check_free(folder: Path, config: RunConfig) -> None:
             key = different[0]
             raise FlexError(
                 f"{folder} holds a run with other settings ({key} = {there[key]!r} there, {here[key]!r} here); "
-                "wanted the same settings to resume it, another --output, or that folder gone"
+                "expected the same settings to resume it, another --output, or that folder gone"
             )
 
 
 def _has_results(folder: Path) -> bool:
     """Whether a job there is finished, or has left more than its events."""
     events = (event for file in folder.glob(f"*-seed*/{METRICS}") for event in read_events(file))
-    return any(folder.glob("*-seed*/**/*.safetensors")) or any(event["event"] == "done" for event in events)
+    return any(folder.glob("*-seed*/**/*.safetensors")) or any(isinstance(event, Done) for event in events)
 
 
-def _check_contents(folder: Path, setting: Setting, seed: int) -> dict[str, str]:
+def _check_contents(folder: Path, world: World, seed: int) -> dict[str, str]:
     """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were."""
     events = read_events(folder / RUN) if _has_results(folder) else []
-    old = next((event for event in events if event["event"] == "run"), {})
-    if old and old["fingerprint"] != setting.base.fingerprint:
-        raise FlexError(f"{folder} holds a run on another base; wanted the same one to resume it, or another --output")
-    data = {**old.get("data", {}), str(seed): setting.data_fingerprint}
-    if old.get("data", {}).get(str(seed), data[str(seed)]) != data[str(seed)]:
+    old = next((event for event in events if isinstance(event, RunStarted)), RunStarted())
+    if old.fingerprint and old.fingerprint != world.base.fingerprint:
         raise FlexError(
-            f"{folder} holds a run on other data (a file has changed); wanted the same, or another --output"
+            f"{folder} holds a run on another base; expected the same one to resume it, or another --output"
+        )
+    data = {**old.data, str(seed): world.data_fingerprint}
+    if old.data.get(str(seed), data[str(seed)]) != data[str(seed)]:
+        raise FlexError(
+            f"{folder} holds a run on other data (a file has changed); expected the same, or another --output"
         )
     return data
 
@@ -151,63 +165,59 @@ def _alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FlexError(
-                f"another process is at work in {folder}; wanted it to end first, or another --output"
+                f"another process is at work in {folder}; expected it to end first, or another --output"
             ) from None
         yield
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a job's numbers, flat. Base and data are told by their content (`Job.header`)."""
-    train = dataclasses.replace(config.train, methods=("base",), seeds=(0,))
-    model = dataclasses.replace(config.model, path="", device="")
-    data = dataclasses.replace(config.data, train="", test="", general="")
-    evaluate = dataclasses.replace(config.evaluate, batch_size=1)
-    parts = {"train": train, "model": model, "data": data, "evaluate": evaluate}
-    tree = dataclasses.asdict(dataclasses.replace(config, output="", workers=1, **parts))
-    return {
-        f"{section}.{key}" if isinstance(values, dict) else section: value
-        for section, values in tree.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    """Every setting that decides a job's numbers, flat. Base and data are compared by fingerprint (`Job.header`)."""
+    values = {
+        f"{section}.{key}" if isinstance(part, dict) else section: value
+        for section, part in dataclasses.asdict(config).items()
+        for key, value in (part.items() if isinstance(part, dict) else [("", part)])
     }
+    # A setting that is left out is its strategy's default.
+    name = config.strategy.name
+    strategy = make_strategy(name, 1, **config.strategy.given(name))
+    values |= {f"strategy.{key}": getattr(strategy, key) for key in STRATEGIES[name]}
+    return {key: value for key, value in values.items() if key not in NOT_COMPARED}
 
 
-def _run_event(config: RunConfig, setting: Setting, title: str, descriptions: dict[str, str]) -> Event:
-    """What the whole run has in common: whose data, which base, which versions."""
-    return {
-        "event": "run",
-        "title": title or config.output,
-        "base_model": config.model.path,
-        "fingerprint": setting.base.fingerprint,
-        "template": config.data.template,
-        "clients": [
+def run_events(
+    config: RunConfig, sites: Iterable[SiteAbout], data: dict[str, str], title: str, descriptions: dict[str, str]
+) -> list[Event]:
+    """What the whole run has in common (whose data, which base, which versions), and what was cut: from what the sites
+    say of themselves."""
+    sites = list(sites)
+    common = RunStarted(
+        title=title or config.output,
+        base_model=config.model.path,
+        fingerprint=sites[0].fingerprint,
+        template=config.data.template,
+        clients=[
             {
-                "client_id": client.client_id,
-                "num_train": len(client.train),
-                "num_test": len(client.test),
-                "description": descriptions.get(client.client_id, ""),
+                "client_id": site.client_id,
+                "num_train": site.num_train,
+                "num_test": site.num_test,
+                "description": descriptions.get(site.client_id, ""),
             }
-            for client in setting.clients
+            for site in sites
         ],
-        "versions": {
+        versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _truncation_events(config: RunConfig, setting: Setting) -> list[Event]:
-    return [
-        {
-            "event": "truncated",
-            "client_id": client.client_id,
-            "part": part,
-            "count": count,
-            "max_length": config.data.max_length,
-        }
-        for client in setting.clients
-        for part, count in client.truncated().items()
+        threads=torch.get_num_threads(),
+        data=data,
+        format=FORMAT,
+    )
+    cut = [
+        Truncated(site.client_id, part, count, config.data.max_length)
+        for site in sites
+        for part, count in site.truncated.items()
         if count
     ]
+    return [common, *cut]

@@ -5,6 +5,7 @@ threads alone, not on who else is at work. A process of its own loads the base a
 single-threaded jobs beat one of two threads), a large one has no room for it.
 """
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -15,38 +16,37 @@ from pathlib import Path
 import torch
 
 from flex.config import RunConfig
-from flex.data.examples import Encoder, load_clients, load_general
 from flex.errors import FlexError
-from flex.model.adapters import unwrap
-from flex.model.base import Base, load_base
-from flex.runs.job import Setting, run_job
-from flex.runs.progress import Bar, JobName, RemoteBar
+from flex.federation.client_app import make_client_app
+from flex.federation.local import InProcessGrid
+from flex.runs.job import Job
+from flex.runs.progress import Bar, Tell
+from flex.runs.world import Worlds
 
+JobName = tuple[int, str]  # seed, method
 POLL_S = 0.1
 LEAVE_S = 30
 
 
-def prepare(config: RunConfig, seed: int, base: Base | None = None) -> Setting:
-    """Loads the base (unless it is there) and the data of a seed."""
-    base = base or load_base(config.model)
-    unwrap(base)
-    encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
-    data = config.data.for_seed(seed)
-    return Setting(base, encoder, load_clients(data, encoder), load_general(data, encoder))
+def job_folder(config: RunConfig, job: JobName) -> Path:
+    seed, method = job
+    return Path(config.output) / f"{method}-seed{seed}"
 
 
-def run_here(config: RunConfig, jobs: list[JobName], bars: dict[JobName, Bar], setting: Setting) -> Iterator[JobName]:
-    """Runs the jobs in order on the base of `setting`, which is that of the first job's seed; yields each when done."""
-    loaded = jobs[0][0]
-    for seed, method in jobs:
-        if seed != loaded:
-            setting, loaded = prepare(config, seed, setting.base), seed
-        run_job(setting, config, method, seed, job_folder(config, (seed, method)), bars[seed, method])
-        yield seed, method
-    unwrap(setting.base)
+def make_job(config: RunConfig, job: JobName, worlds: Worlds, tell: Tell) -> Job:
+    """A job whose clients are all on this machine."""
+    (seed, method), folder, bar = job, job_folder(config, job), Bar(tell)
+    world = worlds.of(seed)
+    sites = world.sites(config, method, seed, folder, bar)
+    grid = InProcessGrid(
+        make_client_app(sites),
+        list(sites),
+        on_message=lambda message, *_: bar.say(f"{grid.clients[message.metadata.dst_node_id]} done"),
+    )
+    return Job(config, method, seed, folder, grid, world.identity, bar)
 
 
-def run_apart(config: RunConfig, jobs: list[JobName], bars: dict[JobName, Bar]) -> Iterator[JobName]:
+def run_apart(config: RunConfig, jobs: list[JobName], lines: dict[JobName, Tell]) -> Iterator[JobName]:
     """Runs the jobs in `config.workers` processes; yields each when done.
 
     Raises:
@@ -69,12 +69,12 @@ def run_apart(config: RunConfig, jobs: list[JobName], bars: dict[JobName, Bar]) 
                     raise FlexError(f"a worker process ended with code {dead[0]}; its traceback is above") from None
                 continue
             if call == "failed":
-                raise FlexError(*arguments)
+                raise FlexError(arguments["reason"])
             if call == "done":
                 waiting.discard(job)
                 yield job
             else:
-                getattr(bars[job], call)(*arguments)
+                lines[job](**arguments)
     finally:
         for process in processes:
             process.join(0 if waiting else LEAVE_S)
@@ -90,14 +90,15 @@ def _end_with_parent() -> None:
 def _work(config: RunConfig, jobs: list[JobName], messages: multiprocessing.Queue) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(config.threads or max(1, torch.get_num_threads() // config.workers))
-    bars = {job: RemoteBar(messages, job) for job in jobs}
+
+    def tell(job: JobName, **arguments: object) -> None:
+        messages.put((job, "tell", arguments))
+
+    lines = {job: functools.partial(tell, job) for job in jobs}
+    worlds = Worlds(config)
     try:
-        for job in run_here(config, jobs, bars, prepare(config, jobs[0][0])):
-            messages.put((job, "done", ()))
+        for job in jobs:
+            make_job(config, job, worlds, lines[job]).run()
+            messages.put((job, "done", {}))
     except FlexError as error:
-        messages.put((jobs[0], "failed", (str(error),)))
-
-
-def job_folder(config: RunConfig, job: JobName) -> Path:
-    seed, method = job
-    return Path(config.output) / f"{method}-seed{seed}"
+        messages.put((jobs[0], "failed", {"reason": str(error)}))

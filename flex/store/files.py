@@ -1,5 +1,5 @@
-"""Files of tensors: safetensors with a JSON header, written under a temporary name and then renamed, so a reader sees a
-whole file or none; and how folders and rounds are named."""
+"""Files of tensors: safetensors with a JSON header, written under a temporary name and then renamed, so that a reader
+sees a whole file or none; and how folders and rounds are named."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from flex.errors import FlexError
 
+FORMAT = 2  # of the files; one without a number is of format 1, which has the same tensors
 SIMPLE_NAME = re.compile(r"(?!\.)[\w .-]+")  # no separator, and no leading dot: neither hidden nor ".."
-
-
 LONGEST_NAME = 120  # bytes; file systems take 255
 
 
@@ -32,7 +31,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"flex": json.dumps(dict(header))})
+        text = json.dumps({"format": FORMAT, **header})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"flex": text})
         _to_disk(part)
         part.replace(path)
         _to_disk(path.parent)  # the rename too
@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of a file that `save_tensors` wrote.
 
     Raises:
-        FlexError: the file is missing, cut short, or not ours.
+        FlexError: the file is missing, cut short, not ours, or of a later format.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,8 +64,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FlexError(f"no state file at {path}") from None
     except (OSError, SafetensorError, ValueError) as error:
         raise FlexError(f"{path} is damaged or no safetensors file: {error}") from None
-    if header is None:
-        raise FlexError(f"{path} has no FLEx header; wanted a file that a FLEx run wrote")
+    if not isinstance(header, dict):
+        raise FlexError(f"{path} has no FLEx header; expected a file that a FLEx run wrote")
+    if (number := header.pop("format", 1)) not in range(1, FORMAT + 1):
+        raise FlexError(f"{path} has format {number}; this version reads formats 1 to {FORMAT}")
     return tensors, header
 
 

@@ -1,11 +1,12 @@
 """One client's personal state on disk: its parameters, their optimizer's moments, SCAFFOLD's control variates."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flex.store.events import Grafted, from_json
 from flex.store.files import check_header, load_tensors, round_file, rounds_in, save_tensors
 
 KEPT_ROUNDS = 2  # of a client's personal files: the last, and the one before it for a run killed between two saves
@@ -13,16 +14,23 @@ KEPT_ROUNDS = 2  # of a client's personal files: the last, and the one before it
 
 @dataclass
 class PersonalState:
-    """What one client owns, by name: `parameters`, their optimizer's `moments`, SCAFFOLD's `control` variates."""
+    """What one client owns, by name: `parameters`, their optimizer's `moments`, SCAFFOLD's `control` variates.
+
+    `choices`: what the last choice of its grafts says, until the server's log has it.
+    """
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Tensor] = field(default_factory=dict)
     control: dict[str, Tensor] = field(default_factory=dict)
+    choices: list[Grafted] = field(default_factory=list)
+
+
+KINDS = ("parameters", "moments", "control")
 
 
 @dataclass(frozen=True)
 class PersonalStore:
-    """One client's personal state on disk, a file a round, the last two kept."""
+    """One client's personal state on disk, one file per round, the last two kept."""
 
     folder: Path
     header: dict[str, Any]  # what must agree: base, method, seed, client
@@ -35,15 +43,16 @@ class PersonalStore:
         path = round_file(self.folder, rounds[-1])
         tensors, header = load_tensors(path)
         check_header(path, header, self.header)
-        state = PersonalState()
+        state = PersonalState(choices=[from_json(choice) for choice in header.get("choices", [])])
         for key, tensor in tensors.items():
             kind, _, name = key.partition(":")
             getattr(state, kind)[name] = tensor
         return state
 
     def save(self, round_index: int, state: PersonalState) -> None:
-        tensors = {f"{f.name}:{name}": tensor for f in fields(state) for name, tensor in getattr(state, f.name).items()}
-        save_tensors(round_file(self.folder, round_index), tensors, {**self.header, "round": round_index})
+        tensors = {f"{kind}:{name}": tensor for kind in KINDS for name, tensor in getattr(state, kind).items()}
+        header = {**self.header, "round": round_index, "choices": [choice.to_json() for choice in state.choices]}
+        save_tensors(round_file(self.folder, round_index), tensors, header)
         for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
             round_file(self.folder, old).unlink(missing_ok=True)
 

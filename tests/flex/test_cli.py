@@ -50,7 +50,7 @@ def test_a_configuration_after_the_clients_is_told_where_to_stand(
 ) -> None:
     assert main(["train", "--clients", "a", "b", "c.toml"]) == 2
     assert capsys.readouterr().err == (
-        "flex: --clients took 'c.toml' for a client; wanted the configuration before the options: "
+        "flex: --clients took 'c.toml' for a client; expected the configuration before the options: "
         "flex train c.toml --clients ...\n"
     )
     assert trained == []
@@ -113,7 +113,7 @@ def test_pretraining_takes_numbers_that_can_be_used(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, value: str
 ) -> None:
     assert pretrain.main(["--out", str(tmp_path / "base"), f"--{option}", value]) == 2
-    assert f"pretrain: --{option} is {value}; wanted a finite number " in capsys.readouterr().err
+    assert f"pretrain: --{option} is {value}; expected a finite number " in capsys.readouterr().err
 
 
 def interrupted(*arguments: object) -> None:
@@ -143,4 +143,4 @@ def test_an_answer_has_a_token_at_least(tmp_path: Path, capsys: pytest.CaptureFi
     for count in ("0", "-3"):
         answer = ["--client", "a", "--prompt", "x", "--max-new-tokens", count]
         assert main(["generate", "--run", str(tmp_path), *answer]) == 2
-        assert capsys.readouterr().err == f"flex: --max-new-tokens is {count}; wanted 1 or more\n"
+        assert capsys.readouterr().err == f"flex: --max-new-tokens is {count}; expected 1 or more\n"

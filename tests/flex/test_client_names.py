@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 from tiny import records, tiny_config, write_records
 
-from flex.federation.client import ClientRuntime
+from flex.graft.calibrate import Calibration
 from flex.graft.choose import choose_grafts
 from flex.graft.show import choice_table
-from flex.runs.workers import prepare
+from flex.runs.world import load_world
 from flex.store.files import LONGEST_NAME, folder_name
 
 SIMPLE = ("a", "closed_qa", "Ward 7", "site-3.b", "Zürich", "数学", "a..b", "x" * LONGEST_NAME)
@@ -48,24 +48,23 @@ def test_the_files_of_every_client_stay_in_the_job_and_are_found_again(tmp_path)
     names = ["../../../../evil", "../server", "N/A", "[/red]", "x" * 300, "plain"]
     config = tiny_config(tmp_path, data={"test": ""})
     write_records(Path(config.data.train), [{**r, "client": name} for name in names for r in records("a", 6)])
-    setting = prepare(config, 0)
+    world = load_world(config, 0)
     job = tmp_path / "deep" / "enough" / "for" / "the" / "way" / "out"
     before = {p for p in tmp_path.rglob("*") if p.is_file()}
-    parts = (setting.base, setting.encoder, setting.clients, setting.general, config, "flex", 0, job)
-    runtime = ClientRuntime(*parts)
-    shared = runtime.shared_arrays()
-    for name in names:
-        runtime.train(name, 1, shared)
+    for site in world.sites(config, "flex", 0, job).values():
+        site.train(1, site.model.shared_arrays())
     written = {p for p in tmp_path.rglob("*") if p.is_file()} - before
     assert {p.parent.parent for p in written} == {job / "clients"}
     assert {p.parent.name for p in written} == {folder_name(name) for name in names}
-    assert all(ClientRuntime(*parts).stores[name].load(1).parameters for name in names)
+    again = world.sites(config, "flex", 0, job)
+    assert all(again[name].store.load(1).parameters for name in names)
 
 
 def test_a_name_is_no_markup_of_the_terminal(tmp_path):
     config = tiny_config(tmp_path)
-    setting = prepare(config, 0)
-    choices = choose_grafts(setting.base, setting.encoder, setting.clients[0].train, config.graft, 4, "s")
+    world = load_world(config, 0)
+    calibration = Calibration(world.base, world.encoder, world.clients[0].train, 4)
+    choices = choose_grafts(calibration, config.graft, "s")
     printed = io.StringIO()
     Console(width=120, file=printed).print(choice_table("[/red]", 1, choices))
     assert "client [/red]" in printed.getvalue()

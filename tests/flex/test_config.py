@@ -42,66 +42,66 @@ def test_overrides_win_over_the_file_and_widen_numbers(tmp_path):
     ("text", "sentence"),
     [
         ("[train]\nround = 5\n", "train.round is no setting of a run; did you mean train.rounds?"),
-        ("[train]\nrounds = 'x'\n", "train.rounds is 'x', a str; wanted an int"),
-        ("output = 2024-11-26\n", "output is datetime.date(2024, 11, 26), a date; wanted a str"),
-        ("output = 7\n", "output is 7, an int; wanted a str"),
-        ("output = ''\n", "output is empty; wanted the folder of the run"),
-        ("[train]\nrounds = 0\n", "train.rounds is 0; wanted 1 or more"),
-        ("[train]\nweight_decay = -0.1\n", "train.weight_decay is -0.1; wanted 0 or more"),
-        ("[train]\nfinal_learning_rate = -1e-6\n", "train.final_learning_rate is -1e-06; wanted 0 or more"),
-        ("[train]\nproximal_mu = -1\n", "train.proximal_mu is -1.0; wanted 0 or more"),
-        ("[train]\nclients_per_round = -1\n", "train.clients_per_round is -1; wanted 0 (all) or more"),
-        ("[train]\nseeds = [1, 0, 1]\n", "train.seeds names 1 twice; wanted each once"),
-        ("[train]\nmethods = ['flex', 'flex']\n", "train.methods names 'flex' twice; wanted each once"),
-        ("[data]\nclients = ['a', 'a']\n", "data.clients names 'a' twice; wanted each once"),
-        ("[data]\nclients_by = ''\n", "data.clients_by is empty; wanted the column"),
-        ("[data]\nmax_test = -1\n", "data.max_test is -1; wanted 0 (all) or more"),
-        ("[lora]\nrank = 0\n", "lora.rank is 0; wanted 1 or more"),
-        ("[lora]\nalpha = 0\n", "lora.alpha is 0.0; wanted a number above 0"),
-        ("[evaluate]\nmax_new_tokens = 0\n", "evaluate.max_new_tokens is 0; wanted 1 or more"),
-        ("[evaluate]\nbatch_size = 0\n", "evaluate.batch_size is 0; wanted 1 or more"),
+        ("[train]\nrounds = 'x'\n", "train.rounds is 'x', a str; expected an int"),
+        ("output = 2024-11-26\n", "output is datetime.date(2024, 11, 26), a date; expected a str"),
+        ("output = 7\n", "output is 7, an int; expected a str"),
+        ("output = ''\n", "output is empty; expected the folder of the run"),
+        ("[train]\nrounds = 0\n", "train.rounds is 0; expected 1 or more"),
+        ("[train]\nweight_decay = -0.1\n", "train.weight_decay is -0.1; expected 0 or more"),
+        ("[train]\nfinal_learning_rate = -1e-6\n", "train.final_learning_rate is -1e-06; expected 0 or more"),
+        ("[train]\nproximal_mu = -1\n", "strategy.proximal_mu is -1.0; expected 0 or more"),
+        ("[train]\nclients_per_round = -1\n", "train.clients_per_round is -1; expected 0 (all) or more"),
+        ("[train]\nseeds = [1, 0, 1]\n", "train.seeds names 1 twice; expected each once"),
+        ("[train]\nmethods = ['flex', 'flex']\n", "train.methods names 'flex' twice; expected each once"),
+        ("[data]\nclients = ['a', 'a']\n", "data.clients names 'a' twice; expected each once"),
+        ("[data]\nclients_by = ''\n", "data.clients_by is empty; expected the column"),
+        ("[data]\nmax_test = -1\n", "data.max_test is -1; expected 0 (all) or more"),
+        ("[lora]\nrank = 0\n", "lora.rank is 0; expected 1 or more"),
+        ("[lora]\nalpha = 0\n", "lora.alpha is 0.0; expected a number above 0"),
+        ("[evaluate]\nmax_new_tokens = 0\n", "evaluate.max_new_tokens is 0; expected 1 or more"),
+        ("[evaluate]\nbatch_size = 0\n", "evaluate.batch_size is 0; expected 1 or more"),
         ("[train]\nmethods = ['flux']\n", "train.methods names ['flux']"),
-        ("[graft]\ncombine = 'sum'\n", "graft.combine is 'sum'; wanted one of additive, convex"),
+        ("[graft]\ncombine = 'sum'\n", "graft.combine is 'sum'; expected one of additive, convex"),
         (
             "[graft]\ncriterion = 'best'\n",
-            "graft.criterion is 'best'; wanted one of reconstruction, scaled",
+            "graft.criterion is 'best'; expected one of reconstruction, scaled",
         ),
-        ("[graft]\ntarget = 'F'\n", "graft.target is 'F'; wanted one of output, correction"),
-        ("[graft]\nexperts = 4\n", "graft.experts is 4; wanted 1, 2 or 3"),
+        ("[graft]\ntarget = 'F'\n", "graft.target is 'F'; expected one of output, correction"),
+        ("[graft]\nexperts = 4\n", "graft.experts is 4; expected 1, 2 or 3"),
         (
             "[graft]\nexperts = 2\n",
-            "graft.experts is 2, which the criterion 'neurons' has no use for; wanted 1, or graft.criterion = one of "
+            "graft.experts is 2, which the criterion 'neurons' has no use for; expected 1, or graft.criterion = one of "
             "renormalized, scaled_subset, random, fresh, zero",
         ),
         (
             "[graft]\ncriterion = 'scaled'\nwidth = 9\n",
-            "graft.width is 9, which the criterion 'scaled' has no use for; wanted 0, or graft.criterion = one of "
+            "graft.width is 9, which the criterion 'scaled' has no use for; expected 0, or graft.criterion = one of "
             "neurons, fresh, zero",
         ),
         (
             "[graft]\ncriterion = 'scaled'\ncandidates = 9\n",
-            "graft.candidates is 9, which the criterion 'scaled' has no use for; wanted 0, or graft.criterion = one of "
-            "neurons",
+            "graft.candidates is 9, which the criterion 'scaled' has no use for; expected 0, or graft.criterion = one "
+            "of neurons",
         ),
-        ("[graft]\nwidth = 9\ncandidates = 8\n", "graft.candidates is 8; wanted at least the width, 9"),
-        ("[graft]\ncriterion = 'neurons'\nwidth = -1\n", "graft.width is -1; wanted 0 or more"),
+        ("[graft]\nwidth = 9\ncandidates = 8\n", "graft.candidates is 8; expected at least the width, 9"),
+        ("[graft]\ncriterion = 'neurons'\nwidth = -1\n", "graft.width is -1; expected 0 or more"),
         (
             "[graft]\ncriterion = 'neurons'\nwidth = 9\ncandidates = 8\n",
-            "graft.candidates is 8; wanted at least the width, 9",
+            "graft.candidates is 8; expected at least the width, 9",
         ),
         (
             "[graft]\ncriterion = 'fresh'\n",
             "graft.refit is true (its default), but 'fresh' starts from nothing that could be fitted; "
-            "wanted graft.refit = false",
+            "expected graft.refit = false",
         ),
         (
             "[graft]\ncriterion = 'zero'\nrefit = false\ngate = 'router'\n",
             "graft.gate is 'router', but 'zero' grafts no expert",
         ),
-        ("[graft]\nafter_rounds = -1\n", "graft.after_rounds is -1; wanted 0 or more"),
-        ("[graft]\nridge = 0\n", "graft.ridge is 0.0; wanted a number above 0"),
-        ("[graft]\ntraining = 'lora'\nrank = 0\n", "graft.rank is 0; wanted 1 or more"),
-        ("train = 3\n", "train is 3; wanted a table [train]"),
+        ("[graft]\nafter_rounds = -1\n", "graft.after_rounds is -1; expected 0 or more"),
+        ("[graft]\nridge = 0\n", "graft.ridge is 0.0; expected a number above 0"),
+        ("[graft]\ntraining = 'lora'\nrank = 0\n", "graft.rank is 0; expected 1 or more"),
+        ("train = 3\n", "train is 3; expected a table [train]"),
         ("[train\n", "is not a TOML file"),
     ],
 )
@@ -125,12 +125,12 @@ def test_a_wrong_configuration_gets_one_sentence(tmp_path, text, sentence):
     ],
 )
 def test_no_setting_takes_what_is_not_finite(key, value):
-    with pytest.raises(FlexError, match=rf"^{key} is -?(inf|nan); wanted "):
+    with pytest.raises(FlexError, match=rf"^{key} is -?(inf|nan); expected "):
         read_config(None, [f"{key}={value}"])
 
 
 def test_bytes_that_are_no_text_are_refused_before_anything_is_written():
-    with pytest.raises(FlexError, match=r"output is 'runs/\\udcff', with bytes that are no text; wanted UTF-8"):
+    with pytest.raises(FlexError, match=r"output is 'runs/\\udcff', with bytes that are no text; expected UTF-8"):
         read_config(None, ["output=runs/\udcff"])
 
 
@@ -141,9 +141,10 @@ def test_missing_file_is_named(tmp_path):
 
 def test_methods_share_what_they_say():
     assert METHODS["local"].lora == "personal"
-    assert [m for m, v in METHODS.items() if v.graft] == ["flex", "flex-paper", "flex-random", "flex-fresh"]
-    assert METHODS["flex"].graft not in CRITERIA  # flex has no criterion of its own
-    assert all(v.graft in CRITERIA for m, v in METHODS.items() if v.graft and m != "flex")
+    grafted = [m for m, v in METHODS.items() if v.private == "graft"]
+    assert grafted == ["flex", "flex-paper", "flex-random", "flex-fresh"]
+    assert METHODS["flex"].start not in CRITERIA  # flex has no criterion of its own
+    assert all(METHODS[m].start in CRITERIA for m in grafted if m != "flex")
 
 
 def test_what_won_the_study_is_the_default_and_the_papers_rule_stands_beside_it():

@@ -32,12 +32,12 @@ def test_gzip_and_plain_files_give_the_same_records(tmp_path):
         ("", "holds no records"),
         ("{not json\n", "line 1 is not JSON: Expecting property name enclosed in double quotes at column 2"),
         ("[" * 100_000, "line 1 is not JSON that can be read"),
-        ('{"instruction": "x", "response": 5}\n', "line 1 has 5 as 'response'; wanted a string"),
+        ('{"instruction": "x", "response": 5}\n', "line 1 has 5 as 'response'; expected a string"),
         (r'{"instruction": "x\uD83D", "response": "x"}', "line 1 holds half of a character"),
-        ('{"instruction": null, "response": "x"}\n', "line 1 has null as 'instruction'; wanted a string"),
-        ('{"instruction": "x", "response": "x", "context": [1]}\n', "line 1 has [1] as 'context'; wanted a string"),
+        ('{"instruction": null, "response": "x"}\n', "line 1 has null as 'instruction'; expected a string"),
+        ('{"instruction": "x", "response": "x", "context": [1]}\n', "line 1 has [1] as 'context'; expected a string"),
         ('{"instruction": "x"}\n', "line 1 has no column 'response'; it has 'instruction'"),
-        ("[1]\n", "line 1 is a list; wanted a JSON object"),
+        ("[1]\n", "line 1 is a list; expected a JSON object"),
     ],
 )
 def test_a_broken_file_gets_one_sentence(tmp_path, content, sentence):
@@ -85,7 +85,7 @@ def test_a_record_that_names_no_client_is_refused_by_its_line(tmp_path, encoder,
     with pytest.raises(FlexError) as caught:
         load_clients(DataConfig(**files), encoder)
     line = {"train": 21, "test": 13}[file]
-    sentence = f"{file}.jsonl, line {line} has {json.dumps(name)} as 'client'; wanted the name of a client"
+    sentence = f"{file}.jsonl, line {line} has {json.dumps(name)} as 'client'; expected the name of a client"
     assert str(caught.value).endswith(sentence)
 
 

@@ -185,7 +185,7 @@ def test_a_round_without_any_client_stops(tmp_path):
 def test_a_client_app_that_returns_no_message():
     app = ClientApp()
     app.train()(lambda message, context: None)
-    with pytest.raises(ClientFailed, match=r"client 'anna' .* the ClientApp returned NoneType; wanted a Message"):
+    with pytest.raises(ClientFailed, match=r"client 'anna' .* the ClientApp returned NoneType; expected a Message"):
         run_rounds(make_strategy("fedavg", 1), InProcessGrid(app, ["anna"]), START, 1)
 
 
@@ -214,7 +214,7 @@ def test_nodes_that_do_not_say_who_they_are(tmp_path):
         answer = ConfigRecord({"client-id": "anna", "client-index": 0})
         return Message(RecordDict({"client": answer}), reply_to=message)
 
-    with pytest.raises(FlexError, match="wanted each client once"):
+    with pytest.raises(FlexError, match="expected each client once"):
         ask_clients(InProcessGrid(app, CLIENTS))
 
 
@@ -274,7 +274,7 @@ def test_the_rest_of_the_grid_interface(tmp_path):
 )
 def test_a_flower_that_moved_its_private_parts_is_named(module, call, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=r"flwr \S+ has moved .* wanted a release like 1.41"):
+    with pytest.raises(RuntimeError, match=r"flwr \S+ has moved .* expected a release like 1.41"):
         call(1)
 
 

@@ -6,8 +6,7 @@ from tiny import records, tiny_config
 
 from flex.config import EvaluateSettings
 from flex.evaluation.score import generate, score
-from flex.federation.client import ClientRuntime
-from flex.runs.workers import prepare
+from flex.runs.world import load_world
 
 
 @pytest.fixture(scope="module")
@@ -16,38 +15,35 @@ def learnt(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learnt")
     config = tiny_config(folder, train={"rounds": 2, "steps": 150, "batch_size": 10, "schedule": "constant"})
     config = config.with_values(train={"learning_rate": 1e-2, "graft_learning_rate": 1e-2}, lora={"rank": 8})
-    setting = prepare(config, 0)
-    runtime = ClientRuntime(
-        setting.base, setting.encoder, setting.clients, setting.general, config, "flex", 0, folder / "job"
-    )
-    shared = runtime.shared_arrays()
-    shared, metrics = runtime.train("a", 1, shared)
-    assert metrics["loss"] < 4
-    runtime.train("a", 2, shared)
-    return setting, runtime
+    world = load_world(config, 0)
+    sites = world.sites(config, "flex", 0, folder / "job")
+    turn = sites["a"].train(1, sites["a"].model.shared_arrays())
+    assert turn.metrics["loss"] < 4
+    sites["a"].train(2, turn.update)
+    return world, sites
 
 
 def test_end_of_sequence_is_learnt(learnt):
-    setting, runtime = learnt
-    example = runtime.clients["a"].train[0]
+    world, sites = learnt
+    example = sites["a"].client.train[0]
     ids = torch.tensor([example.input_ids[: example.prompt_length]])
-    eos = setting.encoder.tokenizer.eos_token_id
-    out = setting.base.model.generate(
+    eos = world.encoder.tokenizer.eos_token_id
+    out = world.base.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, eos_token_id=eos
     )[0, ids.shape[1] :]
     assert out[-1] == eos
     assert len(out) == len(example.input_ids) - example.prompt_length
-    texts = generate(setting.base.model, setting.encoder, [ids[0].tolist()], 30)
+    texts = generate(world.base.model, world.encoder, [ids[0].tolist()], 30)
     assert texts == [example.response]
 
 
 def test_exact_match_by_teacher_forcing_is_that_of_decoding(learnt):
-    setting, runtime = learnt
-    examples = runtime.clients["a"].train + runtime.clients["a"].test + runtime.clients["b"].test
+    world, sites = learnt
+    examples = sites["a"].client.train + sites["a"].client.test + sites["b"].client.test
     settings = EvaluateSettings(batch_size=5, rouge=True, max_new_tokens=16)
-    scores = score(setting.base.model, setting.encoder, examples, settings)
+    scores = score(world.base.model, world.encoder, examples, settings)
     prompts = [e.input_ids[: e.prompt_length] for e in examples]
-    texts = generate(setting.base.model, setting.encoder, prompts, 16)
+    texts = generate(world.base.model, world.encoder, prompts, 16)
     exact = sum(text == e.response for text, e in zip(texts, examples, strict=True)) / len(examples)
     assert scores["exact_match"] == pytest.approx(exact)
     assert 0.2 < exact < 1  # some right, some wrong: the comparison can fail
@@ -55,10 +51,10 @@ def test_exact_match_by_teacher_forcing_is_that_of_decoding(learnt):
 
 
 def test_loss_is_the_mean_over_response_tokens_whatever_the_batches(learnt):
-    setting, runtime = learnt
-    examples = runtime.clients["b"].train
+    world, sites = learnt
+    examples = sites["b"].client.train
     one, all_ = (
-        score(setting.base.model, setting.encoder, examples, EvaluateSettings(batch_size=size, rouge=False))
+        score(world.base.model, world.encoder, examples, EvaluateSettings(batch_size=size, rouge=False))
         for size in (1, 10)
     )
     assert one["loss"] == pytest.approx(all_["loss"], rel=1e-5)
@@ -68,9 +64,9 @@ def test_loss_is_the_mean_over_response_tokens_whatever_the_batches(learnt):
 
 
 def test_groups_add_up(learnt):
-    setting, runtime = learnt
-    examples = runtime.clients["a"].test
-    scores = score(setting.base.model, setting.encoder, examples, EvaluateSettings(rouge=False))
+    world, sites = learnt
+    examples = sites["a"].client.test
+    scores = score(world.base.model, world.encoder, examples, EvaluateSettings(rouge=False))
     groups = scores["groups"].values()
     assert sum(g["num_examples"] for g in groups) == scores["num_examples"] == len(records("a", 6))
     mean = sum(g["exact_match"] * g["num_examples"] for g in groups) / scores["num_examples"]

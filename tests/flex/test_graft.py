@@ -9,27 +9,28 @@ from tiny import graft_settings, save_model, tiny_config
 
 from flex.config import METHODS, GraftSettings, LoraSettings
 from flex.errors import FlexError
-from flex.graft import choose as grafting
-from flex.model.adapters import unwrap, wrap
-from flex.runs.workers import prepare
+from flex.graft.calibrate import Calibration
+from flex.graft.choose import choose_grafts
+from flex.model.adapters import PRIVATE, unwrap, wrap
+from flex.runs.world import load_world
 
 BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
+def world(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("graft"))
-    setting = prepare(config, 0)
-    wrap(setting.base, METHODS["flex"], config.lora, config.graft, seed=0)
-    return setting
+    world = load_world(config, 0)
+    wrap(world.base, METHODS["flex"], config.lora, config.graft, seed=0)
+    return world
 
 
-def grafted(setting, examples, seed="seed", **settings):
+def grafted(world, examples, seed="seed", **settings):
     """The choices with these settings, written into grafts on the model."""
     settings = graft_settings(**settings)
-    wrap(setting.base, METHODS["flex"], tiny_lora(), settings, seed=0)
-    choices = grafting.choose_grafts(setting.base, setting.encoder, examples, settings, BATCH, seed)
-    grafting.build(setting.base, choices, settings, 0)
+    wrap(world.base, METHODS["flex"], tiny_lora(), settings, seed=0)
+    choices = choose_grafts(Calibration(world.base, world.encoder, examples, BATCH), settings, seed)
+    PRIVATE["graft"].start(world.base, choices, settings, 0)
     return choices
 
 
@@ -37,11 +38,11 @@ def tiny_lora():
     return LoraSettings(rank=2, alpha=4.0)
 
 
-def seen(setting, examples, target):
+def seen(world, examples, target):
     """{layer: (X, F, T)} on the tokens that count, in one batch; the gradient is that of a zero added to F."""
-    base, kept, zeros, handles = setting.base, {}, {}, []
+    base, kept, zeros, handles = world.base, {}, {}, []
     grafts = {name: layer.graft for name, layer in base.layers.items()}
-    batch = setting.encoder.batch(examples)
+    batch = world.encoder.batch(examples)
 
     def hook(name, inputs, output):
         zeros[name] = torch.zeros_like(output, requires_grad=True)
@@ -80,9 +81,9 @@ def experts_of(layer, x):
     return torch.stack(outputs).detach()
 
 
-def enumerate_rule(setting, examples, batch_size):
+def enumerate_rule(world, examples, batch_size):
     """The paper's enumeration, written anew: keep one expert of a layer at a time, compare the layer's outputs."""
-    base, encoder = setting.base, setting.encoder
+    base, encoder = world.base, world.encoder
     losses = {name: torch.zeros(layer.num_experts) for name, layer in base.layers.items()}
     norms = dict.fromkeys(losses, 0.0)
     for layer in base.layers.values():
@@ -108,19 +109,19 @@ def enumerate_rule(setting, examples, batch_size):
     return {name: losses[name] / norms[name] for name in losses}
 
 
-def test_choice_is_that_of_the_papers_enumeration(setting):
-    examples = setting.clients[0].train
-    expected = enumerate_rule(setting, examples, BATCH)
-    choices = grafted(setting, examples)
-    assert [c.module for c in choices] == list(setting.base.layers)
+def test_choice_is_that_of_the_papers_enumeration(world):
+    examples = world.clients[0].train
+    expected = enumerate_rule(world, examples, BATCH)
+    choices = grafted(world, examples)
+    assert [c.module for c in choices] == list(world.base.layers)
     for choice in choices:
         wanted = expected[choice.module]
-        torch.testing.assert_close(torch.tensor(choice.candidates), wanted.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(choice.residuals), wanted.detach(), rtol=1e-4, atol=1e-5)
         assert choice.chosen == int(wanted.argmin())
-        assert choice.residual == min(choice.candidates)
+        assert choice.residual == min(choice.residuals)
     # A hook that stays would slow every later step: none does.
-    assert all(not layer._forward_hooks for layer in setting.base.layers.values())
-    assert not setting.base.model.get_input_embeddings()._forward_hooks
+    assert all(not layer._forward_hooks for layer in world.base.layers.values())
+    assert not world.base.model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("target", ["output", "correction"])
@@ -137,14 +138,14 @@ def test_choice_is_that_of_the_papers_enumeration(setting):
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
-def test_what_the_built_graft_leaves_is_what_the_choice_says(setting, settings, target):
+def test_what_the_built_graft_leaves_is_what_the_choice_says(world, settings, target):
     """The graft on the model, applied to the layer's inputs, on the sequences it was fitted to and on the others."""
-    examples = setting.clients[0].train + setting.clients[1].train  # 20: two are held out
-    choices = grafted(setting, examples, target=target, **settings)
+    examples = world.clients[0].train + world.clients[1].train  # 20: two are held out
+    choices = grafted(world, examples, target=target, **settings)
     cut = 18 if graft_settings(**settings).fits else 20
-    fitted, held_out = (seen(setting, part, target) for part in (examples[:cut], examples[18:]))
+    fitted, held_out = (seen(world, part, target) for part in (examples[:cut], examples[18:]))
     for choice in choices:
-        graft, left = setting.base.layers[choice.module].graft, choice.unexplained
+        graft, left = world.base.layers[choice.module].graft, choice.unexplained
         x, f, t = fitted[choice.module]
         unit = f.norm() / t.norm()
         share = ((unit * t - graft(x)) ** 2).sum() / (unit * t).square().sum()
@@ -170,14 +171,14 @@ def test_what_the_built_graft_leaves_is_what_the_choice_says(setting, settings, 
 
 
 @pytest.mark.parametrize("target", ["output", "correction"])
-def test_scaled_and_subsets_are_those_of_enumeration(setting, target):
-    examples = setting.clients[0].train[:7]  # fewer than eight: all of them are fitted
-    tokens = seen(setting, examples, target)
+def test_scaled_and_subsets_are_those_of_enumeration(world, target):
+    examples = world.clients[0].train[:7]  # fewer than eight: all of them are fitted
+    tokens = seen(world, examples, target)
     choices = {
-        size: grafted(setting, examples, criterion="scaled_subset", experts=size, target=target) for size in (1, 2, 3)
+        size: grafted(world, examples, criterion="scaled_subset", experts=size, target=target) for size in (1, 2, 3)
     }
-    scaled = grafted(setting, examples, criterion="scaled", target=target)
-    for index, (name, layer) in enumerate(setting.base.layers.items()):
+    scaled = grafted(world, examples, criterion="scaled", target=target)
+    for index, (name, layer) in enumerate(world.base.layers.items()):
         x, _, t = tokens[name]
         experts = experts_of(layer, x).flatten(1).double()
         for size in (1, 2, 3):
@@ -196,13 +197,13 @@ def test_scaled_and_subsets_are_those_of_enumeration(setting, target):
 
 @pytest.mark.parametrize("target", ["output", "correction"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_renormalized_rule_is_that_of_enumeration(setting, target, size):
-    examples = setting.clients[0].train[:7]
-    tokens = seen(setting, examples, target)
-    choices = grafted(setting, examples, criterion="renormalized", experts=size, target=target)
-    for choice, (name, layer) in zip(choices, setting.base.layers.items(), strict=True):
+def test_the_renormalized_rule_is_that_of_enumeration(world, target, size):
+    examples = world.clients[0].train[:7]
+    tokens = seen(world, examples, target)
+    choices = grafted(world, examples, criterion="renormalized", experts=size, target=target)
+    for choice, (name, layer) in zip(choices, world.base.layers.items(), strict=True):
         x, _, t = tokens[name]
-        router = setting.base.model.get_submodule(name.removesuffix("experts") + "gate").weight
+        router = world.base.model.get_submodule(name.removesuffix("experts") + "gate").weight
         experts, losses = experts_of(layer, x), {}
         for subset in itertools.combinations(range(4), size):
             weights = torch.softmax((x @ router.T)[:, list(subset)], -1)  # [T, r]
@@ -211,101 +212,101 @@ def test_the_renormalized_rule_is_that_of_enumeration(setting, target, size):
         assert choice.parts.scales.unique().tolist() == [1 / size]
 
 
-def test_the_expert_with_most_routing_weight(setting):
-    examples = setting.clients[0].train
-    unwrap(setting.base)
-    mass = {name: torch.zeros(4) for name in setting.base.layers}
+def test_the_expert_with_most_routing_weight(world):
+    examples = world.clients[0].train
+    unwrap(world.base)
+    mass = {name: torch.zeros(4) for name in world.base.layers}
 
     def count(name, inputs):
         mass[name].index_add_(0, inputs[1].flatten(), inputs[2].flatten())
 
     handles = [
         layer.register_forward_hook(lambda m, a, out, name=name: count(name, a))
-        for name, layer in setting.base.layers.items()
+        for name, layer in world.base.layers.items()
     ]
     with torch.no_grad():
         for example in examples:  # one at a time: no padding
-            setting.base.model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
+            world.base.model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
     for handle in handles:
         handle.remove()
-    for choice in grafted(setting, examples, criterion="routed_mass"):
+    for choice in grafted(world, examples, criterion="routed_mass"):
         wanted = mass[choice.module] / mass[choice.module].sum()
         assert choice.chosen == int(wanted.argmax())
         assert choice.routed_mass == pytest.approx(float(wanted.max()), rel=1e-4)
 
 
-def test_the_graft_starts_as_the_chosen_expert_and_the_controls_do_not(setting):
-    examples = setting.clients[0].train
+def test_the_graft_starts_as_the_chosen_expert_and_the_controls_do_not(world):
+    examples = world.clients[0].train
     for criterion in ("reconstruction", "random"):
-        for choice in grafted(setting, examples, criterion=criterion, logit_bias=-3.0):
-            layer = setting.base.layers[choice.module]
+        for choice in grafted(world, examples, criterion=criterion, logit_bias=-3.0):
+            layer = world.base.layers[choice.module]
             torch.testing.assert_close(layer.graft.gate_up_proj.data, layer.gate_up_proj.data[choice.chosen])
             torch.testing.assert_close(layer.graft.down_proj.data, layer.down_proj.data[choice.chosen])
             assert layer.graft.logit_bias.item() == -3.0
             assert not layer.graft.logit_weight.any()
     for criterion, width in (("fresh", 0), ("zero", 10)):
-        choices = grafted(setting, examples, criterion=criterion, width=width)
+        choices = grafted(world, examples, criterion=criterion, width=width)
         assert {c.chosen for c in choices} == {None}
-        for layer in setting.base.layers.values():
+        for layer in world.base.layers.values():
             assert layer.graft.down_proj.shape == (32, width or 24)
             assert layer.graft.gate_up_proj.std().item() == pytest.approx(layer.gate_up_proj.std().item(), rel=0.1)
             spread = 0 if criterion == "zero" else layer.down_proj.std().item()
             assert layer.graft.down_proj.std().item() == pytest.approx(spread, rel=0.1)
-    drawn = [[c.chosen for c in grafted(setting, examples, str(s), criterion="random")] for s in range(8)]
+    drawn = [[c.chosen for c in grafted(world, examples, str(s), criterion="random")] for s in range(8)]
     assert len({tuple(d) for d in drawn}) > 1
 
 
-def test_merged_experts_are_their_mean_where_nothing_is_fitted(setting):
-    choices = grafted(setting, setting.clients[0].train, criterion="random", experts=3)
+def test_merged_experts_are_their_mean_where_nothing_is_fitted(world):
+    choices = grafted(world, world.clients[0].train, criterion="random", experts=3)
     for choice in choices:
-        layer = setting.base.layers[choice.module]
+        layer = world.base.layers[choice.module]
         x = torch.randn(5, 32)
         wanted = experts_of(layer, x)[list(choice.parts.experts)].mean(0)
         torch.testing.assert_close(layer.graft(x), wanted, rtol=1e-4, atol=1e-5)
         assert len(set(choice.parts.experts)) == 3
 
 
-def test_a_refitted_projection_is_quieter_by_its_factor(setting):
-    examples = setting.clients[0].train
+def test_a_refitted_projection_is_quieter_by_its_factor(world):
+    examples = world.clients[0].train
     settings = {"criterion": "neurons", "width": 9, "target": "correction", "refit": True}
-    loud = grafted(setting, examples, **settings)
-    downs = [layer.graft.down_proj.detach().clone() for layer in setting.base.layers.values()]
-    soft = grafted(setting, examples, refit_scale=0.1, **settings)
-    for down, layer, one, other in zip(downs, setting.base.layers.values(), loud, soft, strict=True):
+    loud = grafted(world, examples, **settings)
+    downs = [layer.graft.down_proj.detach().clone() for layer in world.base.layers.values()]
+    soft = grafted(world, examples, refit_scale=0.1, **settings)
+    for down, layer, one, other in zip(downs, world.base.layers.values(), loud, soft, strict=True):
         torch.testing.assert_close(layer.graft.down_proj.data, 0.1 * down)
         assert one.unexplained == other.unexplained
 
 
-def test_the_gate_starts_at_the_routers_rows(setting):
+def test_the_gate_starts_at_the_routers_rows(world):
     for settings in ({"criterion": "scaled_subset", "experts": 2}, {"criterion": "neurons", "width": 10}):
-        for choice in grafted(setting, setting.clients[0].train, gate="router", **settings):
-            router = setting.base.model.get_submodule(choice.module.removesuffix("experts") + "gate").weight
+        for choice in grafted(world, world.clients[0].train, gate="router", **settings):
+            router = world.base.model.get_submodule(choice.module.removesuffix("experts") + "gate").weight
             share = torch.tensor(choice.neurons) / sum(choice.neurons)
-            graft = setting.base.layers[choice.module].graft
+            graft = world.base.layers[choice.module].graft
             torch.testing.assert_close(graft.logit_weight.data, share @ router.data)
             assert graft.logit_weight.any()
 
 
 @torch.no_grad()
-def test_a_closed_graft_leaves_the_logits_as_they_are(setting):
-    wrap(setting.base, METHODS["flex"], tiny_lora(), GraftSettings(), seed=0)
-    batch = setting.encoder.batch(setting.clients[0].train)
+def test_a_closed_graft_leaves_the_logits_as_they_are(world):
+    wrap(world.base, METHODS["flex"], tiny_lora(), GraftSettings(), seed=0)
+    batch = world.encoder.batch(world.clients[0].train)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    grafts = {name: layer.graft for name, layer in setting.base.layers.items()}
-    setting.base.model.eval()
+    grafts = {name: layer.graft for name, layer in world.base.layers.items()}
+    world.base.model.eval()
     for graft in grafts.values():
         graft.gate_up_proj.normal_()
         graft.down_proj.normal_()
         graft.logit_bias.fill_(-1e4)
-    closed = setting.base.model(**inputs).logits
+    closed = world.base.model(**inputs).logits
     for graft in grafts.values():
         graft.logit_bias.fill_(2.0)
-    opened = setting.base.model(**inputs).logits
-    for layer in setting.base.layers.values():
+    opened = world.base.model(**inputs).logits
+    for layer in world.base.layers.values():
         layer.graft = None
-    without = setting.base.model(**inputs).logits
+    without = world.base.model(**inputs).logits
     for name, graft in grafts.items():
-        setting.base.layers[name].graft = graft
+        world.base.layers[name].graft = graft
     assert torch.equal(closed, without)
     assert not torch.allclose(opened, without, atol=1e-2)
 
@@ -313,21 +314,24 @@ def test_a_closed_graft_leaves_the_logits_as_they_are(setting):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"criterion": "neurons", "width": 97}, "graft.width is 97; wanted at most 96, all neurons of model.layers.0"),
-        ({"criterion": "neurons", "candidates": 97}, "graft.candidates is 97; wanted at most 96"),
-        ({"criterion": "neurons", "candidates": 20}, "graft.candidates is 20; wanted at least the graft's width"),
+        (
+            {"criterion": "neurons", "width": 97},
+            "graft.width is 97; expected at most 96, all neurons of model.layers.0",
+        ),
+        ({"criterion": "neurons", "candidates": 97}, "graft.candidates is 97; expected at most 96"),
+        ({"criterion": "neurons", "candidates": 20}, "graft.candidates is 20; expected at least the graft's width"),
     ],
 )
-def test_sizes_that_no_layer_has(setting, settings, sentence):
+def test_sizes_that_no_layer_has(world, settings, sentence):
     with pytest.raises(FlexError) as caught:
-        grafted(setting, setting.clients[0].train, **settings)
+        grafted(world, world.clients[0].train, **settings)
     assert sentence in str(caught.value)
 
 
-def test_more_experts_than_there_are(setting, tmp_path):
+def test_more_experts_than_there_are(world, tmp_path):
     config = tiny_config(tmp_path)
     save_model(tmp_path / "model", num_experts=2)
-    few = prepare(config, 0)
+    few = load_world(config, 0)
     settings = GraftSettings(criterion="scaled_subset", experts=3)
-    with pytest.raises(FlexError, match=r"graft.experts is 3; wanted at most 2, all that model.layers.0.mlp.experts"):
-        grafting.choose_grafts(few.base, few.encoder, few.clients[0].train, settings, BATCH, "")
+    with pytest.raises(FlexError, match=r"graft.experts is 3; expected at most 2, all that model.layers.0.mlp.experts"):
+        choose_grafts(Calibration(few.base, few.encoder, few.clients[0].train, BATCH), settings, "")

@@ -8,15 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import PAPER, tiny_config
+from tiny import PAPER, read_log, tiny_config
 
 from flex.commands import graft as commands
 from flex.config import METHODS, write_config
-from flex.graft import choose as grafting
+from flex.graft.calibrate import Calibration
+from flex.graft.choose import choose_grafts
 from flex.model.adapters import wrap
 from flex.runs.run import run
-from flex.runs.workers import prepare
-from flex.store.events import read_events
+from flex.runs.world import load_world
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_run_with_any_graft_keeps_it_at_home_and_resumes(tmp_path, settings):
     config = config.with_values(evaluate={"rouge": False})
     run(config, Console(quiet=True))
     job = tmp_path / "run" / "flex-seed0"
-    events = read_events(job / "metrics.jsonl")
+    events = read_log(job / "metrics.jsonl")
     sent = [tensor["name"] for e in events if e["event"] == "sent" for tensor in e["tensors"]]
     assert sent
     assert not any("graft" in name for name in sent)
@@ -80,7 +80,7 @@ def test_a_graft_after_shared_rounds_starts_from_what_they_gave(tmp_path, settin
     config = tiny_config(tmp_path, train=train, graft={"after_rounds": 2, **settings})
     config = config.with_values(evaluate={"rouge": False, "every": 1})
     run(config, Console(quiet=True))
-    events = {m: read_events(tmp_path / "run" / f"{m}-seed0" / "metrics.jsonl") for m in ("fedavg", "flex")}
+    events = {m: read_log(tmp_path / "run" / f"{m}-seed0" / "metrics.jsonl") for m in ("fedavg", "flex")}
     losses = {m: [(e["round"], e["loss"]) for e in own if e["event"] == "train"] for m, own in events.items()}
     assert losses["fedavg"][:4] == losses["flex"][:4]
     assert losses["fedavg"][4:] != losses["flex"][4:]
@@ -97,7 +97,7 @@ def test_a_graft_after_shared_rounds_starts_from_what_they_gave(tmp_path, settin
 
     # The same choice, from the shared state of round 2 put into the model by hand.
     shared = load_file(folder / "server" / "round-0002.safetensors")
-    again = prepare(config, 0)
+    again = load_world(config, 0)
     wrap(again.base, METHODS["flex"], config.lora, config.graft, seed=0)
     with torch.no_grad():
         found = 0
@@ -109,12 +109,12 @@ def test_a_graft_after_shared_rounds_starts_from_what_they_gave(tmp_path, settin
     assert found == len([n for n, _ in again.base.model.named_parameters() if "lora_" in n])
     examples = again.clients[0].train
     with_lora, without = (
-        grafting.choose_grafts(again.base, again.encoder, examples, config.graft, 8, "", lora=lora)
+        choose_grafts(Calibration(again.base, again.encoder, examples, 8, lora=lora), config.graft, "")
         for lora in ("round 2", "")
     )
     wanted = [e["candidates"] for e in grafts if e["client_id"] == "a"]
-    assert [c.candidates for c in with_lora] == wanted
-    assert [c.candidates for c in without] != wanted
+    assert [c.residuals for c in with_lora] == wanted
+    assert [c.residuals for c in without] != wanted
     assert all(p.grad is None for p in again.base.model.parameters())
 
 

@@ -14,14 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import tiny_config, write_records
+from tiny import read_log, tiny_config, write_records
 
 from flex.cli import main
 from flex.config import METHODS, write_config
 from flex.errors import FlexError
 from flex.model.base import load_base
 from flex.runs.run import run
-from flex.store.events import read_events
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
@@ -44,7 +43,7 @@ def assert_same_run(one, other):
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    events = [without_times(read_events(f / "metrics.jsonl")) for f in (one, other)]
+    events = [without_times(read_log(f / "metrics.jsonl")) for f in (one, other)]
     for stream in events:
         for event in stream:
             event.pop("title", None)
@@ -65,7 +64,7 @@ def finished(tmp_path_factory):
 
 def test_every_method_is_scored_on_every_client(finished):
     folder, config = finished
-    events = read_events(folder / "run" / "metrics.jsonl")
+    events = read_log(folder / "run" / "metrics.jsonl")
     scored = {
         (e["method"], e["client_id"], e["split"])
         for e in events
@@ -88,19 +87,19 @@ def test_no_personal_tensor_is_in_any_message_or_server_file(finished):
     folder, config = finished
     for method in config.train.methods:
         job = folder / "run" / f"{method}-seed0"
-        sent = [t["name"] for e in read_events(job / "metrics.jsonl") if e["event"] == "sent" for t in e["tensors"]]
+        sent = [t["name"] for e in read_log(job / "metrics.jsonl") if e["event"] == "sent" for t in e["tensors"]]
         kept = [name for path in job.glob("server/*.safetensors") for name in load_file(path)]
         shares = METHODS[method].lora == "shared"
         assert bool(sent) == shares
         assert all("lora_" in name and "self_attn" in name for name in sent)
         assert not any("graft" in name for name in [*sent, *kept])
         personal = {name for path in job.glob("clients/*/*.safetensors") for name in load_file(path)}
-        assert any("graft" in name for name in personal) == bool(METHODS[method].graft)
+        assert any("graft" in name for name in personal) == (METHODS[method].private == "graft")
 
 
 def test_bytes_are_those_of_the_shared_tensors(finished):
     folder, _ = finished
-    events = read_events(folder / "run" / "flex-seed0" / "metrics.jsonl")
+    events = read_log(folder / "run" / "flex-seed0" / "metrics.jsonl")
     job = next(e for e in events if e["event"] == "job")
     for event in (e for e in events if e["event"] == "train"):
         # fp32 values, and at most 256 bytes of header a tensor.
@@ -137,7 +136,7 @@ def test_finished_run_is_left_alone_and_another_configuration_refused(finished):
 @pytest.mark.parametrize("strategy", ["scaffold", "fedprox", "fedadam"])
 def test_other_strategies_train_and_keep_their_own(tmp_path, strategy):
     config = tiny_config(tmp_path, train={"rounds": 2, "steps": 1, "batch_size": 2, "methods": ("flex",)})
-    config = config.with_values(train={"strategy": strategy}, evaluate={"rouge": False})
+    config = config.with_values(strategy={"name": strategy}, evaluate={"rouge": False})
     run(config, QUIET)
     kept = set(tensors(tmp_path / "run"))
     assert any("strategy:" in name for name in kept) == (strategy != "fedprox")
@@ -178,7 +177,7 @@ def test_killed_before_the_first_round_was_kept_it_says_again_what_was_sent(fini
     (tmp_path / "killed" / "flex-seed0" / "server").mkdir(parents=True)
     run(config, QUIET)
     events = [
-        without_times(read_events(f / "flex-seed0" / "metrics.jsonl")) for f in (tmp_path / "killed", folder / "run")
+        without_times(read_log(f / "flex-seed0" / "metrics.jsonl")) for f in (tmp_path / "killed", folder / "run")
     ]
     assert events[0] == events[1]
 
@@ -192,20 +191,20 @@ def test_resumes_from_every_round_to_the_same_bits(tmp_path):
 
     from flex.federation import client
 
-    original = client.ClientRuntime.train
+    original = client.Site.train
     for stop_at in (1, 2, 3):
 
-        def fails(self, client_id, round_index, *rest, stop_at=stop_at):
-            if client_id == "b" and round_index == stop_at:
+        def fails(self, round_index, *rest, stop_at=stop_at):
+            if self.client_id == "b" and round_index == stop_at:
                 raise RuntimeError("pulled the plug")
-            return original(self, client_id, round_index, *rest)
+            return original(self, round_index, *rest)
 
-        client.ClientRuntime.train = fails
+        client.Site.train = fails
         try:
             with pytest.raises(RuntimeError, match="pulled the plug"):
                 run(config, QUIET)
         finally:
-            client.ClientRuntime.train = original
+            client.Site.train = original
     run(config, QUIET)
     assert_same_run(tmp_path / "run", whole)
 
@@ -261,7 +260,7 @@ def test_command_line_from_data_to_answer(tmp_path, capsys, monkeypatch):
     assert "client a" in capsys.readouterr().out
     assert main(["eval", "--run", str(tmp_path / "run")]) == 0
     scored = capsys.readouterr().out
-    events = read_events(tmp_path / "run" / "flex-seed0" / "metrics.jsonl")
+    events = read_log(tmp_path / "run" / "flex-seed0" / "metrics.jsonl")
     exact = [
         e for e in events if e["event"] == "evaluate" and e["when"] == "after_aggregation" and e["split"] == "test"
     ]
@@ -282,7 +281,7 @@ def test_command_line_from_data_to_answer(tmp_path, capsys, monkeypatch):
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients-by", "ward"], "no column 'ward'"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--clients", "a", "z"], "no record has client = 'z'"),
         (["train", "--set", "model.path=DENSE", "--data", "DATA"], "has no MoE layers"),
-        (["train", "--set", "rounds"], "wanted section.key=value"),
+        (["train", "--set", "rounds"], "expected section.key=value"),
         (["train", "--set", "model.path=MODEL", "--data", "DATA", "--set", "lora.targets=['x']"], "the model lacks"),
         (["eval", "--run", "nowhere"], "no run at nowhere"),
         (["generate", "--run", "nowhere", "--client", "a", "--prompt", "x"], "no run at nowhere"),
@@ -329,5 +328,5 @@ def test_truncated_examples_are_counted(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_records(path, [*rows, long])
     run(config, QUIET)
-    counts = [e for e in read_events(tmp_path / "run" / "metrics.jsonl") if e["event"] == "truncated"]
+    counts = [e for e in read_log(tmp_path / "run" / "metrics.jsonl") if e["event"] == "truncated"]
     assert ("a", "train", 16) in {(e["client_id"], e["part"], e["max_length"]) for e in counts}

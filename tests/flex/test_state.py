@@ -44,8 +44,8 @@ def test_partition_is_disjoint_and_complete_for_every_method(base, method):
     shares = METHODS[method].lora == "shared"
     assert set(parts.shared) == (lora - private if shares else set())
     assert set(parts.personal) == grafts | adapted | private | (set() if shares else lora)
-    assert bool(grafts) == bool(METHODS[method].graft)
-    assert (bool(private), bool(adapted)) == (METHODS[method].rival == "lora", METHODS[method].rival == "expert")
+    assert bool(grafts) == (METHODS[method].private == "graft")
+    assert (bool(private), bool(adapted)) == (METHODS[method].private == "lora", METHODS[method].private == "expert")
     # `gate_proj` and the router's `gate` hold the word that other code goes by: here they are frozen like their layer.
     assert any("mlp.gate.weight" in n for n in parts.frozen)
     assert any("shared_expert.gate_proj" in n for n in parts.frozen)
@@ -54,7 +54,7 @@ def test_partition_is_disjoint_and_complete_for_every_method(base, method):
 def test_unknown_role_is_refused():
     module = torch.nn.Linear(2, 2)
     module.parameter_roles = {"weight": "mine"}
-    with pytest.raises(FlexError, match=r"weight is declared 'mine'; wanted one of shared, personal, frozen"):
+    with pytest.raises(FlexError, match=r"weight is declared 'mine'; expected one of shared, personal, frozen"):
         partition(torch.nn.Sequential(module))
 
 
@@ -62,7 +62,7 @@ def test_load_into_refuses_what_does_not_fit():
     parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
     with pytest.raises(FlexError, match="the file does not fit this model: a and 1 more"):
         load_into(parameters, {"b": torch.ones(2)}, "the file")
-    with pytest.raises(FlexError, match=r"a is \(3,\); wanted \(2,\)"):
+    with pytest.raises(FlexError, match=r"a is \(3,\); expected \(2,\)"):
         load_into(parameters, {"a": torch.ones(3)}, "the file")
     load_into(parameters, {"a": torch.ones(2)}, "the file")
     torch.testing.assert_close(snapshot(parameters)["a"], torch.ones(2))
@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_there_is_never_asked_of_the_hub(tmp_path, monkeypa
 @pytest.mark.parametrize("device", ["foo", "", "cuda:99", "hpu"])
 def test_a_device_that_is_not_there_is_named(tmp_path, device):
     config = dataclasses.replace(tiny_config(tmp_path).model, device=device)
-    with pytest.raises(FlexError, match=f"model.device is '{device}'; wanted"):
+    with pytest.raises(FlexError, match=f"model.device is '{device}'; expected"):
         load_base(config)
 
 

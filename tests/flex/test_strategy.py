@@ -197,10 +197,13 @@ def test_scaffold_control_of_the_client():
 
 NAN = {"w": np.full((4, 3), np.nan, np.float32)}
 BAD_UPDATES = [  # (what ben sends instead, what the sentence must say)
-    (lambda w: {**w, "w": np.zeros((2, 3), np.float32)}, r"client 'ben' sent 'w' with shape \(2, 3\); wanted \(4, 3\)"),
+    (
+        lambda w: {**w, "w": np.zeros((2, 3), np.float32)},
+        r"client 'ben' sent 'w' with shape \(2, 3\); expected \(4, 3\)",
+    ),
     (lambda w: {"w": w["w"]}, "client 'ben' did not send 'scale'"),
     (lambda w: {**w, "gate": w["w"]}, "client 'ben' sent 'gate', which the server did not send out"),
-    (lambda w: {**w, "w": w["w"].astype(np.float16)}, "client 'ben' sent 'w' as float16; wanted float32"),
+    (lambda w: {**w, "w": w["w"].astype(np.float16)}, "client 'ben' sent 'w' as float16; expected float32"),
     (lambda w: {**w, **NAN}, "client 'ben' sent 'w' with NaN or infinite values in round 1"),
 ]
 
@@ -253,20 +256,20 @@ def test_state_goes_round(name):
 def test_state_of_another_strategy_is_refused():
     strategy = enrolled("fedavgm")
     play(strategy, 1, 1, draw(0))
-    with pytest.raises(FlexError, match=r"has \['m'\]; wanted \['m', 'v'\], what FedAdam keeps"):
+    with pytest.raises(FlexError, match=r"has \['m'\]; expected \['m', 'v'\], what FedAdam keeps"):
         load_strategy_state(make_strategy("fedadam", 3), strategy_state(strategy))
 
 
 @pytest.mark.parametrize(
     ("arguments", "settings", "sentence"),
     [
-        (("fedsgd", 3), {}, "strategy is 'fedsgd'; wanted one of fedavg, fedprox"),
+        (("fedsgd", 3), {}, "strategy.name is 'fedsgd'; expected one of fedavg, fedprox"),
         (("fedavg", 0), {}, "num_clients is 0"),
-        (("fedavg", 3), {"clients_per_round": 4}, r"clients_per_round is 4; wanted 0 \(all\) to 3"),
-        (("fedavg", 3), {"eta": 1.0}, "fedavg has no setting 'eta'; wanted none"),
-        (("fedadam", 3), {"eta": 0.0}, "fedadam: eta is 0.0"),
-        (("fedadam", 3), {"beta_1": 1.0}, "fedadam: beta_1 is 1.0"),
-        (("fedprox", 3), {"proximal_mu": -1.0}, "fedprox: proximal_mu is -1.0"),
+        (("fedavg", 3), {"clients_per_round": 4}, r"clients_per_round is 4; expected 0 \(all\) to 3"),
+        (("fedavg", 3), {"eta": 1.0}, "fedavg has no setting 'eta'; expected none"),
+        (("fedadam", 3), {"eta": 0.0}, "strategy.eta is 0.0"),
+        (("fedadam", 3), {"beta_1": 1.0}, "strategy.beta_1 is 1.0"),
+        (("fedprox", 3), {"proximal_mu": -1.0}, "strategy.proximal_mu is -1.0"),
     ],
 )
 def test_bad_settings_are_named(arguments, settings, sentence):

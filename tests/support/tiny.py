@@ -72,6 +72,11 @@ def save_data(folder: Path, clients: str = "ab") -> None:
     write_records(folder / "general.jsonl", records("a", 4, start=30))
 
 
+def read_log(path: Path) -> list[dict]:
+    """The events of a `metrics.jsonl` as they stand in the file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def tiny_config(folder: Path, **sections: dict) -> RunConfig:
     """A run of two clients, two rounds and two steps on a model and data in `folder`."""
     if not (folder / "model").exists():

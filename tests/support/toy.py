@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.testing import assert_array_equal
 
+from flex.config import STRATEGIES
 from flex.federation.flower import ClientApp, Context, Error, Grid, Message, MetricRecord, RecordDict, empty_run
 from flex.federation.local import InProcessGrid
 from flex.federation.messages import ARRAYS, CONFIG, METRICS, to_arrays, to_record
 from flex.federation.rounds import answer_identity
 from flex.federation.scaffold import control_update, split_control
-from flex.federation.strategy import STRATEGIES, make_strategy
+from flex.federation.strategy import make_strategy
 
 DIMENSIONS, STEPS, RATE = 8, 5, 0.1
 CLIENTS = ["anna", "ben", "cleo", "dora"]
@@ -86,7 +87,7 @@ def make_toy_app(
 
 def strategy_of(name: str, **more):
     """A strategy for the toy's clients; the adaptive ones with a rate that gets somewhere in a few rounds."""
-    rate = {"eta": 0.1} if "eta" in STRATEGIES[name][1] else {}
+    rate = {"eta": 0.1} if "eta" in STRATEGIES[name] else {}
     return make_strategy(name, len(CLIENTS), **rate, **more)
 
 

@@ -136,14 +136,14 @@ def test_the_rate_rises_stays_and_falls():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 0}, "--steps is 0; wanted 1 or more"),
-        ({"hidden": 30, "heads": 4}, "--hidden is 30; wanted a multiple of twice --heads (8)"),
-        ({"top_k": 9, "experts": 8}, "--top-k is 9; wanted at most --experts (8)"),
-        ({"dtype": "int8"}, "--dtype is 'int8'; wanted float32 or bfloat16"),
-        ({"loss": "half"}, "--loss is 'half'; wanted response or full"),
-        ({"skip": "category"}, "--skip is 'category'; wanted COLUMN=VALUE,VALUE"),
-        ({"tokenizer": "x"}, "--tokenizer is 'x'; wanted none without --text or --data"),
-        ({"text": (Path("a.txt"),)}, "--tokenizer is ''; wanted a tokenizer's folder"),
+        ({"steps": 0}, "--steps is 0; expected 1 or more"),
+        ({"hidden": 30, "heads": 4}, "--hidden is 30; expected a multiple of twice --heads (8)"),
+        ({"top_k": 9, "experts": 8}, "--top-k is 9; expected at most --experts (8)"),
+        ({"dtype": "int8"}, "--dtype is 'int8'; expected float32 or bfloat16"),
+        ({"loss": "half"}, "--loss is 'half'; expected response or full"),
+        ({"skip": "category"}, "--skip is 'category'; expected COLUMN=VALUE,VALUE"),
+        ({"tokenizer": "x"}, "--tokenizer is 'x'; expected none without --text or --data"),
+        ({"text": (Path("a.txt"),)}, "--tokenizer is ''; expected a tokenizer's folder"),
     ],
 )
 def test_bad_settings_are_named(changes, sentence):
@@ -169,4 +169,4 @@ def test_bad_files_end_with_one_sentence_and_nothing_written(tmp_path, real, cap
         assert "Traceback" not in message
     assert not out.exists()
     assert pretrain.main(["--out", str(tmp_path)]) == 2
-    assert "wanted a new or empty folder, or --overwrite" in capsys.readouterr().err
+    assert "expected a new or empty folder, or --overwrite" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def packed_corpus(
     Random(f"pieces/{seed}").shuffle(pieces)
     cut = max(1, len(pieces) // HELD_OUT_ONE_IN)
     if len(pieces) <= cut:
-        raise FlexError(f"the text and data hold {len(pieces)} piece(s) to train on; wanted at least 2")
+        raise FlexError(f"the text and data hold {len(pieces)} piece(s) to train on; expected at least 2")
     tests = list(itertools.islice(_windows(pieces[:cut], batch_size, length, seed, endless=False), HELD_OUT_BATCHES))
     batches = _windows(pieces[cut:], batch_size, length, seed, endless=True)
     return Corpus(tokenizer, batches, lambda model: {"loss": round(mean_loss(model, tests), 4)})
@@ -123,7 +123,7 @@ def _text_pieces(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, leng
         except (OSError, UnicodeDecodeError) as error:
             raise FlexError(f"the text file {path} cannot be read: {error}") from None
         if not text.strip():
-            raise FlexError(f"the text file {path} is empty; wanted UTF-8 text")
+            raise FlexError(f"the text file {path} is empty; expected UTF-8 text")
         lines = tokenizer(text.splitlines(keepends=True), add_special_tokens=False)["input_ids"]
         ids = list(itertools.chain.from_iterable(lines))
         for start in range(0, len(ids), length):

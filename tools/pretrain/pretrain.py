@@ -100,7 +100,7 @@ class PretrainConfig:
         if not condition:
             value = getattr(self, name)
             shown = str(value) if isinstance(value, Path) else repr(value)
-            raise FlexError(f"--{name.replace('_', '-')} is {shown}; wanted {wanted}")
+            raise FlexError(f"--{name.replace('_', '-')} is {shown}; expected {wanted}")
 
     @property
     def is_demo(self) -> bool:

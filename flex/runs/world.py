@@ -1,0 +1,67 @@
+"""What all jobs of one seed have in common on one machine: the base, the encoder, the clients' examples."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from flex.config import RunConfig
+from flex.data.examples import ClientData, Encoder, Example, load_clients, load_general
+from flex.federation.client import JobModel, Listener, Site
+from flex.model.adapters import unwrap
+from flex.model.base import Base, load_base
+
+
+@dataclass(frozen=True)
+class World:
+    """The base and the data of a seed."""
+
+    base: Base
+    encoder: Encoder
+    clients: list[ClientData]
+    general: list[Example]
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
+        digest = hashlib.sha256()
+        for client in self.clients:
+            for part in (client.train, client.test):
+                digest.update(f"{client.client_id}/{len(part)}".encode())
+                for example in part:
+                    digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run that is resumed must agree in."""
+        return {"base": self.base.fingerprint, "data": self.data_fingerprint}
+
+    def sites(
+        self, config: RunConfig, method: str, seed: int, folder: Path, listen: Listener | None = None
+    ) -> dict[str, Site]:
+        """Every client as a site of its own, on one model."""
+        model = JobModel(self.base, self.encoder, config, method, seed)
+        return {client.client_id: Site(model, client, self.general, folder, listen) for client in self.clients}
+
+
+def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
+    """Loads the base (unless it is there) and the data of a seed."""
+    base = base or load_base(config.model)
+    unwrap(base)
+    encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
+    data = config.data.for_seed(seed)
+    return World(base, encoder, load_clients(data, encoder), load_general(data, encoder))
+
+
+class Worlds:
+    """The world of one seed at a time, on one base: that of another seed takes its place."""
+
+    def __init__(self, config: RunConfig, world: World | None = None, seed: int | None = None):
+        self.config, self.world, self.seed = config, world, seed
+
+    def of(self, seed: int) -> World:
+        if seed != self.seed:
+            base = None if self.world is None else self.world.base
+            self.world, self.seed = load_world(self.config, seed, base), seed
+        return self.world
