@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,13 @@ from tiny import read_log, tiny_config, write_records
 
 from flex.cli import main
 from flex.config import METHODS, write_config
+from flex.demo.data import demo_config, write_demo_data
 from flex.errors import FlexError
+from flex.federation.client import Site
 from flex.model.base import load_base
 from flex.runs.run import run
+from flex.runs.world import load_world
+from flex.store import files
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
@@ -330,3 +335,67 @@ def test_truncated_examples_are_counted(tmp_path):
     run(config, QUIET)
     counts = [e for e in read_log(tmp_path / "run" / "metrics.jsonl") if e["event"] == "truncated"]
     assert ("a", "train", 16) in {(e["client_id"], e["part"], e["max_length"]) for e in counts}
+
+
+def test_rows_that_name_a_strategy_are_compared_in_one_run(tmp_path):
+    rows = ("fedavg", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedyogi", "fedadam")
+    config = tiny_config(tmp_path, train={"methods": rows}, strategy={"eta": 0.01}, evaluate={"rouge": False})
+    run(config, QUIET)
+    first = tensors(tmp_path / "run" / "fedavg-seed0" / "server")
+    for method in rows[1:]:
+        kept = tensors(tmp_path / "run" / f"{method}-seed0" / "server")
+        shared = {name for name in kept if "shared:" in name}
+        assert {name for name in first if "shared:" in name} == shared
+        assert any(not torch.equal(kept[name], first[name]) for name in shared)
+        header = files.load_tensors(tmp_path / "run" / f"{method}-seed0" / "server" / "round-0002.safetensors")[1]
+        assert header["header"]["strategy"] == method
+    alone = config.with_values(train={"methods": ("fedavg",)}, strategy={"name": "fedadam"})
+    run(dataclasses.replace(alone, output=str(tmp_path / "alone")), QUIET)
+    one, other = (tmp_path / "run" / "fedadam-seed0", tmp_path / "alone" / "fedavg-seed0")
+    a, b = tensors(one / "server"), tensors(other / "server")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["flex", "flex-private-lora"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_bits(tmp_path, method):
+    config = tiny_config(tmp_path, train={"methods": (method,), "rounds": 2, "steps": 1}, evaluate={"rouge": False})
+    run(config, QUIET)
+    # The first round with it, the second without: what is kept for the backward decides no bit.
+    with_it = config.with_values(train={"gradient_checkpointing": True})
+    with_it = dataclasses.replace(with_it, output=str(tmp_path / "with"))
+    run(with_it, QUIET)
+    a, b = tensors(tmp_path / "run"), tensors(tmp_path / "with")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for path in (tmp_path / "with").rglob("round-0002.safetensors"):
+        path.unlink()
+    log = tmp_path / "with" / f"{method}-seed0" / "metrics.jsonl"
+    log.write_text(
+        "".join(f"{json.dumps(e)}\n" for e in read_log(log) if e.get("round", 0) < 2 and e["event"] != "done")
+    )
+    run(dataclasses.replace(with_it.with_values(train={"gradient_checkpointing": False})), QUIET)
+    again = tensors(tmp_path / "with")
+    assert all(torch.equal(a[k], again[k]) for k in a)
+
+
+def test_gradient_checkpointing_keeps_a_tenth_of_the_numbers(tmp_path, monkeypatch):
+    """Of those that a step keeps for its backward, on the demo's base."""
+    config = demo_config(tmp_path / "demo", [])
+    write_demo_data(Path(config.data.for_seed(0).train).parent, 0)
+    world = load_world(config, 0)
+    kept, steps = {False: 0, True: 0}, Site.steps
+
+    def counted(self, *arguments):
+        def count(tensor):
+            kept[self.config.train.gradient_checkpointing] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            steps(self, *arguments)
+
+    monkeypatch.setattr(Site, "steps", counted)
+    for wanted in kept:
+        own = config.with_values(train={"gradient_checkpointing": wanted, "steps": 1})
+        site = world.sites(own, "flex", 0, tmp_path / str(wanted))["farm"]
+        site.train(1, site.model.shared_arrays())
+    assert 0 < kept[True] < 0.1 * kept[False], kept

@@ -1,0 +1,120 @@
+"""One channel: what a client's turn gives comes back in its replies, and the log is made of them alone."""
+
+import json
+
+import pytest
+from rich.console import Console
+from tiny import read_log, tiny_config
+
+from flex.errors import FlexError
+from flex.federation import local
+from flex.federation.flower import Message, MessageType, MetricRecord, RecordDict
+from flex.federation.messages import EVENTS, about_of, events_of, json_record, metrics_of, sent_tensors
+from flex.federation.rounds import RoundReport, Turn
+from flex.runs.job import round_events, sent_events
+from flex.runs.run import run, run_events
+from flex.store.events import Done, EventLog, Grafted, JobStarted
+
+
+def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypatch):
+    recorded = []
+    deliver = local.InProcessGrid._deliver
+
+    def record(grid, message):
+        reply = deliver(grid, message)
+        recorded.append((grid.clients[message.metadata.dst_node_id], message, reply))
+        return reply
+
+    monkeypatch.setattr(local.InProcessGrid, "_deliver", record)
+    config = tiny_config(tmp_path, train={"methods": ("flex",), "clients_per_round": 1}, evaluate={"every": 1})
+    config = config.with_values(data={"max_length": 16})  # short enough that something is cut
+    run(config, Console(quiet=True))
+    written = read_log(tmp_path / "run" / "metrics.jsonl")
+
+    turns: dict[tuple[int, str], list[Turn]] = {}
+    sites = []
+    for client, message, reply in recorded:
+        kind = message.metadata.message_type
+        if kind == MessageType.QUERY:
+            if "about" in reply.content.config_records:
+                sites.append(about_of(reply, client))
+            continue
+        content = (sent_tensors(message.content), sent_tensors(reply.content))
+        turn = Turn(client, metrics_of(reply), events_of(reply, client), *content)
+        turns.setdefault((int(message.content["config"]["server-round"]), kind), []).append(turn)
+
+    data = next(event["data"] for event in written if event["event"] == "run")
+    again = [event.to_json() for event in run_events(config, sites, data, "", {})]
+    log = EventLog(tmp_path / "again.jsonl", "flex", 0)
+    log.write(JobStarted(2, len(sites), sites[0].trained_parameters))
+    known = set()
+    for index in (1, 2):
+        report = RoundReport(index, turns[index, MessageType.TRAIN], turns[index, MessageType.EVALUATE])
+        for event in [*(sent_events(report.train[0]) if index == 1 else []), *round_events(index, report)]:
+            if isinstance(event, Grafted):
+                if (event.client_id, event.round, event.layer) in known:
+                    continue
+                known.add((event.client_id, event.round, event.layer))
+            log.write(event)
+    log.write(Done(2, tokens=sum(t.metrics["tokens"] for i in (1, 2) for t in turns[i, MessageType.TRAIN])))
+    again += read_log(tmp_path / "again.jsonl")
+    of_the_process = ("title", "started", "format", "base_model")
+    for stream in (written, again):
+        for event in stream:
+            for key in of_the_process:
+                event.pop(key, None)
+            if event["event"] == "done":
+                event.pop("seconds")
+    assert any(event["event"] == "truncated" for event in written)
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, written))
+
+
+def reply_with(record) -> Message:
+    message = Message(RecordDict(), 1, MessageType.QUERY)
+    return Message(RecordDict({EVENTS: record}), reply_to=message)
+
+
+@pytest.fixture
+def server():
+    from flex.federation.flower import become_server
+
+    become_server(1)
+
+
+def test_a_client_speaks_of_itself_alone(server):
+    told = {
+        "event": "evaluate",
+        "method": "base",
+        "seed": 9,
+        "round": 1,
+        "client_id": "another",
+        "when": "x",
+        "split": "y",
+    }
+    (event,) = events_of(reply_with(json_record([told])), "anna")
+    assert (event.client_id, event.method, event.seed) == ("anna", None, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([{"event": "done", "round": 3}], "client 'anna' sent events that are no scores and no grafts"),
+        ([{"event": "unknown"}], "client 'anna' sent events that are no scores and no grafts"),
+        ({"event": "train"}, "client 'anna' sent events that are no scores and no grafts"),
+        ([{"event": "evaluate"}], "an event 'evaluate' is incomplete"),
+    ],
+)
+def test_other_events_of_a_client_are_refused(server, values, sentence):
+    with pytest.raises(FlexError, match=sentence):
+        events_of(reply_with(json_record(values)), "anna")
+
+
+def test_events_that_are_no_json_are_refused(server):
+    with pytest.raises(FlexError, match="client 'anna' sent no readable 'events' record; expected JSON"):
+        events_of(reply_with(type(json_record([]))({"json": "{"})), "anna")
+    assert (
+        events_of(
+            Message(RecordDict({"m": MetricRecord({"a": 1})}), reply_to=Message(RecordDict(), 1, "query")), "anna"
+        )
+        == []
+    )
