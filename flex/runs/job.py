@@ -63,13 +63,7 @@ class Job:
         self.log = EventLog(folder / METRICS, method, seed)
         self.server = folder / "server"
         self.strategy_name, self.strategy_settings = config.strategy.of(method)
-        self.header = {
-            "base": identity["base"],
-            "method": method,
-            "seed": seed,
-            "strategy": self.strategy_name,
-            "data": identity["data"],
-        }
+        self.header = {**identity, "method": method, "seed": seed, "strategy": self.strategy_name}
         self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
         self.exact: dict[str, float] = {}
         self.tokens = 0

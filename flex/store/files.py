@@ -19,6 +19,7 @@ from flex.errors import FlexError
 
 FORMAT = 2  # of the files; one without a number is of format 1, which has the same tensors
 SIMPLE_NAME = re.compile(r"(?!\.)[\w .-]+")  # no separator, and no leading dot: neither hidden nor ".."
+HEADER = "flex"  # under which a file's metadata hold ours
 LONGEST_NAME = 120  # bytes; file systems take 255
 
 
@@ -32,7 +33,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, **header})
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={"flex": text})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={HEADER: text})
         _to_disk(part)
         part.replace(path)
         _to_disk(path.parent)  # the rename too
@@ -58,7 +59,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("flex", "null"))
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise FlexError(f"no state file at {path}") from None

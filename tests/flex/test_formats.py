@@ -1,4 +1,4 @@
-"""What earlier versions wrote: a run of format 1 resumes, is scored and reported; later formats are refused by number."""
+"""What earlier versions wrote: a run of format 1 resumes, is scored, is reported; later formats are refused."""
 
 import json
 import re

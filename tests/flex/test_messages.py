@@ -1,6 +1,7 @@
 """One channel: what a client's turn gives comes back in its replies, and the log is made of them alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,7 +28,11 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
 
     monkeypatch.setattr(local.InProcessGrid, "_deliver", record)
     config = tiny_config(tmp_path, train={"methods": ("flex",), "clients_per_round": 1}, evaluate={"every": 1})
-    config = config.with_values(data={"max_length": 16})  # short enough that something is cut
+    config = config.with_values(data={"max_length": 20})
+    with Path(config.data.train).open("a") as file:  # one example that is cut
+        file.write(
+            json.dumps({"instruction": "which is larger , " * 9, "response": "3 kg", "client": "a", "group": "x"})
+        )
     run(config, Console(quiet=True))
     written = read_log(tmp_path / "run" / "metrics.jsonl")
 
