@@ -126,6 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = _overrides(given) if "clients_by" in given else []
         # torch and transformers take seconds to import: only commands that need them pay for it.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for stream in (sys.stdout, sys.stderr):  # a terminal or log without Unicode shows a "?" for what it lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         match given.command:
             case "report":
                 from flex.commands import report

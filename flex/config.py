@@ -278,7 +278,7 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise FlexError(f"no configuration at {path}; expected a TOML file") from None
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

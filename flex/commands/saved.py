@@ -15,8 +15,9 @@ from flex.federation.client import Site
 from flex.federation.messages import Arrays
 from flex.methods import METHODS
 from flex.runs.job import latest_shared
+from flex.runs.run import CONFIG, check_contents, job_folders, started
 from flex.runs.workers import job_folder
-from flex.runs.world import World, load_world
+from flex.runs.world import World, load_bare_world, load_world
 from flex.store.events import Evaluated
 
 console = Console()
@@ -57,27 +58,39 @@ def generate(
 ) -> int:
     """The answer of one client's model: shared LoRA of the last round, that client's own graft."""
     require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
-    saved = _load(folder, method, seed)
-    saved.site(client_id).attach(saved.round_index, saved.shared)
+    saved = _load(folder, method, seed, with_data=False)
+    site = saved.site(client_id)
+    if site.model.own and site.store.load(saved.round_index) is None:
+        raise FlexError(
+            f"client {client_id!r} has not taken part in a round of {method} yet, so it has no model of its own"
+        )
+    site.attach(saved.round_index, saved.shared)
     encoder = saved.world.encoder
     print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens)[0])
     return 0
 
 
-def _load(folder: Path, method: str, seed: int | None) -> Saved:
-    if not (folder / "config.toml").exists():
+def _load(folder: Path, method: str, seed: int | None, with_data: bool = True) -> Saved:
+    """A job of a run; without data its clients are those that the run names, and nothing but their files is read.
+
+    Raises:
+        FlexError: no such run or job, or base or data are not those that the run was made with.
+    """
+    if not (folder / CONFIG).exists():
         raise FlexError(f"no run at {folder}; expected a folder that `flex train` or `flex demo` wrote")
-    config = read_config(folder / "config.toml")
+    config = read_config(folder / CONFIG)
     if method not in METHODS:
         raise FlexError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     seed = config.train.seeds[0] if seed is None else seed
-    job = folder / job_folder(config, (seed, method)).name
+    job = job_folder(folder, (seed, method))
     if not job.exists():
-        there = sorted(p.name for p in folder.glob("*-seed*") if p.name.rpartition("-seed")[0] in METHODS)
+        there = [path.name for path in job_folders(folder) if path.exists()]
         raise FlexError(f"{folder} has no job {job.name}; it has {', '.join(there) or 'none yet'}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    world = load_world(config, seed)
+    names = [str(client["client_id"]) for client in started(folder).clients]
+    world = load_world(config, seed) if with_data else load_bare_world(config, names)
+    check_contents(folder, world, seed if with_data else None)
     sites = world.sites(config, method, seed, job)
     start = next(iter(sites.values())).model.shared_arrays()
     round_index, shared = latest_shared(job, world.base.fingerprint, start)

@@ -27,9 +27,10 @@ def train(path: Path | None, overrides: list[str]) -> int:
 
 
 def _report(folder: Path) -> int:
+    page = write_report(folder)  # before anything is printed: a terminal may refuse a character
     summary = summarise(read_events(folder))
     console.print(terminal_table(summary, console.width))
     for sentence in findings(summary):
         console.print(f"- {sentence}", markup=False, emoji=False)
-    console.out(f"\nreport: {write_report(folder)}", highlight=False)
+    console.out(f"\nreport: {page}", highlight=False)
     return 0

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from flex.config import EvaluateSettings
 from flex.data.examples import IGNORED, Batch, Encoder, Example
+from flex.evaluation.words import rouge_scorer
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,9 +66,7 @@ def score(
 
 def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings) -> float:
     """Mean ROUGE-L F1 (stemmed) of greedy decoding, in [0, 1]."""
-    from rouge_score.rouge_scorer import RougeScorer  # training needs none of it
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = rouge_scorer("rougeL")
     total = 0.0
     for indices in by_length(examples, settings.batch_size):
         chosen = [examples[i] for i in indices]
@@ -77,7 +77,10 @@ def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], set
 
 @torch.no_grad()
 def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of tokenised prompts as text, cut at the end token. Padded on the left."""
+    """Greedy continuations of tokenised prompts as text, cut at the end tokens. Padded on the left.
+
+    What the checkpoint's own generation_config.json asks for (penalties, beams, forced tokens) is left aside.
+    """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), encoder.pad_id)
@@ -86,13 +89,16 @@ def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     model.eval()
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=encoder.tokenizer.eos_token_id,
-        pad_token_id=encoder.pad_id,
+    # The model's own would fill in whatever a configuration that is handed over leaves open.
+    kept, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=encoder.end_ids(), pad_token_id=encoder.pad_id
+        ),
     )
+    try:
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+    finally:
+        model.generation_config = kept
     texts = encoder.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]

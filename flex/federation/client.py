@@ -250,6 +250,11 @@ class Site:
                 # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
                 settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
                 scores = score(self.model.base.model, self.model.encoder, examples, settings)
+                if not math.isfinite(scores["loss"]):
+                    raise FlexError(
+                        f"the {split} loss of client {self.client_id!r} is {scores['loss']} after round {round_index}; "
+                        f"expected a finite number (a lower learning rate may help)"
+                    )
                 found.append(Evaluated(round_index, self.client_id, when, split, **scores))
         return found
 

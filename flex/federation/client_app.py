@@ -3,9 +3,13 @@
 See `messages.py` for the contents of a message.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
+import torch
+
+from flex.errors import FlexError
 from flex.federation.client import Site
 from flex.federation.flower import ClientApp, Context, Message, MetricRecord, RecordDict
 from flex.federation.messages import (
@@ -45,9 +49,10 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         config, shared = message.content[CONFIG], to_arrays(message.content[ARRAYS])
-        turn = site_of(context).train(
-            int(config["server-round"]), shared, float(config.get("proximal-mu", 0.0)), bool(config.get("evaluate"))
-        )
+        with memory_named(context):
+            turn = site_of(context).train(
+                int(config["server-round"]), shared, float(config.get("proximal-mu", 0.0)), bool(config.get("evaluate"))
+            )
         numbers = {
             CLIENT_INDEX: int(context.node_config["partition-id"]),
             NUM_EXAMPLES: turn.metrics["num_examples"],
@@ -61,7 +66,8 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         round_index, shared = int(message.content[CONFIG]["server-round"]), to_arrays(message.content[ARRAYS])
-        events = site_of(context).evaluate(round_index, shared)
+        with memory_named(context):
+            events = site_of(context).evaluate(round_index, shared)
         test = next(event for event in events if isinstance(event, Evaluated))
         numbers = {
             CLIENT_INDEX: int(context.node_config["partition-id"]),
@@ -72,6 +78,21 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
         return _reply(message, numbers, events, {})
 
     return app
+
+
+@contextmanager
+def memory_named(context: Context) -> Iterator[None]:
+    """A memory that is too small is bad luck with the settings, and gets a sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a RuntimeError of its allocator
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise FlexError(
+                f"client {str(context.node_config['client-id'])!r} is out of memory ({str(error).splitlines()[0]}); "
+                "expected a smaller train.batch_size, evaluate.batch_size or data.max_length, or "
+                "train.gradient_checkpointing = true"
+            ) from error
+        raise
 
 
 def _reply(message: Message, numbers: dict, events: list[Event], arrays: dict) -> Message:

@@ -79,9 +79,12 @@ def sent_bytes(content: RecordDict) -> int:
     return sum(tensor["bytes"] for tensor in sent_tensors(content))
 
 
-def metrics_of(reply: Message) -> dict[str, Any]:
-    """The numbers a client reported, as it reported them."""
-    return dict(next(iter(reply.content.metric_records.values()), {}))
+def metrics_of(reply: Message, sender: str = "a client") -> dict[str, Any]:
+    """The numbers a client reported, as it reported them; FlexError where it reported them twice."""
+    records = list(reply.content.metric_records.values())
+    if len(records) > 1:
+        raise FlexError(f"{sender} sent {len(records)} MetricRecords; expected at most one")
+    return dict(records[0]) if records else {}
 
 
 def json_record(values: Any) -> ConfigRecord:
@@ -126,23 +129,35 @@ def about_of(reply: Message, client_id: str) -> SiteAbout:
 
 def size_of(reply: Message, sender: str) -> float:
     """The weight of a reply in a mean: its number of examples."""
-    size = metrics_of(reply).get(NUM_EXAMPLES)
+    size = metrics_of(reply, sender).get(NUM_EXAMPLES)
     if not isinstance(size, int | float) or not 0 < size < math.inf:
         raise FlexError(f"{sender} reported {NUM_EXAMPLES} {size!r}; expected a number above 0")
     return size
 
 
-def update_of(reply: Message, sent: ArrayRecord, sender: str) -> dict[str, Array]:
+def check_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises FlexError where one sender's numbers are not those that the first one sent, by name."""
+    (first, expected), *others = metrics.items()
+    for sender, own in others:
+        if odd := sorted(own.keys() ^ expected.keys()):
+            has, lacks = (sender, first) if odd[0] in own else (first, sender)
+            raise FlexError(
+                f"{has} sent the metric {odd[0]!r}, which {lacks} did not; expected the same of every client"
+            )
+
+
+def update_of(reply: Message, sent: ArrayRecord, sender: str, record: str = ARRAYS) -> dict[str, Array]:
     """The tensors of a reply, in the order in which they were sent out.
 
     Raises:
         FlexError: they are not the tensors that were sent, in names, shapes and dtype; the sender and the tensor are
             named.
     """
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise FlexError(f"{sender} sent {len(records)} ArrayRecords; expected exactly one")
-    came = records[0]
+    records = reply.content.array_records
+    if list(records) != [record]:
+        names = ", ".join(map(repr, records)) or "none"
+        raise FlexError(f"{sender} sent {len(records)} ArrayRecords ({names}); expected exactly one, {record!r}")
+    came = records[record]
     if missing := [name for name in sent if name not in came]:
         raise FlexError(f"{sender} did not send {missing[0]!r}; expected every tensor that the server sent out")
     if extra := [name for name in came if name not in sent]:

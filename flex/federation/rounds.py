@@ -164,7 +164,10 @@ class _Exchange:
             else:
                 name = self._name(node)
                 down, up = sent_tensors(message.content), sent_tensors(reply.content)
-                answered[node] = reply, Turn(name, metrics_of(reply), events_of(reply, name), down, up)
+                answered[node] = (
+                    reply,
+                    Turn(name, metrics_of(reply, f"client {name!r}"), events_of(reply, name), down, up),
+                )
         for node, message in pending.items():
             self._fail(node, message.metadata.message_type, f"no reply within {self.timeout} s")
         if not answered and self.failed:

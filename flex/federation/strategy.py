@@ -42,6 +42,7 @@ from flex.federation.flower import (
 from flex.federation.messages import (
     CLIENT_INDEX,
     Arrays,
+    check_metrics,
     mean_metrics,
     metrics_of,
     shares,
@@ -108,7 +109,8 @@ class FedAvg(FlowerFedAvg):
         replies = self._in_order(replies)
         if not replies:
             return None, None
-        updates = [update_of(reply, self.sent, self._name(reply)) for reply in replies]
+        updates = [update_of(reply, self.sent, self._name(reply), self.arrayrecord_key) for reply in replies]
+        self._check_metrics(replies)
         sizes = [size_of(reply, self._name(reply)) for reply in replies]
         arrays = self.combine(updates, sizes)
         for name, array in {**arrays, **self.moments}.items():
@@ -121,6 +123,7 @@ class FedAvg(FlowerFedAvg):
         replies = self._in_order(replies)
         if not replies:
             return None
+        self._check_metrics(replies)
         return mean_metrics([metrics_of(r) for r in replies], [size_of(r, self._name(r)) for r in replies])
 
     def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
@@ -143,13 +146,16 @@ class FedAvg(FlowerFedAvg):
 
         def key(reply: Message) -> tuple[int, int]:
             node = reply.metadata.src_node_id
-            return place.get(node, int(metrics_of(reply).get(CLIENT_INDEX, 0))), node
+            return place.get(node, int(metrics_of(reply, self._name(reply)).get(CLIENT_INDEX, 0))), node
 
         return sorted((reply for reply in replies if not reply.has_error()), key=key)
 
     def _name(self, reply: Message) -> str:
         node = reply.metadata.src_node_id
         return f"client {self.clients[node]!r}" if node in self.clients else f"node {node}"
+
+    def _check_metrics(self, replies: Sequence[Message]) -> None:
+        check_metrics({self._name(reply): metrics_of(reply, self._name(reply)) for reply in replies})
 
     def _blame(self, key: str, updates: list[dict[str, Array]], replies: list[Message], server_round: int) -> str:
         for update, reply in zip(updates, replies, strict=True):

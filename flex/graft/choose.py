@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flex_kernels
 from flex.errors import FlexError
@@ -32,7 +32,7 @@ from flex.graft.calibrate import Calibration, Sequences
 from flex.graft.choice import Choice, Parts, Unexplained
 from flex.graft.sums import LayerFit, LayerScores
 from flex.methods import NEW_MODULE, GraftSettings
-from flex.model.base import Base, router_of, weights_of
+from flex.model.base import Base, can_be_taken_apart, experts_sizes, router_of, weights_of
 from flex_kernels import NeuronSums
 from flex_kernels.selection.one_expert import best_scales
 
@@ -55,6 +55,8 @@ def choose_grafts(calibration: Calibration, settings: GraftSettings, seed: str) 
     check(base, settings)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
+    if settings.criterion in NEW_MODULE and not all(map(can_be_taken_apart, base.layers.values())):
+        return [_unscored(index, name, layer, settings) for index, (name, layer) in enumerate(base.layers.items())]
     sequences = Sequences.of(calibration.examples, calibration.batch_size, settings.fits)
     decides: dict[str, Any] = {"criterion": settings.criterion, "experts": settings.experts}
 
@@ -85,6 +87,24 @@ def choose_grafts(calibration: Calibration, settings: GraftSettings, seed: str) 
     return choices
 
 
+def _unscored(index: int, name: str, layer: nn.Module, settings: GraftSettings) -> Choice:
+    """A new module where the pretrained experts cannot be scored (GPT-OSS: biases, interleaved rows)."""
+    return Choice(
+        layer=index,
+        module=name,
+        criterion=settings.criterion,
+        target=settings.target,
+        residuals=[],
+        routed_mass=0.0,
+        seconds=0.0,
+        parts=Parts(torch.empty(0, dtype=torch.int64), torch.empty(0)),
+        neurons=[],
+        width=settings.graft_width(experts_sizes(layer)[1]),
+        unexplained=Unexplained(),
+        curve=[],
+    )
+
+
 def _groups(scores: dict[str, LayerScores], parts: dict[str, Parts]) -> list[list[str]]:
     """The layers, in order, in groups whose sums of a second pass take at most `FIT_BYTES` together, if one does."""
     groups: list[list[str]] = []
@@ -108,6 +128,8 @@ def _fit(layer: LayerScores, parts: Parts, settings: GraftSettings) -> LayerFit:
 def check(base: Base, settings: GraftSettings) -> None:
     """Checks that every layer can provide what the settings ask for; raises FlexError."""
     for name, layer in base.layers.items():
+        if settings.criterion in NEW_MODULE and not can_be_taken_apart(layer):
+            continue  # a new module needs nothing of the experts but their sizes
         num_experts, _, intermediate_size = weights_of(name, layer).down_proj.shape
         if settings.experts > num_experts:
             raise FlexError(f"graft.experts is {settings.experts}; expected at most {num_experts}, all that {name} has")

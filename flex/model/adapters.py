@@ -24,7 +24,7 @@ import flex_kernels
 from flex.config import LoraSettings
 from flex.errors import FlexError
 from flex.methods import GraftSettings, Method
-from flex.model.base import Base, router_of, weights_of
+from flex.model.base import Base, experts_sizes, router_of, weights_of
 from flex_kernels import reference
 
 SECOND_LORA = "private"  # as peft names it
@@ -81,7 +81,7 @@ class GraftOn(Private):
             # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
             flex_kernels.attach_graft(
                 base.model,
-                graft.graft_width(layer.down_proj.shape[-1]),
+                graft.graft_width(experts_sizes(layer)[1]),
                 graft.combine,
                 graft.logit_bias,
                 [index],
@@ -98,15 +98,17 @@ class GraftOn(Private):
         from a graft in its content, not in the scale of its weights."""
         generator = torch.Generator().manual_seed(seed)
         for choice in choices:
-            weights, own = weights_of(choice.module, base.layers[choice.module]), base.layers[choice.module].graft
+            layer = base.layers[choice.module]
+            own = layer.graft
             if len(choice.parts.ids):
+                weights = weights_of(choice.module, layer)
                 gate_up, down = flex_kernels.gather_neurons(*weights[:2], choice.parts.ids)
                 own.gate_up_proj.copy_(gate_up)
                 own.down_proj.copy_(down * choice.parts.scales if choice.down_proj is None else choice.down_proj)
             else:
                 for parameter, pretrained in (
-                    (own.gate_up_proj, weights.gate_up_proj),
-                    (own.down_proj, weights.down_proj),
+                    (own.gate_up_proj, layer.gate_up_proj),
+                    (own.down_proj, layer.down_proj),
                 ):
                     drawn = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(drawn * float(pretrained.float().std()))
@@ -212,7 +214,7 @@ PRIVATE: dict[str | None, Private] = {
 
 def graft_parameters(graft: GraftSettings, layer: nn.Module) -> int:
     """How many numbers of a graft with these settings train."""
-    _, hidden_size, intermediate_size = layer.down_proj.shape
+    hidden_size, intermediate_size = experts_sizes(layer)
     width = graft.graft_width(intermediate_size)
     low_rank = graft.rank * (2 * hidden_size + 3 * width)
     return (low_rank if graft.training == "lora" else 3 * width * hidden_size) + hidden_size + 1

@@ -13,7 +13,6 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -45,8 +44,8 @@ def load_base(config: ModelConfig) -> Base:
     """The base model and its tokenizer, everything frozen, experts on the `flex` implementation.
 
     Raises:
-        FlexError: nothing can be loaded from `config.path` or onto `config.device`, the model has no MoE layers, or
-            its folder has no tokenizer.
+        FlexError: nothing can be loaded from `config.path` or onto `config.device`, tensors are missing or not finite,
+            the model has no MoE layers, or its folder has no tokenizer.
     """
     if not config.path:
         raise FlexError("model.path is empty; expected a folder or a hub name of a Mixture-of-Experts model")
@@ -59,12 +58,17 @@ def load_base(config: ModelConfig) -> Base:
         dtype = torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, experts_implementation=config.experts_implementation
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            experts_implementation=config.experts_implementation,
+            ignore_mismatched_sizes=True,  # `_check_loaded` names them
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a loader's own: a package that is missing, a format, a memory that is too small
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {reason}") from None
+    _check_loaded(config.path, found)
     # Without its files, transformers builds a tokenizer that knows no word.
     if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
         raise FlexError(f"no tokenizer in model.path = {config.path!r}; expected its files beside the model's")
@@ -72,8 +76,37 @@ def load_base(config: ModelConfig) -> Base:
     if not layers:
         raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
     model.requires_grad_(False)
-    model.to(device).eval()
+    _check_finite(config.path, model)
+    try:
+        model.to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise FlexError(f"{config.path} does not fit the memory of {device}: {str(error).splitlines()[0]}") from None
     return Base(model, tokenizer, layers, fingerprint(model))
+
+
+def _check_loaded(path: str, found: dict[str, Any]) -> None:
+    """transformers fills tensors that a checkpoint lacks with random numbers, and goes on."""
+    missing = sorted(found.get("missing_keys") or ())
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found.get("mismatched_keys") or ())
+    for names, what in ((missing, "lacks"), (mismatched, "has another shape for")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FlexError(
+                f"model.path = {path!r} {what} the tensor {names[0]}{more} of its model; expected a whole checkpoint, "
+                "with the names that transformers gives its tensors"
+            )
+
+
+def _check_finite(path: str, model: nn.Module) -> None:
+    """A base with NaN or infinite weights scores and trains to nothing."""
+    for name, parameter in model.named_parameters():
+        # The sum tells most tensors apart in one pass; where it overflows, every number is looked at.
+        if parameter.is_floating_point() and not parameter.sum(dtype=torch.float32).isfinite():
+            broken = int((~parameter.isfinite()).sum())
+            if broken:
+                raise FlexError(
+                    f"model.path = {path!r} has {broken} NaN or infinite values in {name}; expected finite weights"
+                )
 
 
 def _expanded(path: str) -> str:
@@ -82,6 +115,11 @@ def _expanded(path: str) -> str:
     local = not HUB_NAME.fullmatch(expanded) or Path(expanded.partition("/")[0]).exists()
     if local and not Path(expanded).is_dir():
         raise FlexError(f"no folder at model.path = {path!r}; expected a folder with a model, or a hub name")
+    if local and (Path(expanded) / "adapter_config.json").exists() and not (Path(expanded) / "config.json").exists():
+        raise FlexError(
+            f"model.path = {path!r} is a peft adapter; expected the base that it was trained on, or a folder with "
+            "both merged (`merge_and_unload`, then `save_pretrained`)"
+        )
     return expanded
 
 
@@ -107,6 +145,17 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def experts_sizes(layer: nn.Module) -> tuple[int, int]:
+    """(hidden size, intermediate size) of an experts module, whichever way its weights lie."""
+    _, rows, columns = layer.down_proj.shape
+    return (columns, rows) if getattr(layer, "is_transposed", False) else (rows, columns)
+
+
+def can_be_taken_apart(layer: nn.Module) -> bool:
+    """Whether the experts of a layer are `D (act(G x) * (U x))`, so that they can be scored and grafted."""
+    return flex_kernels.transformers_plug.why_not_fused(layer) is None
 
 
 def weights_of(name: str, layer: nn.Module) -> flex_kernels.ExpertWeights:

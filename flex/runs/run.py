@@ -23,14 +23,16 @@ from flex.errors import FlexError
 from flex.federation.client import about
 from flex.federation.messages import SiteAbout
 from flex.federation.strategy import make_strategy
+from flex.graft.choose import check as check_grafts
 from flex.methods import METHODS
 from flex.model.adapters import check_targets, unwrap
 from flex.runs.job import is_done
 from flex.runs.progress import line_of, progress_bars
 from flex.runs.workers import job_folder, make_job, run_apart
 from flex.runs.world import World, Worlds
-from flex.store.events import FORMAT, METRICS, Done, Event, RunStarted, Truncated, read_events, write_events
+from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, read_events, write_events
 
+CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
 # Settings that do not decide a job's numbers, or whose content is compared instead.
 NOT_COMPARED = {
@@ -56,15 +58,17 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     console.print(f"[dim]loading {config.model.path} ...[/dim]")
     worlds = Worlds(config)
     world = worlds.of(config.train.seeds[0])
+    for note in world.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     _check_methods(config, world)
-    data = _check_contents(folder, world, config.train.seeds[0])
+    data = check_contents(folder, world, config.train.seeds[0])
     _claim(folder, config)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
-    with _alone_in(folder), progress_bars(console) as progress:
+    with _alone_in(folder, console), progress_bars(console) as progress:
         sites = [about(world.base, client) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, data, title, descriptions))
         lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
-        left = [job for job in jobs if not is_done(job_folder(config, job))]
+        left = [job for job in jobs if not is_done(job_folder(folder, job))]
         for job in set(jobs) - set(left):
             lines[job](total=1, advance=1, what="done before", ended=True)
         if config.workers > 1 and left:
@@ -86,11 +90,13 @@ def _check_methods(config: RunConfig, world: World) -> None:
     for method in config.train.methods:
         name, settings = config.strategy.of(method)
         make_strategy(name, len(world.clients), clients_per_round=config.train.clients_per_round, **settings)
+        if METHODS[method].start is not None:
+            check_grafts(world.base, config.graft.of(METHODS[method]))
 
 
 def collect(folder: Path) -> None:
-    """RUN/metrics.jsonl anew from the jobs' own files."""
-    files = [folder / RUN, *sorted(folder.glob(f"*-seed*/{METRICS}"))]
+    """RUN/metrics.jsonl once more from the files of the jobs that the run's configuration names."""
+    files = [folder / RUN, *(path / METRICS for path in job_folders(folder))]
     write_events(folder / METRICS, [event for file in files for event in read_events(file)])
 
 
@@ -108,7 +114,7 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
 
 def _check_free(folder: Path, config: RunConfig) -> None:
     """`folder` is empty, holds a run with these settings, or one without results."""
-    path = folder / "config.toml"
+    path = folder / CONFIG
     if path.exists() and _has_results(folder):
         here, there = (_comparable(c) for c in (config, read_config(path)))
         different = [key for key in here if here[key] != there[key]]
@@ -120,31 +126,44 @@ def _check_free(folder: Path, config: RunConfig) -> None:
             )
 
 
+def job_folders(folder: Path) -> list[Path]:
+    """The jobs that the configuration in `folder` names; whatever else lies there (a copy, a backup) is no job."""
+    train = read_config(folder / CONFIG).train
+    return sorted(job_folder(folder, (seed, method)) for seed in train.seeds for method in train.methods)
+
+
 def _has_results(folder: Path) -> bool:
     """Whether a job there is finished, or has left more than its events."""
-    events = (event for file in folder.glob(f"*-seed*/{METRICS}") for event in read_events(file))
-    return any(folder.glob("*-seed*/**/*.safetensors")) or any(isinstance(event, Done) for event in events)
+    return any(is_done(job) or any(job.glob("**/*.safetensors")) for job in job_folders(folder))
 
 
-def _check_contents(folder: Path, world: World, seed: int) -> dict[str, str]:
-    """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were."""
-    events = read_events(folder / RUN) if _has_results(folder) else []
-    old = next((event for event in events if isinstance(event, RunStarted)), RunStarted())
+def started(folder: Path) -> RunStarted:
+    """What a run says of itself; empty where it says nothing."""
+    return next((event for event in read_events(folder / RUN) if isinstance(event, RunStarted)), RunStarted())
+
+
+def check_contents(folder: Path, world: World, seed: int | None) -> dict[str, str]:
+    """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were.
+
+    Args:
+        seed: whose data `world` holds; None: nobody's, and the base alone is looked at.
+    """
+    old = started(folder) if (folder / CONFIG).exists() and _has_results(folder) else RunStarted()
     if old.fingerprint and old.fingerprint != world.base.fingerprint:
-        raise FlexError(
-            f"{folder} holds a run on another base; expected the same one to resume it, or another --output"
-        )
+        raise FlexError(f"{folder} holds a run on another base; expected the same base, or another --output")
+    if seed is None:
+        return old.data
     data = {**old.data, str(seed): world.data_fingerprint}
     if old.data.get(str(seed), data[str(seed)]) != data[str(seed)]:
         raise FlexError(
-            f"{folder} holds a run on other data (a file has changed); expected the same, or another --output"
+            f"{folder} holds a run on other data (a file has changed); expected the same data, or another --output"
         )
     return data
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
     """Methods and seeds of earlier calls stay in the run's file: the report shows them all."""
-    path = folder / "config.toml"
+    path = folder / CONFIG
     try:
         if path.exists() and _has_results(folder):
             old = read_config(path).train
@@ -158,7 +177,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path, console: Console) -> Iterator[None]:
     """No two processes write one run: the system drops the lock when its holder ends, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:
@@ -167,6 +186,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             raise FlexError(
                 f"another process is at work in {folder}; expected it to end first, or another --output"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            console.print(f"warning: {folder} cannot be locked ({error}); do not run it twice at once", style="yellow")
         yield
 
 

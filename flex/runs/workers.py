@@ -28,14 +28,15 @@ POLL_S = 0.1
 LEAVE_S = 30
 
 
-def job_folder(config: RunConfig, job: JobName) -> Path:
+def job_folder(folder: Path, job: JobName) -> Path:
+    """Of a job of the run in `folder`."""
     seed, method = job
-    return Path(config.output) / f"{method}-seed{seed}"
+    return folder / f"{method}-seed{seed}"
 
 
 def make_job(config: RunConfig, job: JobName, worlds: Worlds, tell: Tell) -> Job:
     """A job whose clients are all on this machine."""
-    (seed, method), folder, bar = job, job_folder(config, job), Bar(tell)
+    (seed, method), folder, bar = job, job_folder(Path(config.output), job), Bar(tell)
     world = worlds.of(seed)
     sites = world.sites(config, method, seed, folder, bar)
     grid = InProcessGrid(

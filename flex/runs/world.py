@@ -1,7 +1,7 @@
 """What all jobs of one seed have in common on one machine: the base, the encoder, the clients' examples."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from flex.model.base import Base, load_base
 
 @dataclass(frozen=True)
 class World:
-    """The base and the data of a seed."""
+    """The base and the data of a seed. `notes`: what a person should know of the files, in sentences."""
 
     base: Base
     encoder: Encoder
     clients: list[ClientData]
     general: list[Example]
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -49,9 +50,20 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     """Loads the base (unless it is there) and the data of a seed."""
     base = base or load_base(config.model)
     unwrap(base)
-    encoder = Encoder(base.tokenizer, config.data.template, config.data.max_length)
+    encoder, notes = make_encoder(config, base), []
     data = config.data.for_seed(seed)
-    return World(base, encoder, load_clients(data, encoder), load_general(data, encoder))
+    return World(base, encoder, load_clients(data, encoder, notes), load_general(data, encoder), notes)
+
+
+def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:
+    """The base alone, and clients without examples: what their saved files can do without any data."""
+    base = load_base(config.model)
+    return World(base, make_encoder(config, base), [ClientData(name, [], []) for name in client_ids], [])
+
+
+def make_encoder(config: RunConfig, base: Base) -> Encoder:
+    num_rows = base.model.get_input_embeddings().weight.shape[0]
+    return Encoder(base.tokenizer, config.data.template, config.data.max_length, num_rows)
 
 
 class Worlds:

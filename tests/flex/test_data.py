@@ -1,5 +1,6 @@
 """Records, splits and encoding: what a client trains on, and what a broken file is told."""
 
+import dataclasses
 import gzip
 import json
 
@@ -184,3 +185,68 @@ def test_batches_depend_on_the_seed_and_use_everyone_before_anyone_twice(encoder
     assert {drawn.count(e) for e in examples} == {3}
     assert drawn == [e for batch in training_batches(examples, 3, 7, "s") for e in batch]
     assert drawn != [e for batch in training_batches(examples, 3, 7, "t") for e in batch]
+
+
+@pytest.mark.parametrize("name", [float("nan"), float("inf"), True, None, [], ""])
+def test_a_row_of_nobody_is_refused_by_its_line(tmp_path, name):
+    rows = records("a", 3)
+    rows[1]["client"] = name
+    with pytest.raises(FlexError, match=r"x.jsonl, line 2 has .* as 'client'; expected the name of a client"):
+        read_records(write_records(tmp_path / "x.jsonl", rows), clients_by="client")
+
+
+def test_alpacas_columns_are_read_and_what_nobody_reads_is_named_once(tmp_path, encoder):
+    rows = [
+        {"instruction": "add", "input": f"{i} and 3", "output": str(i + 3), "client": "a", "id": i} for i in range(8)
+    ]
+    path = write_records(tmp_path / "x.jsonl", rows)
+    notes: list[str] = []
+    (client,) = load_clients(DataConfig(train=str(path), template="chat"), encoder, notes)
+    prompts = {e.input_ids[: e.prompt_length] for e in [*client.train, *client.test]}
+    assert len(prompts) == 8
+    assert {e.response for e in [*client.train, *client.test]} == {str(i + 3) for i in range(8)}
+    assert notes == [f"{path} has columns that nobody reads: 'id'"]
+    plain = [{"instruction": "add", "context": f"{i} and 3", "response": str(i + 3)} for i in range(8)]
+    assert [{k: v for k, v in r.items() if k not in ("client", "id")} for r in read_records(path)] == plain
+
+
+def test_a_missing_group_is_no_group(tmp_path, encoder):
+    rows = records("a", 6)
+    for row, group in zip(rows, (None, float("nan"), "x", 3, "", "y"), strict=True):
+        row["group"] = group
+    path = write_records(tmp_path / "x.jsonl", rows)
+    config = DataConfig(train=str(path), template="chat", group_by="group", test_fraction=0.2)
+    (client,) = load_clients(config, encoder)
+    assert {e.group for e in [*client.train, *client.test]} == {"", "x", "3", "y"}
+
+
+def test_one_array_of_objects_is_read_like_lines(tmp_path):
+    rows = records("a", 3)
+    path = tmp_path / "x.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(rows, indent=indent))
+        assert read_records(path) == rows
+    rows[1]["response"] = 5
+    path.write_text(json.dumps(rows))
+    with pytest.raises(FlexError, match=r"x.json, entry 2 has 5 as 'response'"):
+        read_records(path)
+    path.write_text(json.dumps(rows)[:-5])
+    with pytest.raises(FlexError, match=r"x.json is not JSON"):
+        read_records(path)
+
+
+def test_the_ending_may_be_in_capitals(tmp_path):
+    packed = tmp_path / "A.JSONL.GZ"
+    packed.write_bytes(gzip.compress(write_records(tmp_path / "a.jsonl", records("a", 3)).read_bytes()))
+    assert read_records(packed) == records("a", 3)
+
+
+def test_a_test_file_that_is_trained_on_is_refused_and_a_part_of_it_named(tmp_path, encoder):
+    path = write_records(tmp_path / "x.jsonl", records("a", 6))
+    config = DataConfig(train=str(path), test=str(path), template="chat")
+    with pytest.raises(FlexError, match=r"all 6 examples of .*x.jsonl are trained on; expected others in data.test"):
+        load_clients(config, encoder)
+    other = write_records(tmp_path / "y.jsonl", records("a", 8, start=4))
+    notes: list[str] = []
+    load_clients(dataclasses.replace(config, test=str(other)), encoder, notes)
+    assert "2 of 8 test examples of client 'a' are among its training examples" in notes

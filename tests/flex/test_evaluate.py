@@ -3,8 +3,11 @@
 import pytest
 import torch
 from tiny import records, tiny_config
+from transformers import GenerationConfig
 
 from flex.config import EvaluateSettings
+from flex.data.examples import Encoder
+from flex.demo.language import build_tokenizer
 from flex.evaluation.score import generate, score
 from flex.runs.world import load_world
 
@@ -71,3 +74,49 @@ def test_groups_add_up(learnt):
     assert sum(g["num_examples"] for g in groups) == scores["num_examples"] == len(records("a", 6))
     mean = sum(g["exact_match"] * g["num_examples"] for g in groups) / scores["num_examples"]
     assert mean == pytest.approx(scores["exact_match"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"num_beams": 4},
+        {"forced_eos_token_id": 2},
+        {"max_time": 1e-3},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+        {"temperature": 0.6, "do_sample": True},
+        {"bad_words_ids": [[5], [6], [7]]},
+        {"min_new_tokens": 9},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_checkpoints_own_generation_settings_change_no_answer(learnt, change):
+    world, sites = learnt
+    model = world.base.model
+    example = sites["a"].client.train[0]
+    prompts = [example.input_ids[: example.prompt_length], example.input_ids[:3]]
+    plain = generate(model, world.encoder, prompts, 12)
+    kept = model.generation_config
+    model.generation_config = GenerationConfig.from_dict({**kept.to_dict(), **change})
+    try:
+        assert generate(model, world.encoder, prompts, 12) == plain
+        assert model.generation_config.to_dict()[next(iter(change))] == next(iter(change.values()))
+    finally:
+        model.generation_config = kept
+
+
+def test_an_answer_ends_at_the_tokenizers_and_at_the_templates_end_token():
+    tokenizer = build_tokenizer()
+    assert Encoder(tokenizer, "alpaca", 64).end_ids() == [tokenizer.eos_token_id]
+    assert Encoder(tokenizer, "chat", 64).end_ids() == [tokenizer.eos_token_id]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn_end>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<user> {{ m['content'] }}<turn_end>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<turn_end>")]
+    assert Encoder(tokenizer, "chat", 64).end_ids() == ends
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    assert Encoder(tokenizer, "chat", 64).end_ids() == ends[:1]

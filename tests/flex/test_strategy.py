@@ -18,7 +18,7 @@ from flex.federation.flower import (
     RecordDict,
     become_server,
 )
-from flex.federation.messages import mean_metrics, to_arrays, to_record
+from flex.federation.messages import NUM_EXAMPLES, mean_metrics, to_arrays, to_record
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.strategy import STRATEGIES, load_strategy_state, make_strategy, sample_clients, strategy_state
 
@@ -275,3 +275,41 @@ def test_state_of_another_strategy_is_refused():
 def test_bad_settings_are_named(arguments, settings, sentence):
     with pytest.raises(FlexError, match=sentence):
         make_strategy(*arguments, **settings)
+
+
+def malformed(change):
+    """Two clients' replies, of which `change` spoils the second."""
+    strategy = make_strategy("fedavg", 2)
+    strategy.clients = {1: "anna", 2: "ben"}
+    strategy.sent = to_record({"w": np.zeros(2)})
+    contents = [
+        RecordDict({"arrays": to_record({"w": np.ones(2)}), "metrics": MetricRecord({NUM_EXAMPLES: 3})}) for _ in "ab"
+    ]
+    change(contents[1])
+    messages = [Message(RecordDict({}), node, "train") for node in (1, 2)]
+    return strategy, [Message(c, reply_to=m) for c, m in zip(contents, messages, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c.__setitem__("more", MetricRecord({NUM_EXAMPLES: 7})), "client 'ben' sent 2 MetricRecords"),
+        (
+            lambda c: c.__setitem__("model", c.pop("arrays")),
+            r"client 'ben' sent 1 ArrayRecords \('model'\); expected exactly",
+        ),
+        (
+            lambda c: c["metrics"].__setitem__("extra", 1.0),
+            "client 'ben' sent the metric 'extra', which client 'anna' did not",
+        ),
+        (
+            lambda c: c["metrics"].pop(NUM_EXAMPLES),
+            "client 'anna' sent the metric 'num-examples', which client 'ben' did",
+        ),
+    ],
+)
+def test_a_malformed_reply_is_refused_and_its_sender_named(change, sentence):
+    become_server(1)
+    strategy, replies = malformed(change)
+    with pytest.raises(FlexError, match=sentence):
+        strategy.aggregate_train(1, replies)

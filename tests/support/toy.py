@@ -67,7 +67,7 @@ def make_toy_app(
         c_own = {name: own[f"c/{name}"] for name in control if f"c/{name}" in own}
         c_own, change = control_update(shared, trained, control, c_own, STEPS, RATE)
         np.savez(folder / f"{index}-{round_index}.npz", b=b, **{f"c/{name}": c for name, c in c_own.items()})
-        metrics = {"client-index": index, "num-examples": len(y), "loss": float((e**2).mean()), f"only-{index}": 1.0}
+        metrics = {"client-index": index, "num-examples": len(y), "loss": float((e**2).mean())}
         if greedy:
             message.content[ARRAYS].clear()
         return Message(
