@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import torch
 
-from flex.errors import FlexError
+from flex.errors import FlexError, first_line
 from flex.federation.client import Site
 from flex.federation.flower import ClientApp, Context, Message, MetricRecord, RecordDict
 from flex.federation.messages import (
@@ -88,7 +88,7 @@ def memory_named(context: Context) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a RuntimeError of its allocator
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise FlexError(
-                f"client {str(context.node_config['client-id'])!r} is out of memory ({str(error).splitlines()[0]}); "
+                f"client {str(context.node_config['client-id'])!r} is out of memory ({first_line(error)}); "
                 "expected a smaller train.batch_size, evaluate.batch_size or data.max_length, or "
                 "train.gradient_checkpointing = true"
             ) from error

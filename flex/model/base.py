@@ -19,7 +19,7 @@ from transformers import logging as transformers_logging
 
 import flex_kernels
 from flex.config import ModelConfig
-from flex.errors import FlexError
+from flex.errors import FlexError, first_line
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`; any other path is one on this machine
 FINGERPRINT_SAMPLES = 256  # values of each tensor that go into the fingerprint
@@ -66,8 +66,7 @@ def load_base(config: ModelConfig) -> Base:
             output_loading_info=True,
         )
     except Exception as error:  # a loader's own: a package that is missing, a format, a memory that is too small
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {reason}") from None
+        raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {first_line(error)}") from None
     _check_loaded(config.path, found)
     # Without its files, transformers builds a tokenizer that knows no word.
     if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
@@ -80,7 +79,7 @@ def load_base(config: ModelConfig) -> Base:
     try:
         model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise FlexError(f"{config.path} does not fit the memory of {device}: {str(error).splitlines()[0]}") from None
+        raise FlexError(f"{config.path} does not fit the memory of {device}: {first_line(error)}") from None
     return Base(model, tokenizer, layers, fingerprint(model))
 
 
@@ -129,8 +128,8 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FlexError(f'model.device is {name!r}; expected "auto", "cpu", "cuda" or "cuda:0": {reason}') from None
+        expected = '"auto", "cpu", "cuda" or "cuda:0"'
+        raise FlexError(f"model.device is {name!r}; expected {expected}: {first_line(error)}") from None
 
 
 def fingerprint(model: nn.Module) -> str:
