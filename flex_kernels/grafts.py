@@ -56,9 +56,9 @@ def attach_graft(
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layers with transformers' experts interface")
     if layers is not None and (wrong := [index for index in layers if not 0 <= index < len(found)]):
-        raise ValueError(f"layers has {wrong}, want positions from 0 to {len(found) - 1}")
+        raise ValueError(f"layers has {wrong}, expected positions from 0 to {len(found) - 1}")
     if alpha is not None and rank is None:
-        raise ValueError(f"alpha is {alpha} but there is no rank, want both or none")
+        raise ValueError(f"alpha is {alpha} but there is no rank, expected both or none")
     chosen = found if layers is None else [found[index] for index in layers]
     for name, experts in chosen:
         if getattr(experts, "graft", None) is not None:
@@ -120,7 +120,7 @@ def _switch_on(model: nn.Module, chosen: list[nn.Module]) -> None:
 def _refuse_other_implementations(experts: nn.Module, _: Any) -> None:
     implementation = experts.config._experts_implementation
     if getattr(experts, "graft", None) is not None and implementation != NAME:
-        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, want 'flex'")
+        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, expected 'flex'")
 
 
 def _find_renamed_grafts(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

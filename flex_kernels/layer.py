@@ -58,7 +58,7 @@ class Graft(nn.Module):
         check_combine(combine)
         check_activation(activation)
         if hidden_size < 1 or width < 1:
-            raise ValueError(f"hidden_size is {hidden_size} and width is {width}, want both at least 1")
+            raise ValueError(f"hidden_size is {hidden_size} and width is {width}, expected both at least 1")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.width, self.combine, self.activation = hidden_size, width, combine, activation
         self.gate_up_proj = nn.Parameter(torch.zeros(2 * width, hidden_size, **factory))
@@ -141,7 +141,7 @@ class LoraGraft(Graft):
     ) -> None:
         super().__init__(hidden_size, width, device=device, dtype=dtype, **options)
         if rank < 1:
-            raise ValueError(f"rank is {rank}, want at least 1")
+            raise ValueError(f"rank is {rank}, expected at least 1")
         factory, copy_dtype = {"device": device, "dtype": dtype}, copy_dtype or self.gate_up_proj.dtype
         self.rank, self.alpha, self.merged = rank, float(2 * rank if alpha is None else alpha), False
         self.gate_up_proj = nn.Parameter(self.gate_up_proj.data.to(copy_dtype), requires_grad=False)
@@ -251,10 +251,10 @@ class GraftedMoE(nn.Module):
         check_activation(activation)
         if hidden_size < 1 or intermediate_size < 1:
             raise ValueError(
-                f"hidden_size is {hidden_size} and intermediate_size is {intermediate_size}, want both at least 1"
+                f"hidden_size is {hidden_size} and intermediate_size is {intermediate_size}, expected both at least 1"
             )
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}, want 1 to {num_experts}, the number of experts")
+            raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.renormalize, self.combine, self.activation, self.recompute = renormalize, combine, activation, recompute
@@ -279,7 +279,7 @@ class GraftedMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         if hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, want [..., {self.hidden_size}]")
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [..., {self.hidden_size}]")
         flat = hidden_states.reshape(-1, self.hidden_size)  # [T, H]
         routing_weights, expert_indices = route(F.linear(flat, self.router.weight), self.top_k, self.renormalize)
         graft = ()

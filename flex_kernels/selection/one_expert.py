@@ -64,7 +64,7 @@ def choose(component_scores: Tensor) -> int:
     """
     check_shape("component_scores", component_scores, ("E",))
     if component_scores.numel() == 0 or component_scores.isnan().any():
-        raise ValueError(f"component_scores is {component_scores.tolist()}, want at least one and no NaN")
+        raise ValueError(f"component_scores is {component_scores.tolist()}, expected at least one and no NaN")
     return int((component_scores == component_scores.min()).nonzero()[0, 0])
 
 

@@ -80,7 +80,7 @@ def expert_gram(
     """
     _check(hidden_states, target, gate_up_proj, down_proj, activation)
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, want at least one token")
+        raise ValueError(f"chunk is {chunk}, expected at least one token")
     num_experts = len(gate_up_proj)
     sums = torch.zeros(num_experts + 1, num_experts + 1, dtype=torch.float64, device=hidden_states.device)
     for _, outputs in _chunks(hidden_states, target, gate_up_proj, down_proj, activation, chunk):
@@ -169,7 +169,7 @@ class RenormalizedLosses:
     def losses(self) -> Tensor:
         """[C(E, r)] fp64, in the order of `subsets`. Raises ValueError before the first token."""
         if self.num_tokens == 0:
-            raise ValueError("no tokens were added, want at least one")
+            raise ValueError("no tokens were added, expected at least one")
         return self._losses.clone()
 
     def best(self) -> Subset:
@@ -235,10 +235,10 @@ def _chunks(
 def _subsets(num_experts: int, size: int) -> Tensor:
     """[C(E, r), r] int64, in lexicographic order."""
     if not 1 <= size <= num_experts:
-        raise ValueError(f"size is {size}, want 1 to {num_experts}, the number of experts")
+        raise ValueError(f"size is {size}, expected 1 to {num_experts}, the number of experts")
     count = math.comb(num_experts, size)
     if count > MOST_SUBSETS:
-        raise ValueError(f"size is {size}, want one with at most {MOST_SUBSETS:,} subsets; this one has {count:,}")
+        raise ValueError(f"size is {size}, expected one with at most {MOST_SUBSETS:,} subsets; this one has {count:,}")
     flat = itertools.chain.from_iterable(itertools.combinations(range(num_experts), size))
     return torch.tensor(list(flat), dtype=torch.int64).view(count, size)
 

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall
 from flex_kernels.backends.triton.activations import pass_through
 from flex_kernels.backends.triton.combine import combine_rows
-from flex_kernels.backends.triton.experts_bwd import experts_bwd
 from flex_kernels.backends.triton.grouped import (
     Schedule,
     grouped_rows,
@@ -26,9 +25,8 @@ from flex_kernels.backends.triton.grouped import (
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.backends.triton.tiles import Target, Tile, alignment, cdiv, operand, use_tma
-
-__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, operand, use_tma
+from flex_kernels.backends.triton.tile_file import Tile
 
 
 @triton.jit
@@ -169,51 +167,47 @@ def gate_up_fwd(
     return activations, graft_activations, preactivations, graft_preactivations
 
 
-def experts_fwd(
-    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H], preactivations [T*K, 2I] in plan order, graft_preactivations [T, 2I_g]; see the module's docstring.
 
     Without `save_preactivations` the last two have no rows. fp32 products run in full precision (`ieee`), as PyTorch's
     own default does.
     """
-    layer = layer.contiguous()
-    num_tokens = len(layer.hidden_states)
-    if num_tokens == 0:
-        return torch.empty_like(layer.hidden_states), *_no_preactivations(layer)
-    target, tiles = target_and_tiles(layer)
-    with torch.cuda.device_of(layer.hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
-        activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(
-            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
-            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, activation, save_preactivations,
+    call = call.contiguous()
+    if len(call.hidden_states) == 0:
+        return torch.empty_like(call.hidden_states), *_no_preactivations(call)
+    target, tiles = target_and_tiles(call)
+    with torch.cuda.device_of(call.hidden_states):
+        schedule = make_schedule(call.sorted_pairs, call.expert_offsets, len(call.hidden_states), tiles.block_m)
+        activations, graft_activations, *preactivations = gate_up_fwd(
+            call.hidden_states, call.sorted_pairs, call.routing_weights.shape[1], call.gate_up_proj,
+            call.graft_gate_up_proj, schedule, target, tiles.gate_up, call.activation, save_preactivations,
         )  # fmt: skip
         expert_out = grouped_rows(
-            activations, graft_activations, layer.down_proj, layer.graft_down_proj,
+            activations, graft_activations, call.down_proj, call.graft_down_proj,
             schedule, target, tiles.down, inner_last=True,
         )  # fmt: skip
         out = combine_rows(
-            expert_out, schedule.row_of_pair, layer.routing_weights, layer.graft_logits, combine, layer.has_graft
+            expert_out, schedule.row_of_pair, call.routing_weights, call.graft_logits, call.combine, call.has_graft
         )
-    return out, preactivations, graft_preactivations
+    return out, *preactivations
 
 
-def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(call: LayerCall) -> tuple[Tensor, Tensor]:
     """Z alone, for a backward that kept none: preactivations [T*K, 2I] and graft_preactivations [T, 2I_g]."""
-    layer = layer.contiguous()
-    num_tokens = len(layer.hidden_states)
-    if num_tokens == 0:
-        return _no_preactivations(layer)
-    target, tiles = target_and_tiles(layer)
-    with torch.cuda.device_of(layer.hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
+    call = call.contiguous()
+    if len(call.hidden_states) == 0:
+        return _no_preactivations(call)
+    target, tiles = target_and_tiles(call)
+    with torch.cuda.device_of(call.hidden_states):
+        schedule = make_schedule(call.sorted_pairs, call.expert_offsets, len(call.hidden_states), tiles.block_m)
         *_, preactivations, graft_preactivations = gate_up_fwd(
-            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
-            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
+            call.hidden_states, call.sorted_pairs, call.routing_weights.shape[1], call.gate_up_proj,
+            call.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
         )  # fmt: skip
     return preactivations, graft_preactivations
 
 
-def _no_preactivations(layer: LayerInputs) -> tuple[Tensor, Tensor]:
-    empty = layer.hidden_states.new_empty
-    return empty(0, layer.gate_up_proj.shape[1]), empty(0, 2 * layer.graft_width)
+def _no_preactivations(call: LayerCall) -> tuple[Tensor, Tensor]:
+    empty = call.hidden_states.new_empty
+    return empty(0, call.gate_up_proj.shape[1]), empty(0, 2 * call.graft_width)

@@ -19,19 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
-from flex_kernels.backends.triton.tiles import (
-    ExpertTiles,
+from flex_kernels.backends.call import LayerCall
+from flex_kernels.backends.triton.launch import (
     Target,
-    Tile,
     alignment,
     cdiv,
-    expert_tiles,
     next_power_of_2,
     operand,
     target_of,
     use_tma,
 )
+from flex_kernels.backends.triton.tile_file import ExpertTiles, Tile
+from flex_kernels.backends.triton.tiles import expert_tiles
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
 
@@ -55,11 +54,11 @@ class Schedule:
         return cdiv(self.num_tokens, self.block_m) if has_graft else 0
 
 
-def target_and_tiles(layer: LayerInputs) -> tuple[Target, ExpertTiles]:
+def target_and_tiles(call: LayerCall) -> tuple[Target, ExpertTiles]:
     """What the GEMMs of one layer call are shaped for; forward and backward get the same."""
-    target, (num_experts, *sizes) = target_of(layer.hidden_states.device), layer.down_proj.shape
-    num_rows, dtype = len(layer.sorted_pairs), layer.hidden_states.dtype
-    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, layer.graft_width))
+    target, (num_experts, *sizes) = target_of(call.hidden_states.device), call.down_proj.shape
+    num_rows, dtype = len(call.sorted_pairs), call.hidden_states.dtype
+    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, call.graft_width))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_row_tiles"])

@@ -18,18 +18,8 @@ from torch import Tensor
 from flex_kernels.backends.triton.activations import pass_through
 from flex_kernels.backends.triton.experts_fwd import gate_up_fwd
 from flex_kernels.backends.triton.grouped import make_schedule
-from flex_kernels.backends.triton.tiles import (
-    Target,
-    alignment,
-    cdiv,
-    contiguous,
-    expert_tiles,
-    neuron_tile,
-    operand,
-    score_tile,
-    target_of,
-    use_tma,
-)
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, contiguous, operand, target_of, use_tma
+from flex_kernels.backends.triton.tiles import expert_tiles, neuron_tile, score_tile
 
 # Memory for the activations of the experts scored in one launch. Enough rows to fill a GPU, little beside the weights.
 ACTIVATION_BYTES = 256 << 20
