@@ -22,7 +22,10 @@ from flex_kernels.backends.triton.activations import activation_slope, pass_thro
 from flex_kernels.backends.triton.combine import sum_rows
 from flex_kernels.backends.triton.grouped import (
     Schedule,
+    find_weight,
     grouped_rows,
+    load_rows,
+    load_weight,
     locate_tile,
     make_schedule,
     quarter_columns,
@@ -99,8 +102,7 @@ def _d_preactivations_kernel(
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < end_row
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner_offsets = tl.arange(0, BLOCK_K)
+        first_column = column * BLOCK_N
 
         pairs = tl.load(sorted_pairs_ptr + rows, mask=row_mask & (expert < num_experts), other=0)
         tokens = pairs // top_k
@@ -120,22 +122,13 @@ def _d_preactivations_kernel(
             d_z_ptr = d_graft_preactivations_ptr
             p_ptr = graft_products_ptr
             p_width = graft_num_columns
-        source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
-        if not TMA:
-            weight_rows = (weight_row + inner_offsets).to(tl.int64)
-            weight_ptrs = weight + weight_rows[:, None] * width + columns[None, :]
+        source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
+        place = find_weight(weight, weight_row, first_column, hidden_size, width, False, TMA, BLOCK_N, BLOCK_K)
 
         d_activations = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
-            if TMA:
-                matrix = weight.load([weight_row + k, column * BLOCK_N])
-            else:
-                in_range = (inner_offsets < hidden_size - k)[:, None] & (columns < width)[None, :]
-                matrix = tl.load(weight_ptrs + tl.cast(k, tl.int64) * width, mask=in_range, other=0.0)
+            source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
+            matrix = load_weight(weight, place, k, first_column, hidden_size, width, False, TMA, EVEN, BLOCK_N, BLOCK_K)
             d_activations = tl.dot(source, matrix, d_activations, input_precision="ieee")
 
         is_graft = expert == num_experts
@@ -149,7 +142,7 @@ def _d_preactivations_kernel(
         parts = quarter_columns(d_activations)
         for part in tl.static_range(4):
             products += _finish_columns(
-                parts[part], scale, rows, row_mask, column * BLOCK_N + part * (BLOCK_N // 4), width, is_graft,
+                parts[part], scale, rows, row_mask, first_column + part * (BLOCK_N // 4), width, is_graft,
                 z_ptr, d_z_ptr, opened_activations_ptr,
                 ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
             )  # fmt: skip

@@ -19,7 +19,10 @@ from flex_kernels.backends.triton.activations import pass_through
 from flex_kernels.backends.triton.combine import combine_rows
 from flex_kernels.backends.triton.grouped import (
     Schedule,
+    find_weight,
     grouped_rows,
+    load_rows,
+    load_weight,
     locate_tile,
     make_schedule,
     quarter_columns,
@@ -70,8 +73,7 @@ def _gate_up_fwd_kernel(
             graft_row_tiles, graft_num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner_offsets = tl.arange(0, BLOCK_K)
+        first_column = column * BLOCK_N
 
         weight = gate_up
         width = intermediate_size
@@ -86,38 +88,28 @@ def _gate_up_fwd_kernel(
             a_ptr = graft_activations_ptr
             z_ptr = graft_preactivations_ptr
             tokens = tl.minimum(rows, num_tokens - 1)
-        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
-        if not TMA:
-            # Columns past the end repeat the last one: no mask here, and the store drops them.
-            weight_rows = (weight_row + tl.minimum(columns, width - 1)).to(tl.int64)
-            gate_ptrs = weight + weight_rows[None, :] * hidden_size + inner_offsets[:, None]
-            up_ptrs = gate_ptrs + tl.cast(width, tl.int64) * hidden_size
+        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
+        gate_place = find_weight(weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K)
+        up_place = gate_place + width if TMA else gate_place + tl.cast(width, tl.int64) * hidden_size
 
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
-            if TMA:
-                gate_matrix = weight.load([weight_row + column * BLOCK_N, k]).T
-                up_matrix = weight.load([weight_row + width + column * BLOCK_N, k]).T
-            elif EVEN:
-                gate_matrix = tl.load(gate_ptrs + k)
-                up_matrix = tl.load(up_ptrs + k)
-            else:
-                gate_matrix = tl.load(gate_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
-                up_matrix = tl.load(up_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+            source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
+            gate_matrix = load_weight(
+                weight, gate_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
+            up_matrix = load_weight(
+                weight, up_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
             gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
             up = tl.dot(source, up_matrix, up, input_precision="ieee")
 
         gate_parts, up_parts = quarter_columns(gate), quarter_columns(up)
         for part in tl.static_range(4):
-            first_column = column * BLOCK_N + part * (BLOCK_N // 4)
             _activate_columns(
-                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr,
-                ACTIVATION, ACTIVATE, SAVE,
+                gate_parts[part], up_parts[part], rows, end_row, first_column + part * (BLOCK_N // 4), width,
+                a_ptr, z_ptr, ACTIVATION, ACTIVATE, SAVE,
             )  # fmt: skip
 
 
