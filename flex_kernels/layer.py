@@ -1,8 +1,8 @@
 """The layer as plain modules: `Graft`, the personal expert with its gate, `LoraGraft`, which trains less of it, and
 `GraftedMoE`, a whole MoE layer.
 
-Each module declares whose its own parameters are: `parameter_roles` maps a name to "shared", "personal" or "frozen";
-what nobody declares is frozen.
+Each module declares the roles of its own parameters: `parameter_roles` maps a name to "shared", "personal" or "frozen";
+a parameter that no module declares is frozen.
 """
 
 from typing import Any, ClassVar
@@ -23,8 +23,8 @@ Device = torch.device | str | None
 class Graft(nn.Module):
     """One trained expert that is always on, behind a sigmoid gate: adds `sigmoid(g.x + b) D (act(G x) * (U x))`.
 
-    It starts at zero, where it adds nothing and, being zero, gets no gradient either: give it the weights of pretrained
-    components (`copy_`), or a trainable start of its own with `reset_parameters`.
+    Starts at zero: it adds nothing and receives no gradient until you copy weights in (`copy_`, of pretrained
+    components) or call `reset_parameters`.
 
     Args:
         hidden_size: H.
@@ -74,7 +74,7 @@ class Graft(nn.Module):
         self.down_proj.zero_()
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """What the layer computes with: [2I_g, H] and [H, I_g]."""
+        """The matrices that the layer computes with: [2I_g, H] and [H, I_g]."""
         return self.gate_up_proj, self.down_proj
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class LoraGraft(Graft):
     Args:
         rank: r of both matrices.
         alpha: scale of the low-rank part, `2 r` if not given.
-        copy_dtype: of the frozen copy; `dtype` is that of all that is trained.
+        copy_dtype: of the frozen copy; `dtype` is that of all trained parameters.
         The rest: as in `Graft`.
 
     Parameters: those of `Graft`, of which gate_up_proj and down_proj are the frozen copy, and the factors
@@ -173,11 +173,11 @@ class LoraGraft(Graft):
         return self.gate_up_proj.to(gate_up.dtype) + gate_up, self.down_proj.to(down.dtype) + down
 
     def merge(self) -> None:
-        """Adds the low-rank part to the copy, which costs nothing more in a forward then. Rounded to its dtype."""
+        """Adds the low-rank part to the copy, rounded to its dtype: a forward costs no more than without LoRA."""
         self._set_merged(True)
 
     def unmerge(self) -> None:
-        """Takes the low-rank part out of the copy again: what was there before `merge`, to rounding."""
+        """Takes the low-rank part out of the copy again, which restores it up to rounding."""
         self._set_merged(False)
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ class GraftedMoE(nn.Module):
             self.graft.reset_parameters()
 
     def freeze_pretrained(self) -> "GraftedMoE":
-        """Freezes router and experts; what is left to train is the graft."""
+        """Freezes router and experts; only the graft trains."""
         for parameter in (*self.router.parameters(), self.gate_up_proj, self.down_proj):
             parameter.requires_grad_(False)
         return self

@@ -1,4 +1,4 @@
-"""What the public functions say about bad input: one sentence with the name, what came, and what is wanted."""
+"""Checks of the public functions. Each error is one sentence: the name, what it is, what was expected."""
 
 import contextlib
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from flex_kernels.reference import ACTIVATIONS, COMBINES
 
 
-def check_shape(name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
-    """`wanted`: a size, or a letter where any size will do."""
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """`expected`: a size, or a letter where any size will do."""
     shape = tensor.shape
-    if len(shape) != len(wanted) or any(
-        not isinstance(size, str) and size != own for size, own in zip(wanted, shape, strict=True)
+    if len(shape) != len(expected) or any(
+        not isinstance(size, str) and size != own for size, own in zip(expected, shape, strict=True)
     ):
-        raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(str(size) for size in wanted)}]")
+        raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(str(size) for size in expected)}]")
 
 
 def check_float(name: str, tensor: Tensor) -> None:

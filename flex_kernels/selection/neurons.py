@@ -122,7 +122,7 @@ def neuron_sums(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *, 
 
 
 def greedy_neurons(sums: NeuronSums, down_proj: Tensor, width: int) -> NeuronChoice:
-    """Picks `width` of the candidates, each time the one that, with all constants fitted anew, leaves least.
+    """Picks `width` of the candidates, each time the one that, with all constants fitted again, leaves least.
 
     Orthogonal matching pursuit by a pivoted Cholesky factorisation of `M`, computed as far as it is needed: after some
     picks `M_SS = L L^T` and `y = L^-1 b_S`; candidate `j`, whose row of `L` would be `L_j`, lowers the loss by

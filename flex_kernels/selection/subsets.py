@@ -8,12 +8,12 @@
 
     The inner products of every token are enough for every `C`: no subset is run again (`RenormalizedLosses`).
 
-(b) What a wider graft is: the experts side by side, each times a constant that is folded into its down projection:
+(b) A wider graft: the experts side by side, each times a constant that is folded into its down projection:
 
         loss(C, c) = ||F||^2 - 2 c.b + c^T Q c,   Q_ij = sum_t <E_i, E_j>,   b_i = sum_t <F, E_i>
 
     Here the summed Gram matrix is exact; the best `c` of a subset solves `Q_CC c = b_C` (`expert_gram`,
-    `best_scaled_subset`). For (a) it would not be: its weights do not leave the sum over tokens.
+    `best_scaled_subset`). For (a) it would not be: its weights differ from token to token and stay inside the sum.
 
 Both sum squares over all tokens, where the rule for one expert (`selection.reconstruction`) sums un-squared norms of
 batches. Inner products are taken in fp64, of outputs in the dtype of the hidden states: beside the experts themselves
@@ -47,7 +47,7 @@ class ExpertGram(NamedTuple):
 
 
 class Subset(NamedTuple):
-    """The chosen experts and what they leave of the target."""
+    """The chosen experts and the part of the target that they leave unexplained."""
 
     experts: tuple[int, ...]  # ascending
     scales: tuple[float, ...]  # of each expert's down projection; all 1 under the paper's rule
@@ -125,7 +125,6 @@ class RenormalizedLosses:
         self.subsets = _subsets(num_experts, size)  # [C, r] int64, lexicographic
         self.num_experts, self.size = num_experts, size
         self.num_tokens = 0
-        self.expert_evaluations = 0  # an expert applied to a token; enumeration would need C * r of them a token
         self._losses = torch.zeros(len(self.subsets), dtype=torch.float64)
         self._energy = 0.0
 
@@ -164,7 +163,6 @@ class RenormalizedLosses:
                 losses += _renormalized(subsets, logits, products)
             self._energy += float(products[-1, -1].sum())
             self.num_tokens += outputs.shape[1]
-            self.expert_evaluations += outputs.shape[1] * self.num_experts
 
     def losses(self) -> Tensor:
         """[C(E, r)] fp64, in the order of `subsets`. Raises ValueError before the first token."""
@@ -244,7 +242,7 @@ def _subsets(num_experts: int, size: int) -> Tensor:
 
 
 def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
-    """What `grafted_experts` does not say itself."""
+    """The checks that `grafted_experts` does not make itself."""
     check_shape("down_proj", down_proj, ("E", "H", "I"))
     num_experts, _, width = down_proj.shape
     check_shape("gate_up_proj", gate_up_proj, (num_experts, 2 * width, "H"))

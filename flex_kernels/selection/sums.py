@@ -1,4 +1,4 @@
-"""What all sums over calibration tokens share: they add up over batches, and refuse what cannot be summed.
+"""Sums over calibration tokens: they add up over batches, and inputs that cannot be summed are refused.
 
 `ExpertGram` (`subsets.py`) and `NeuronSums` (`neurons.py`) are NamedTuples of fp64 tensors, each entry a sum over
 tokens. So a calibration set of any length takes the memory of one batch.

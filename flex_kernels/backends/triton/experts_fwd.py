@@ -6,7 +6,7 @@
 Twin: `reference.grafted_experts`. Four launches: schedule, `[G; U]` with gathered rows and the activation in its
 epilogue, `D`, combine. The graft is expert number `E` of both GEMMs (rows = tokens in order, a width of its own).
 Fused away: the gathered copy of the input (2 R H elements of traffic), and `Z` between GEMM and activation (4 R I, of
-which 2 R I remain where the backward pass will need `Z`).
+which 2 R I remain if the backward pass needs `Z`).
 """
 
 import torch
@@ -37,7 +37,7 @@ def _activate_columns(
     gate, up, rows, end_row, first_column, width, a_ptr, z_ptr,
     ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue for a part of a tile's columns: stores A, and Z where the backward pass will want it."""
+    """The epilogue for a part of a tile's columns: stores A, and Z if the backward pass needs it."""
     columns = first_column + tl.arange(0, gate.shape[1])
     kept = (rows < end_row)[:, None] & (columns < width)[None, :]
     if ACTIVATE:

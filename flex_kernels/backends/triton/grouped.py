@@ -1,4 +1,4 @@
-"""What the grouped GEMMs share: the schedule of row tiles, and the product of sorted rows with their expert's matrix.
+"""The grouped GEMMs' common part: the schedule of row tiles, the loads, and the product of sorted rows with matrices.
 
 A grouped GEMM runs over the rows in plan order (sorted by expert), then over the graft's rows (all tokens, in order).
 Its tiles are numbered on the device, so no count ever travels to the host: `row_tiles` lists (expert, first row, end
@@ -55,7 +55,7 @@ class Schedule:
 
 
 def target_and_tiles(call: LayerCall) -> tuple[Target, ExpertTiles]:
-    """What the GEMMs of one layer call are shaped for; forward and backward get the same."""
+    """The chip and the tiles of one layer call's GEMMs; forward and backward get the same."""
     target, (num_experts, *sizes) = target_of(call.hidden_states.device), call.down_proj.shape
     num_rows, dtype = len(call.sorted_pairs), call.hidden_states.dtype
     return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, call.graft_width))
@@ -205,8 +205,8 @@ def _halve_columns(x):
 def quarter_columns(x):
     """[M, N] -> four [M, N / 4], left to right; each thread keeps what it has.
 
-    For epilogues in parts: what an activation computes on the way is several times as large as the accumulator, and
-    all at once does not fit in registers.
+    For epilogues in parts: an activation's intermediate values are several times as large as the accumulator, and all
+    of them at once do not fit in registers.
     """
     left, right = _halve_columns(x)
     far_left, middle_left = _halve_columns(left)

@@ -1,4 +1,4 @@
-"""What every launcher needs: the chip it launches for, sizes of grids and blocks, and its operands."""
+"""For every launcher: the chip it launches for, sizes of grids and blocks, and its operands."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TMA_ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Target:
-    """What kernels are shaped for: a family of chips and how many processors a persistent grid fills.
+    """The chip that kernels are shaped for: a family of chips and how many processors a persistent grid fills.
 
     `name` and `device` are set only for a real device; tiles are measured and remembered for those alone.
     """
