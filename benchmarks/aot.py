@@ -36,20 +36,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from flex_kernels.backends.call import LayerInputs
-from flex_kernels.backends.triton import combine, graft_logits, route, score, tiles
-from flex_kernels.backends.triton import experts_fwd as experts
-from flex_kernels.backends.triton.routing_plan import routing_plan
+from flex_kernels.backends.call import LayerCall, Needs
+from flex_kernels.backends.triton import launch, stages
 
 KIB = 1 << 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What to compile for, how `tiles.py` sees it, and the shared memory one program may ask for."""
+    """What to compile for, how `launch.py` sees it, and the shared memory one program may ask for."""
 
     gpu: GPUTarget
-    target: tiles.Target
+    target: launch.Target
     shared_bytes: int
 
     def resident(self, registers: int, shared_bytes: int, num_warps: int) -> int:
@@ -63,11 +61,11 @@ class Chip:
 
 
 CHIPS = {
-    "sm80": Chip(GPUTarget("cuda", 80, 32), tiles.Target("sm80", 108), 163 * KIB),
-    "sm86": Chip(GPUTarget("cuda", 86, 32), tiles.Target("small", 84), 99 * KIB),
-    "sm90": Chip(GPUTarget("cuda", 90, 32), tiles.Target("sm90", 132), 227 * KIB),
-    "sm100": Chip(GPUTarget("cuda", 100, 32), tiles.Target("sm100", 148), 227 * KIB),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), tiles.Target("gfx942", 304), 64 * KIB),
+    "sm80": Chip(GPUTarget("cuda", 80, 32), launch.Target("sm80", 108), 163 * KIB),
+    "sm86": Chip(GPUTarget("cuda", 86, 32), launch.Target("small", 84), 99 * KIB),
+    "sm90": Chip(GPUTarget("cuda", 90, 32), launch.Target("sm90", 132), 227 * KIB),
+    "sm100": Chip(GPUTarget("cuda", 100, 32), launch.Target("sm100", 148), 227 * KIB),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), launch.Target("gfx942", 304), 64 * KIB),
 }
 QUICK_CHIPS = ("sm80", "sm90", "sm100", "gfx942")
 PERSISTENT_KERNELS = ("_gate_up_fwd_kernel", "_grouped_rows_kernel", "_d_preactivations_kernel")
@@ -153,13 +151,13 @@ def compiling_for(target: str, found: dict[str, Compiled]) -> Iterator[None]:
         return kernel
 
     triton.runtime.driver.set_active(CompileOnlyDriver(target))
-    tiles.force_target(CHIPS[target].target)
+    launch.force_target(CHIPS[target].target)
     jit_function.run = compile_only
     try:
         yield
     finally:
         jit_function.run = original_run
-        tiles.force_target(None)
+        launch.force_target(None)
 
 
 def describe(kernel, function, args: tuple, kwargs: dict, target: str, programs: int, seconds: float) -> Compiled:
@@ -254,30 +252,30 @@ def layer_case(
             empty(num_tokens, dtype=torch.float32),
         )
     plan = (sorted_pairs, expert_offsets, routing_weights)
-    layer = LayerInputs(hidden_states, *plan, gate_up_proj, down_proj, *graft)
-    out, *saved = experts.experts_fwd(layer, combine, activation, training)
+    call = LayerCall(hidden_states, *plan, gate_up_proj, down_proj, *graft, combine, activation, Needs(*needs))
+    out, *saved = stages.experts_fwd(call, training)
     if training:
-        experts.preactivations_fwd(layer)
-        experts.experts_bwd(out, layer, *saved, combine, activation, *needs)
+        stages.preactivations_fwd(call)
+        stages.experts_bwd(out, call, *saved)
 
 
 def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:
     """The combine on its own, forward and backward."""
     expert_out, routing_weights = empty(512, 4, 2048, dtype=dtype), empty(512, 4, dtype=torch.float32)
     graft = (empty(512, 2048, dtype=dtype), empty(512, dtype=torch.float32)) if has_graft else (None, None)
-    out = combine.combine_fwd(expert_out, routing_weights, *graft, form)
-    combine.combine_bwd(out, expert_out, routing_weights, *graft, form, True, True, has_graft, has_graft)
+    out = stages.combine_fwd(expert_out, routing_weights, *graft, form)
+    stages.combine_bwd(out, expert_out, routing_weights, *graft, form, True, True, has_graft, has_graft)
 
 
 def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renormalize: bool = True) -> None:
     """The router, its plan, and the graft's gate, forward and backward."""
     logits, hidden_states = empty(512, num_experts, dtype=dtype), empty(512, 2048, dtype=dtype)
     weight, bias = empty(2048, dtype=torch.float32), empty(1, dtype=torch.float32)
-    weights, indices = route.route_fwd(logits, top_k, renormalize)
-    route.route_bwd(weights, logits, indices, renormalize)
-    d_logits = graft_logits.graft_logits_fwd(hidden_states, weight, bias)
-    graft_logits.graft_logits_bwd(d_logits, hidden_states, weight, True, True)
-    routing_plan(indices, num_experts)
+    weights, indices = stages.route_fwd(logits, top_k, renormalize)
+    stages.route_bwd(weights, logits, indices, renormalize)
+    d_logits = stages.graft_logits_fwd(hidden_states, weight, bias)
+    stages.graft_logits_bwd(d_logits, hidden_states, weight, True, True)
+    stages.routing_plan(indices, num_experts)
 
 
 def score_case(dtype: torch.dtype, hidden_size: int = 2048, intermediate_size: int = 1408) -> None:
@@ -286,8 +284,8 @@ def score_case(dtype: torch.dtype, hidden_size: int = 2048, intermediate_size: i
     gate_up_proj = empty(60, 2 * intermediate_size, hidden_size, dtype=dtype)
     down_proj = empty(60, hidden_size, intermediate_size, dtype=dtype)
     batch_offsets = empty(9, dtype=torch.int32)
-    score.score_experts(hidden_states, hidden_states, gate_up_proj, down_proj, batch_offsets, "silu")
-    score.score_neurons(hidden_states, hidden_states, gate_up_proj, down_proj, "silu")
+    stages.score_experts(hidden_states, hidden_states, gate_up_proj, down_proj, batch_offsets, "silu")
+    stages.score_neurons(hidden_states, hidden_states, gate_up_proj, down_proj, "silu")
 
 
 def quick_cases() -> Iterator[Callable[[], None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from shapes import Shape
 
-from flex_kernels.backends import native_door as native
+from flex_kernels.backends import native
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 INTRODUCTION = """# The layer on a CPU, measured

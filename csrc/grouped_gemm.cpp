@@ -9,7 +9,7 @@ namespace {
 
 // A slice of the depth: of a B panel (16 columns of AVX2) 16 KiB, of 96 rows of A 96 KiB, of 512 columns of B 512 KiB.
 constexpr int64_t kSliceWords = 256;
-// A task packs its rows of A once, its columns of B once: the longer both, the better they pay. Packing a row costs about
+// A task packs its rows of A and columns of B once; longer spans amortise the packing better. Packing a row costs about
 // as much as multiplying it with 6 columns. Few tasks, however, do not go round evenly.
 constexpr int64_t kSpanRows = 10 * kBlockRows, kMostColumns = 4 * kColumnUnit;
 constexpr int64_t kTasksPerThread = 6;

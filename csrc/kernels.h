@@ -8,8 +8,8 @@
 //   B panel: kPanelColumns columns,  [depth][column]
 //
 // Every element of C is summed over a slice of the depth in order, then over the slices: an order that depends on the depth
-// and, but for AMX, on whether the product has at most `few_rows` rows. Tiles, tasks and threads may be cut anyhow and the
-// bits stay the same.
+// and, but for AMX, on whether the product has at most `few_rows` rows. The result is bit-identical however tiles, tasks
+// and threads are divided.
 #pragma once
 #include <cstdint>
 

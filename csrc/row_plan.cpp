@@ -21,7 +21,7 @@ void fill_row_plan(const Layer& layer, const RowPlan& plan) {
     const int64_t least = expert == 0 ? 0 : offsets[expert - 1], most = expert == 0 ? 0 : num_pairs;
     if (offsets[expert] < least || offsets[expert] > most)
       throw std::invalid_argument("expert_offsets[" + std::to_string(expert) + "] is " +
-                                  std::to_string(offsets[expert]) + ", want it to ascend from 0 to at most " +
+                                  std::to_string(offsets[expert]) + ", expected it to ascend from 0 to at most " +
                                   std::to_string(num_pairs));
   }
   const int64_t num_rows = offsets[layer.num_experts];
@@ -31,7 +31,7 @@ void fill_row_plan(const Layer& layer, const RowPlan& plan) {
     const int64_t pair = layer.sorted_pairs[row];
     if (pair < 0 || pair >= num_pairs || plan.row_of_pair[pair] >= 0)
       throw std::invalid_argument("sorted_pairs[" + std::to_string(row) + "] is " + std::to_string(pair) +
-                                  ", want every pair from 0 to " + std::to_string(num_pairs) + " - 1 once");
+                                  ", expected every pair from 0 to " + std::to_string(num_pairs) + " - 1 once");
     plan.row_of_pair[pair] = static_cast<int32_t>(row);
     plan.token_of_row[row] = static_cast<int32_t>(static_cast<uint32_t>(pair) / top_k);
   }

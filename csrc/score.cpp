@@ -110,7 +110,7 @@ void check_offsets(const int64_t* offsets, int64_t num_batches, int64_t num_toke
     const int64_t least = batch == 0 ? 0 : offsets[batch - 1], most = batch == 0 ? 0 : num_tokens;
     if (offsets[batch] < least || offsets[batch] > most || (batch == num_batches && offsets[batch] != num_tokens))
       throw std::invalid_argument("batch_offsets[" + std::to_string(batch) + "] is " + std::to_string(offsets[batch]) +
-                                  ", want them to ascend from 0 to " + std::to_string(num_tokens));
+                                  ", expected them to ascend from 0 to " + std::to_string(num_tokens));
   }
 }
 

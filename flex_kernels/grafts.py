@@ -13,6 +13,7 @@ and no other key changes, so what `save_pretrained` writes is the base model's o
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from flex_kernels.transformers_plug import NAME, activation_name, is_split, moe_
 
 def attach_graft(
     model: nn.Module,
-    width: int | None = None,
+    width: int | Sequence[int] | None = None,
     combine: str = "additive",
     logit_bias: float = -4.0,
     layers: list[int] | None = None,
@@ -40,7 +41,7 @@ def attach_graft(
     a frozen copy, and what trains is a low-rank part of it (see `LoraGraft`).
 
     Args:
-        width: I_g; None takes each layer's own intermediate size.
+        width: I_g, or one for each of the layers; None takes each layer's own intermediate size.
         combine, logit_bias: as in `Graft`.
         layers: positions in `moe_layers(model)`; None takes all.
         rank, alpha: as in `LoraGraft`; without a rank all of the graft trains.
@@ -50,16 +51,20 @@ def attach_graft(
         The grafts by the name of the experts module they hang on.
 
     Raises:
-        ValueError: no MoE layers, a position that is not there, a graft already there, experts split over ranks.
+        ValueError: no MoE layers, a position that is not there, widths that are not one per layer, a graft already
+            there, experts split over ranks.
     """
     found = list(moe_layers(model).items())
     if not found:
         raise ValueError(f"{type(model).__name__} has no MoE layers with transformers' experts interface")
     if layers is not None and (wrong := [index for index in layers if not 0 <= index < len(found)]):
-        raise ValueError(f"layers has {wrong}, want positions from 0 to {len(found) - 1}")
+        raise ValueError(f"layers has {wrong}, expected positions from 0 to {len(found) - 1}")
     if alpha is not None and rank is None:
-        raise ValueError(f"alpha is {alpha} but there is no rank, want both or none")
+        raise ValueError(f"alpha is {alpha} but there is no rank, expected both or none")
     chosen = found if layers is None else [found[index] for index in layers]
+    widths = [width] * len(chosen) if width is None or isinstance(width, int) else list(width)
+    if len(widths) != len(chosen):
+        raise ValueError(f"width has {len(widths)} entries, expected one for each of {len(chosen)} layers")
     for name, experts in chosen:
         if getattr(experts, "graft", None) is not None:
             raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
@@ -67,10 +72,10 @@ def attach_graft(
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
     _switch_on(model, [experts for _, experts in chosen])
     grafts = {}
-    for name, experts in chosen:
+    for (name, experts), own_width in zip(chosen, widths, strict=True):
         pretrained = experts.down_proj
         hidden_size, intermediate_size = _sizes(experts)
-        width_and_rank = (intermediate_size if width is None else width,)
+        width_and_rank = (intermediate_size if own_width is None else own_width,)
         options: dict[str, Any] = {"combine": combine, "activation": activation_name(experts) or "silu"}
         options["device"] = pretrained.device if device is None else device
         options["dtype"] = pretrained.dtype if dtype is None else dtype
@@ -120,7 +125,7 @@ def _switch_on(model: nn.Module, chosen: list[nn.Module]) -> None:
 def _refuse_other_implementations(experts: nn.Module, _: Any) -> None:
     implementation = experts.config._experts_implementation
     if getattr(experts, "graft", None) is not None and implementation != NAME:
-        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, want 'flex'")
+        raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, expected 'flex'")
 
 
 def _find_renamed_grafts(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

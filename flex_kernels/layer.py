@@ -1,8 +1,8 @@
 """The layer as plain modules: `Graft`, the personal expert with its gate, `LoraGraft`, which trains less of it, and
 `GraftedMoE`, a whole MoE layer.
 
-Each module declares whose its own parameters are: `parameter_roles` maps a name to "shared", "personal" or "frozen";
-what nobody declares is frozen.
+Each module declares the roles of its own parameters: `parameter_roles` maps a name to "shared", "personal" or "frozen";
+a parameter that no module declares is frozen.
 """
 
 from typing import Any, ClassVar
@@ -23,8 +23,8 @@ Device = torch.device | str | None
 class Graft(nn.Module):
     """One trained expert that is always on, behind a sigmoid gate: adds `sigmoid(g.x + b) D (act(G x) * (U x))`.
 
-    It starts at zero, where it adds nothing and, being zero, gets no gradient either: give it the weights of pretrained
-    components (`copy_`), or a trainable start of its own with `reset_parameters`.
+    Starts at zero: it adds nothing and receives no gradient until you copy weights in (`copy_`, of pretrained
+    components) or call `reset_parameters`.
 
     Args:
         hidden_size: H.
@@ -58,7 +58,7 @@ class Graft(nn.Module):
         check_combine(combine)
         check_activation(activation)
         if hidden_size < 1 or width < 1:
-            raise ValueError(f"hidden_size is {hidden_size} and width is {width}, want both at least 1")
+            raise ValueError(f"hidden_size is {hidden_size} and width is {width}, expected both at least 1")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.width, self.combine, self.activation = hidden_size, width, combine, activation
         self.gate_up_proj = nn.Parameter(torch.zeros(2 * width, hidden_size, **factory))
@@ -74,7 +74,7 @@ class Graft(nn.Module):
         self.down_proj.zero_()
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """What the layer computes with: [2I_g, H] and [H, I_g]."""
+        """The matrices that the layer computes with: [2I_g, H] and [H, I_g]."""
         return self.gate_up_proj, self.down_proj
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class LoraGraft(Graft):
     Args:
         rank: r of both matrices.
         alpha: scale of the low-rank part, `2 r` if not given.
-        copy_dtype: of the frozen copy; `dtype` is that of all that is trained.
+        copy_dtype: of the frozen copy; `dtype` is that of all trained parameters.
         The rest: as in `Graft`.
 
     Parameters: those of `Graft`, of which gate_up_proj and down_proj are the frozen copy, and the factors
@@ -141,7 +141,7 @@ class LoraGraft(Graft):
     ) -> None:
         super().__init__(hidden_size, width, device=device, dtype=dtype, **options)
         if rank < 1:
-            raise ValueError(f"rank is {rank}, want at least 1")
+            raise ValueError(f"rank is {rank}, expected at least 1")
         factory, copy_dtype = {"device": device, "dtype": dtype}, copy_dtype or self.gate_up_proj.dtype
         self.rank, self.alpha, self.merged = rank, float(2 * rank if alpha is None else alpha), False
         self.gate_up_proj = nn.Parameter(self.gate_up_proj.data.to(copy_dtype), requires_grad=False)
@@ -173,11 +173,11 @@ class LoraGraft(Graft):
         return self.gate_up_proj.to(gate_up.dtype) + gate_up, self.down_proj.to(down.dtype) + down
 
     def merge(self) -> None:
-        """Adds the low-rank part to the copy, which costs nothing more in a forward then. Rounded to its dtype."""
+        """Adds the low-rank part to the copy, rounded to its dtype: a forward costs no more than without LoRA."""
         self._set_merged(True)
 
     def unmerge(self) -> None:
-        """Takes the low-rank part out of the copy again: what was there before `merge`, to rounding."""
+        """Takes the low-rank part out of the copy again, which restores it up to rounding."""
         self._set_merged(False)
 
     @torch.no_grad()
@@ -251,10 +251,10 @@ class GraftedMoE(nn.Module):
         check_activation(activation)
         if hidden_size < 1 or intermediate_size < 1:
             raise ValueError(
-                f"hidden_size is {hidden_size} and intermediate_size is {intermediate_size}, want both at least 1"
+                f"hidden_size is {hidden_size} and intermediate_size is {intermediate_size}, expected both at least 1"
             )
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}, want 1 to {num_experts}, the number of experts")
+            raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.renormalize, self.combine, self.activation, self.recompute = renormalize, combine, activation, recompute
@@ -271,7 +271,7 @@ class GraftedMoE(nn.Module):
             self.graft.reset_parameters()
 
     def freeze_pretrained(self) -> "GraftedMoE":
-        """Freezes router and experts; what is left to train is the graft."""
+        """Freezes router and experts; only the graft trains."""
         for parameter in (*self.router.parameters(), self.gate_up_proj, self.down_proj):
             parameter.requires_grad_(False)
         return self
@@ -279,7 +279,7 @@ class GraftedMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         if hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, want [..., {self.hidden_size}]")
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [..., {self.hidden_size}]")
         flat = hidden_states.reshape(-1, self.hidden_size)  # [T, H]
         routing_weights, expert_indices = route(F.linear(flat, self.router.weight), self.top_k, self.renormalize)
         graft = ()

@@ -106,7 +106,7 @@ def why_not_fused(experts: nn.Module, gathered: bool = False) -> str | None:
 
 
 def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What the name "flex" stands for in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
+    """The function behind the name "flex" in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
     graft: Graft | None = getattr(self, "graft", None)
     if graft is not None and is_split(self):
         raise ValueError("this experts module is split over ranks, whose sum would count its graft several times")
@@ -114,20 +114,22 @@ def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
         routed = _general_experts(self, hidden_states, top_k_index, top_k_weights)
         if graft is None:
             return routed
-        weights = torch.ones_like(routed[:, :1])
-        graft_out, logits = graft(hidden_states), graft.logits(hidden_states)
-        return combine_op(routed[:, None], weights, graft_out, logits, graft.combine)
+        return _with_graft(routed, graft, hidden_states)
     activation = activation_name(self)
     experts = (hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
     options = {"activation": activation, "recompute": bool(getattr(self, "recompute", False))}
     if graft is None:
         return grafted_experts(*experts, **options)
     if graft.activation != activation:
-        out = grafted_experts(*experts, **options)
-        weights = torch.ones_like(out[:, :1])
-        return combine_op(out[:, None], weights, graft(hidden_states), graft.logits(hidden_states), graft.combine)
+        return _with_graft(grafted_experts(*experts, **options), graft, hidden_states)
     own = (*graft.weights(), graft.logits(hidden_states))
     return grafted_experts(*experts, *own, combine=graft.combine, **options)
+
+
+def _with_graft(routed: Tensor, graft: Graft, hidden_states: Tensor) -> Tensor:
+    """The graft joined with the routed experts' sum, [T, H], outside the fused operation."""
+    weights, graft_out = torch.ones_like(routed[:, :1]), graft(hidden_states)
+    return combine_op(routed[:, None], weights, graft_out, graft.logits(hidden_states), graft.combine)
 
 
 def expert_weights(experts: nn.Module) -> ExpertWeights:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from flex_kernels.backends import native_cuda
+from flex_kernels.backends import native
 from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
 from gpu.device import Cpu, Device
 from gpu.record import OURS, Key, Record
@@ -41,10 +41,18 @@ def sanitize(session: Session) -> None:
         if not session.wanted("sanitize", "csrc", 0, tool):
             continue
         key = Key("sanitize", "csrc", 0, tool, OURS)
-        if session.device.kind == "cpu" or program is None or native_cuda.module() is None:
+        if session.device.kind == "cpu" or program is None or native.cuda_module() is None:
             session.record.skip(key, "needs a device, compute-sanitizer, and csrc's CUDA code built")
             continue
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_gpu.py"]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/flex_kernels/test_kernels_gpu.py",
+        ]
         command = [program, "--tool", tool, "--kernel-name", "kernel_substring=routing_plan_kernel", "--error-exitcode"]
         command += ["9", *tests, "-k", "routing_plan and [cuda"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -10,7 +10,7 @@ from shapes import Shape
 from torch import Tensor
 
 from flex_kernels import plan, reference
-from flex_kernels.backends import native_cuda, pytorch
+from flex_kernels.backends import native, pytorch
 from gpu.record import OURS, Key
 from gpu.session import Session
 
@@ -32,7 +32,7 @@ def measure_plan(session: Session, model: Shape, tokens: int) -> None:
     chosen = (plan.cpu_backend if on_cpu else plan.cuda_backend)("routing_plan", torch.float32).routing_plan
     makers: dict[str, Callable] = {"torch": pytorch.routing_plan, OURS: chosen}
     if not on_cpu:
-        makers = {"triton": plan._kernels("routing_plan").routing_plan, "cuda": native_cuda.routing_plan, **makers}
+        makers = {"triton": plan.triton_backend().routing_plan, "cuda": native.routing_plan, **makers}
 
     def checked(make: Callable) -> Callable:
         for ours, wanted in zip(make(indices, num_experts), truth, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from shapes import Shape
 
-from flex_kernels.backends.triton import tiles
+from flex_kernels.backends.triton import launch, tiles
 from gpu.layer_part import useful_flops
 from gpu.session import MODELS, TOKENS
 from gpu.table import markdown
@@ -22,7 +22,7 @@ COPY_BYTES_S = 4.3e12
 TILE_EFFICIENCY = 0.75
 GAP_S = 2e-6
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 6, 7
-HOPPER = tiles.Target("sm90", 132)
+HOPPER = launch.Target("sm90", 132)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Every tile that might do, for each of the four grouped GEMMs of the layer, on each shape (`--part sweep`).
 
 A candidate is a figure with provider "128x256x64 w8 s4 p1 g8"; `FILE-sweep.json` ranks them. `block_m` is common to
-the four (`tiles.ExpertTiles`), so the ranking also adds up, for each `block_m`, the best of each kernel. `tiles.py` has
+the four (`ExpertTiles`), so the ranking also adds up, for each `block_m`, the best of each kernel. `tiles.py` has
 one row for all shapes with few rows an expert, and one for many: `tables` says, for each of the two and each `block_m`,
 the tiles that lose least over all shapes to each shape's own best, and how much that is.
 """
@@ -15,9 +15,9 @@ from functools import partial
 from shapes import Shape
 from torch import Tensor
 
-from flex_kernels.backends.triton import tiles
-from flex_kernels.backends.triton.tiles import Tile
-from flex_kernels.candidates import KERNELS, Gemm, all_candidates, gemms, name_of
+from flex_kernels.backends.triton import launch, tiles
+from flex_kernels.backends.triton.tile_file import KERNELS, Tile
+from flex_kernels.tuning import Gemm, all_candidates, gemms, name_of
 from gpu import tile_part
 from gpu.layer_part import check
 from gpu.record import OURS, Key
@@ -27,10 +27,10 @@ SECONDS_A_CANDIDATE, LEAST_SECONDS = 0.15, 10.0
 
 
 def measure(session: Session) -> None:
-    if session.device.kind == "cpu" and not tiles.INTERPRET:
+    if session.device.kind == "cpu" and not launch.INTERPRET:
         session.record.skip(Key("sweep", "all", 0, "tiles", OURS), "Triton needs a device, or TRITON_INTERPRET=1")
         return
-    if not session.tiny and tiles.target_of(session.torch_device).chip == "sm90":
+    if not session.tiny and launch.target_of(session.torch_device).chip == "sm90":
         tile_part.measure(session)
     try:
         # The tables know two classes of rows an expert; more tokens than the first are in the same class.
@@ -42,7 +42,7 @@ def measure(session: Session) -> None:
 
 def sweep(session: Session, shape: Shape) -> None:
     session.device.release()
-    target = tiles.target_of(session.torch_device)
+    target = launch.target_of(session.torch_device)
     defaults = tile_part.default_tiles(target, session.dtype, shape)
     runs = gemms(tile_part.sizes_of(shape), session.dtype, target)
     for kernel, gemm in runs.items():

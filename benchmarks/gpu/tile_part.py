@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 import torch
 from shapes import Shape
 
-from flex_kernels.backends.triton import tiles
-from flex_kernels.backends.triton.tiles import Tile
-from flex_kernels.candidates import KERNELS, Sizes, all_candidates, gemms, name_of
+from flex_kernels.backends.triton import launch, tiles
+from flex_kernels.backends.triton.tile_file import KERNELS, ExpertTiles, Tile
+from flex_kernels.tuning import Sizes, all_candidates, gemms, name_of
 from gpu.record import Key
 from gpu.session import MODELS, OutOfTime, Session
 
@@ -37,7 +37,7 @@ def sizes_of(shape: Shape) -> Sizes:
     return Sizes(shape.num_tokens, shape.top_k, shape.hidden_size, width, width, shape.num_experts)
 
 
-def default_tiles(target: tiles.Target, dtype: torch.dtype, shape: Shape) -> tiles.ExpertTiles:
+def default_tiles(target: launch.Target, dtype: torch.dtype, shape: Shape) -> ExpertTiles:
     """What the tables say, whatever this machine's user has measured."""
     few = tiles.few_rows(shape.num_tokens * shape.top_k, shape.num_experts)
     return tiles.table_tiles(target, dtype, few, (shape.hidden_size, shape.intermediate_size, shape.intermediate_size))

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/routing_plan_cuda.h"
+#include "routing_plan_cuda.h"
 
 // The pairs are cut into runs, one for each warp of the grid, in order. Two walks over a run:
 //
@@ -147,9 +147,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 PlanLaunch plan_launch(int64_t num_pairs, int64_t num_experts, int64_t num_processors) {
   if (num_pairs < 0 || num_pairs > INT32_MAX)
-    throw std::invalid_argument("num_pairs is " + std::to_string(num_pairs) + ", want 0 to 2^31 - 1");
+    throw std::invalid_argument("num_pairs is " + std::to_string(num_pairs) + ", expected 0 to 2^31 - 1");
   if (num_processors < 1)
-    throw std::invalid_argument("num_processors is " + std::to_string(num_processors) + ", want at least 1");
+    throw std::invalid_argument("num_processors is " + std::to_string(num_processors) + ", expected at least 1");
   const int64_t most_experts = kSharedBytes / (2 * sizeof(int32_t)) - 1;  // one warp, and `starts`
   if (num_experts < 1 || num_experts > most_experts)
     throw std::invalid_argument("num_experts is " + std::to_string(num_experts) + ", the CUDA routing plan takes 1 to " +

@@ -30,7 +30,7 @@ FLEX_INLINE void tile_step(Float (&sums)[sizeof...(kRow)][kPanelVectors], const 
   (row(sums[kRow], a + kRow * kChunkWords), ...);
 }
 
-// C tile of kRows x kPanelColumns. What was in C is added at the end: nobody waits for it.
+// C tile of kRows x kPanelColumns. C is added last, so its load is off the critical path.
 template <bool kPairs, int kRows>
 void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate) {
   constexpr std::make_integer_sequence<int, kRows> kEveryRow{};

@@ -1,79 +1,157 @@
-"""csrc's experts and scores behind the signatures of `pytorch`: checks, then pointers (see `native.py`).
+"""csrc behind the signatures of `pytorch`, and the one door to it: checks first, then pointers.
 
-fp32 and bf16, accumulated in fp32; the experts' weights may have either dtype. Threads are torch's own: as many as
-`torch.get_num_threads()`, in torch's OpenMP pool. The same input gives the same bits for any number of threads. The
-instruction set is the best one here; the environment variable `FLEX_ISA` (amx, avx512_bf16, avx512, avx2, portable)
-forces another.
+csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here.
+It is two modules. `flex_kernels._native` computes on the CPU: fp32 and bf16, accumulated in fp32; the experts' weights
+may have either dtype. Threads are torch's own: as many as `torch.get_num_threads()`, in torch's OpenMP pool. The same
+input gives the same bits for any number of threads. The instruction set is the best one here; the environment variable
+`FLEX_ISA` (amx, avx512_bf16, avx512, avx2, portable) forces another. If it was not built, `covers` says no (and says so
+once, as a warning), and PyTorch computes instead. `flex_kernels._cuda` has the routing plan alone; it is built if nvcc
+is there (`setup.py`, FLEX_CUDA) and imports without a driver.
 """
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from flex_kernels.backends import native_door as native
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall
 
 MAX_PAIRS = torch.iinfo(torch.int32).max
+DTYPES = (torch.float32, torch.bfloat16)
+# stage -> dtypes of hidden states and weights, None: any
+STAGES: dict[str, tuple[torch.dtype, ...] | None] = {"routing_plan": None, "experts": DTYPES, "score": DTYPES}
 
 
-def experts_fwd(
-    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def module() -> ModuleType | None:
+    """The compiled module, or None if it could not be built."""
+    try:
+        # torch is imported first, so that the module shares its OpenMP runtime.
+        return importlib.import_module("flex_kernels._native")
+    except ImportError as error:
+        warnings.warn(
+            f"flex_kernels: the native module is not there ({error}); PyTorch computes instead, slower. "
+            "`pip install -e .` with a C++ compiler at hand builds it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+@cache
+def cuda_module() -> ModuleType | None:
+    """The compiled CUDA module, or None if it was not built."""
+    try:
+        return importlib.import_module("flex_kernels._cuda")
+    except ImportError:
+        return None
+
+
+def covers(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
+    """Does csrc compute this stage on this machine's CPU, for hidden states and weights of these dtypes?"""
+    if stage not in STAGES:
+        return False
+    dtypes = STAGES[stage]
+    return (dtypes is None or (dtype in dtypes and weight_dtype in dtypes)) and module() is not None
+
+
+def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.routing_plan`: sorted_pairs [T*K], tokens_per_expert [E], expert_offsets [E+1], all int32.
+
+    On a CUDA device it is one launch, without a synchronisation; negative ids are skipped like those `>= E`.
+
+    Raises:
+        TypeError: `expert_indices` is not an integer tensor on the CPU or a CUDA device.
+        ValueError: 2^31 pairs and more; on the CPU a negative id; on CUDA more experts than a block's shared memory
+            counts (6,143).
+        RuntimeError: the CUDA module was not built, or CUDA refuses the launch.
+    """
+    dtype, device, num_pairs = expert_indices.dtype, expert_indices.device, expert_indices.numel()
+    if device.type not in ("cpu", "cuda") or dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expert_indices is {dtype} on {device}, expected int32 or int64 on the CPU or a CUDA device")
+    if device.type == "cuda" and cuda_module() is None:
+        raise RuntimeError("flex_kernels._cuda was not built; `FLEX_CUDA=1 pip install -e .` with nvcc builds it")
+    if num_pairs > MAX_PAIRS:
+        raise ValueError(f"expert_indices has {num_pairs} entries, expected fewer than 2^31")
+    ids = (expert_indices if device.type == "cuda" else expert_indices.to(torch.int64)).contiguous()
+    results = tuple(ids.new_empty(size, dtype=torch.int32) for size in (num_pairs, num_experts, num_experts + 1))
+    addresses = [tensor.data_ptr() for tensor in results]
+    if device.type == "cuda":
+        _plan_on_cuda(ids, num_experts, addresses)
+    else:
+        module().routing_plan(ids.data_ptr(), num_pairs, num_experts, *addresses)
+    return results
+
+
+def _plan_on_cuda(ids: Tensor, num_experts: int, addresses: list[int]) -> None:
+    processors = torch.cuda.get_device_properties(ids.device).multi_processor_count
+    launch = cuda_module().plan_launch(ids.numel(), num_experts, processors)
+    counts = ids.new_empty(launch.num_counts, dtype=torch.int32)
+    with torch.cuda.device_of(ids):
+        cuda_module().routing_plan(
+            launch,
+            ids.data_ptr(),
+            ids.dtype == torch.int64,
+            ids.numel(),
+            num_experts,
+            counts.data_ptr(),
+            *addresses,
+            ids.device.index,
+            torch.cuda.current_stream(ids.device).cuda_stream,
+        )
+
+
+def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`pytorch.experts_fwd`: out [T, H], preactivations [T*K, 2I], graft_preactivations [T, 2I_g]."""
-    described, kept = _described(layer, combine, activation)
+    described, kept = _described(call)
     out = torch.empty_like(kept.hidden_states)
-    preactivations, graft_preactivations = _empty_preactivations(layer, save_preactivations)
-    native.module().experts_forward(
+    preactivations, graft_preactivations = _empty_preactivations(call, save_preactivations)
+    module().experts_forward(
         described, out.data_ptr(), preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
     )
     return out, preactivations, graft_preactivations
 
 
-def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(call: LayerCall) -> tuple[Tensor, Tensor]:
     """`pytorch.preactivations_fwd`: [T*K, 2I] and [T, 2I_g]."""
-    described, _kept = _described(layer, "additive", "silu")  # neither matters before the activation
-    preactivations, graft_preactivations = _empty_preactivations(layer, True)
-    native.module().experts_forward(
+    described, _kept = _described(call)
+    preactivations, graft_preactivations = _empty_preactivations(call, True)
+    module().experts_forward(
         described, 0, preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
     )
     return preactivations, graft_preactivations
 
 
 def experts_bwd(
-    d_out: Tensor,
-    layer: LayerInputs,
-    preactivations: Tensor,
-    graft_preactivations: Tensor,
-    combine: str,
-    activation: str,
-    need_hidden: bool,
-    need_routing_weights: bool,
-    need_graft: bool,
-    need_graft_logits: bool,
+    d_out: Tensor, call: LayerCall, preactivations: Tensor, graft_preactivations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pytorch.experts_bwd`: every gradient but those of the experts' weights; not needed: an empty tensor."""
-    described, kept = _described(layer, combine, activation)
-    x = kept.hidden_states
+    described, kept = _described(call)
+    x, needs = kept.hidden_states, call.needs
     rows = {
         "d_out": (d_out, tuple(x.shape)),
         "preactivations": (preactivations, (len(kept.sorted_pairs), kept.gate_up_proj.shape[1])),
     }
-    if layer.has_graft:
-        rows["graft_preactivations"] = (graft_preactivations, (len(x), 2 * layer.graft_width))
+    if call.has_graft:
+        rows["graft_preactivations"] = (graft_preactivations, (len(x), 2 * call.graft_width))
     inputs = [_checked(name, tensor, x.dtype, shape) for name, (tensor, shape) in rows.items()]
 
     def wanted(need: bool, like: Tensor | None) -> Tensor:
         return torch.empty_like(like) if need and like is not None else x.new_empty(0)
 
     grads = (
-        wanted(need_hidden, x),
-        wanted(need_routing_weights, kept.routing_weights),
-        wanted(need_graft, kept.graft_gate_up_proj),
-        wanted(need_graft, kept.graft_down_proj),
-        wanted(need_graft_logits, kept.graft_logits),
+        wanted(needs.hidden, x),
+        wanted(needs.routing_weights, kept.routing_weights),
+        wanted(needs.graft, kept.graft_gate_up_proj),
+        wanted(needs.graft, kept.graft_down_proj),
+        wanted(needs.graft_logits, kept.graft_logits),
     )
     addresses = [tensor.data_ptr() for tensor in inputs] + [0] * (3 - len(inputs))
-    gradients = native.module().Gradients(*(grad.data_ptr() for grad in grads))
-    native.module().experts_backward(described, *addresses, gradients, torch.get_num_threads())
+    gradients = module().Gradients(*(grad.data_ptr() for grad in grads))
+    module().experts_backward(described, *addresses, gradients, torch.get_num_threads())
     return grads
 
 
@@ -89,9 +167,7 @@ def score_experts(
     scoring, _kept = _scoring(hidden_states, target, gate_up_proj, down_proj, activation)
     offsets = batch_offsets.to("cpu", torch.int64).contiguous()
     scores = torch.empty(len(offsets) - 1, gate_up_proj.shape[0], 3)
-    native.module().score_experts(
-        scoring, offsets.data_ptr(), len(offsets) - 1, scores.data_ptr(), torch.get_num_threads()
-    )
+    module().score_experts(scoring, offsets.data_ptr(), len(offsets) - 1, scores.data_ptr(), torch.get_num_threads())
     return scores
 
 
@@ -102,17 +178,19 @@ def score_neurons(
     scoring, _kept = _scoring(hidden_states, target, gate_up_proj, down_proj, activation)
     energy = torch.empty(down_proj.shape[0], down_proj.shape[2])
     correlation = torch.empty_like(energy)
-    native.module().score_neurons(scoring, energy.data_ptr(), correlation.data_ptr(), torch.get_num_threads())
+    module().score_neurons(scoring, energy.data_ptr(), correlation.data_ptr(), torch.get_num_threads())
     return energy, correlation
 
 
-def _described(layer: LayerInputs, combine: str, activation: str) -> tuple[object, LayerInputs]:
+def _described(call: LayerCall) -> tuple[object, LayerCall]:
     """The layer as csrc reads it, and the tensors that must live as long as it is used."""
-    (num_tokens, hidden_size), top_k = layer.hidden_states.shape, layer.routing_weights.shape[1]
-    num_experts, _, width = layer.down_proj.shape
+    (num_tokens, hidden_size), top_k = call.hidden_states.shape, call.routing_weights.shape[1]
+    num_experts, _, width = call.down_proj.shape
     if num_tokens * top_k > MAX_PAIRS:
-        raise ValueError(f"hidden_states has {num_tokens} tokens of {top_k} experts each, want fewer than 2^31 pairs")
-    dtype, weight_dtype, graft_width = layer.hidden_states.dtype, layer.gate_up_proj.dtype, layer.graft_width
+        raise ValueError(
+            f"hidden_states has {num_tokens} tokens of {top_k} experts each, expected fewer than 2^31 pairs"
+        )
+    dtype, weight_dtype, graft_width = call.hidden_states.dtype, call.gate_up_proj.dtype, call.graft_width
     expected = {
         "hidden_states": (dtype, (num_tokens, hidden_size)),
         "sorted_pairs": (torch.int32, (num_tokens * top_k,)),
@@ -121,34 +199,35 @@ def _described(layer: LayerInputs, combine: str, activation: str) -> tuple[objec
         "gate_up_proj": (weight_dtype, (num_experts, 2 * width, hidden_size)),
         "down_proj": (weight_dtype, (num_experts, hidden_size, width)),
     }
-    if layer.has_graft:
+    if call.has_graft:
         expected |= {
             "graft_gate_up_proj": (dtype, (2 * graft_width, hidden_size)),
             "graft_down_proj": (dtype, (hidden_size, graft_width)),
             "graft_logits": (torch.float32, (num_tokens,)),
         }
-    kept = layer._replace(**{name: _checked(name, getattr(layer, name), *want) for name, want in expected.items()})
-    described = native.module().Layer(
+    checked = zip(call.tensors, expected.items(), strict=False)  # without a graft the last three are None
+    kept = LayerCall(*[_checked(name, tensor, *like) for tensor, (name, like) in checked])
+    described = module().Layer(
         num_tokens,
         hidden_size,
         num_experts,
         width,
         top_k,
-        graft_width if layer.has_graft else -1,
+        graft_width if call.has_graft else -1,
         _scalar(dtype),
         _scalar(weight_dtype),
-        combine == "convex",
-        _activation(activation),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in kept),
+        call.convex,
+        _activation(call.activation),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in kept.tensors),
     )
     return described, kept
 
 
-def _empty_preactivations(layer: LayerInputs, wanted: bool) -> tuple[Tensor, Tensor]:
-    """For [T*K, 2I] and the graft's [T, 2I_g]; without rows where not wanted."""
-    pairs, tokens = (len(layer.sorted_pairs), len(layer.hidden_states)) if wanted else (0, 0)
-    empty = layer.hidden_states.new_empty
-    return empty(pairs, layer.gate_up_proj.shape[1]), empty(tokens if layer.has_graft else 0, 2 * layer.graft_width)
+def _empty_preactivations(call: LayerCall, wanted: bool) -> tuple[Tensor, Tensor]:
+    """For [T*K, 2I] and the graft's [T, 2I_g]; without rows if not wanted."""
+    pairs, tokens = (len(call.sorted_pairs), len(call.hidden_states)) if wanted else (0, 0)
+    empty = call.hidden_states.new_empty
+    return empty(pairs, call.gate_up_proj.shape[1]), empty(tokens if call.has_graft else 0, 2 * call.graft_width)
 
 
 def _scoring(
@@ -167,24 +246,24 @@ def _scoring(
     ]
     sizes = (len(hidden_states), hidden_size, num_experts, width)
     names = (_scalar(dtype), _scalar(weight_dtype), _activation(activation))
-    return native.module().Scoring(*sizes, *names, *(tensor.data_ptr() for tensor in kept)), kept
+    return module().Scoring(*sizes, *names, *(tensor.data_ptr() for tensor in kept)), kept
 
 
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor, contiguous: from here on only its address is known."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype:
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, want {dtype} on the CPU")
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on the CPU")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, want {list(shape)}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor.contiguous()
 
 
 def _scalar(dtype: torch.dtype) -> object:
-    scalars = native.module().Scalar
+    scalars = module().Scalar
     if dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"csrc computes in float32 and bfloat16, got {dtype}")
     return scalars.float32 if dtype == torch.float32 else scalars.bfloat16
 
 
 def _activation(activation: str) -> object:
-    return getattr(native.module().Activation, activation)
+    return getattr(module().Activation, activation)

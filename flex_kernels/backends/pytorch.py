@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall
 from flex_kernels.reference import ACTIVATIONS
 
 
@@ -36,117 +36,97 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return order.to(torch.int32), expert_offsets.diff(), expert_offsets
 
 
-def experts_fwd(
-    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Routed experts, graft, and their sum. Returns out [T, H], preactivations [T*K, 2I], graft_preactivations."""
-    top_k = layer.routing_weights.shape[1]
-    preactivations, graft_preactivations = preactivations_fwd(layer)
-    counts = layer.expert_offsets.diff().tolist()
-    expert_out = _grouped_mm(_glu(preactivations, activation), layer.down_proj.transpose(1, 2), counts)
-    out = _sum_over_slots(expert_out, _rows_by_pair(layer.sorted_pairs), top_k, layer.routing_weights)
-    if layer.has_graft:
-        opening = torch.sigmoid(layer.graft_logits)[:, None]
-        graft_out = F.linear(_glu(graft_preactivations, activation), layer.graft_down_proj)
-        out = torch.addcmul(out * (1 - opening) if combine == "convex" else out, opening, _wide(graft_out))
+    top_k, activation = call.routing_weights.shape[1], call.activation
+    preactivations, graft_preactivations = preactivations_fwd(call)
+    counts = call.expert_offsets.diff().tolist()
+    expert_out = _grouped_mm(_glu(preactivations, activation), call.down_proj.transpose(1, 2), counts)
+    out = _sum_over_slots(expert_out, _rows_by_pair(call.sorted_pairs), top_k, call.routing_weights)
+    if call.has_graft:
+        opening = torch.sigmoid(call.graft_logits)[:, None]
+        graft_out = F.linear(_glu(graft_preactivations, activation), call.graft_down_proj)
+        out = torch.addcmul(out * (1 - opening) if call.convex else out, opening, _wide(graft_out))
     if not save_preactivations:
         preactivations = preactivations.new_empty(0, preactivations.shape[1])
         graft_preactivations = graft_preactivations.new_empty(0, graft_preactivations.shape[1])
-    return out.to(layer.hidden_states.dtype), preactivations, graft_preactivations
+    return out.to(call.hidden_states.dtype), preactivations, graft_preactivations
 
 
-def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(call: LayerCall) -> tuple[Tensor, Tensor]:
     """The part of `experts_fwd` that a backward without kept pre-activations repeats: [T*K, 2I] and [T, 2I_g]."""
-    rows = layer.hidden_states.index_select(0, _tokens(layer.sorted_pairs, layer.routing_weights.shape[1]))  # [R, H]
-    preactivations = _grouped_mm(rows, layer.gate_up_proj.transpose(1, 2), layer.expert_offsets.diff().tolist())
-    if not layer.has_graft:
+    rows = call.hidden_states.index_select(0, _tokens(call.sorted_pairs, call.routing_weights.shape[1]))  # [R, H]
+    preactivations = _grouped_mm(rows, call.gate_up_proj.transpose(1, 2), call.expert_offsets.diff().tolist())
+    if not call.has_graft:
         return preactivations, rows.new_empty(0, 0)
-    return preactivations, F.linear(layer.hidden_states, layer.graft_gate_up_proj)
+    return preactivations, F.linear(call.hidden_states, call.graft_gate_up_proj)
 
 
 def experts_bwd(
-    d_out: Tensor,
-    layer: LayerInputs,
-    preactivations: Tensor,
-    graft_preactivations: Tensor,
-    combine: str,
-    activation: str,
-    need_hidden: bool,
-    need_routing_weights: bool,
-    need_graft: bool,
-    need_graft_logits: bool,
+    d_out: Tensor, call: LayerCall, preactivations: Tensor, graft_preactivations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Every gradient but those of the experts' weights; what is not needed comes back as an empty tensor."""
-    hidden_states, sorted_pairs, expert_offsets, routing_weights, gate_up_proj, down_proj, *graft = layer
-    graft_gate_up_proj, graft_down_proj, graft_logits = graft
+    hidden_states, sorted_pairs, _, routing_weights, *_ = call
+    activation, needs = call.activation, call.needs
     num_tokens, top_k = routing_weights.shape
     dtype = hidden_states.dtype
     d_hidden, d_graft_gate_up, d_graft_down = (hidden_states.new_empty(0) for _ in range(3))
     d_routing_weights, d_graft_logits = (routing_weights.new_empty(0) for _ in range(2))
-    opening = None if graft_logits is None else torch.sigmoid(graft_logits)  # [T]
-    closing = 1 - opening if combine == "convex" and opening is not None else None
+    opening = torch.sigmoid(call.graft_logits) if call.has_graft else None  # [T]
+    closing = 1 - opening if call.convex else None
     d_opening = None
 
-    if need_hidden or need_routing_weights or (need_graft_logits and closing is not None):
-        counts, row_by_pair = expert_offsets.diff().tolist(), _rows_by_pair(sorted_pairs)
+    if call.routed:
+        counts, row_by_pair = call.expert_offsets.diff().tolist(), _rows_by_pair(sorted_pairs)
         d_rows = d_out.index_select(0, _tokens(sorted_pairs, top_k))
-        d_activations = _wide(_grouped_mm(d_rows, down_proj, counts))  # [R, I]
-        if need_routing_weights or closing is not None:
+        d_activations = _wide(_grouped_mm(d_rows, call.down_proj, counts))  # [R, I]
+        if needs.routing_weights or closing is not None:
             products = (d_activations * _glu(preactivations, activation, wide=True)).sum(1)  # [R]
             products[sum(counts) :] = 0  # rows of no expert here
             products = products[row_by_pair].view(num_tokens, top_k)
             if closing is not None:
                 d_opening = -(products * routing_weights).sum(1)
                 products = products * closing[:, None]
-            d_routing_weights = products if need_routing_weights else d_routing_weights
-        if need_hidden:
+            d_routing_weights = products if needs.routing_weights else d_routing_weights
+        if needs.hidden:
             row_weights = _row_weights(routing_weights, closing).flatten().index_select(0, sorted_pairs)
             d_preactivations = _d_glu(d_activations.mul_(row_weights[:, None]), preactivations, activation)
-            d_rows = _grouped_mm(d_preactivations, gate_up_proj, counts)
+            d_rows = _grouped_mm(d_preactivations, call.gate_up_proj, counts)
             d_hidden = _sum_over_slots(d_rows, row_by_pair, top_k, None)
 
-    if graft_gate_up_proj is not None and (need_hidden or need_graft or need_graft_logits):
-        d_activations = _wide(d_out @ graft_down_proj)  # [T, I_g]
+    if call.has_graft and (needs.hidden or needs.graft or needs.graft_logits):
+        d_activations = _wide(d_out @ call.graft_down_proj)  # [T, I_g]
         graft_activations = _glu(graft_preactivations, activation, wide=True)
-        if need_graft_logits:
+        if needs.graft_logits:
             graft_part = (d_activations * graft_activations).sum(1)
             d_opening = graft_part if d_opening is None else d_opening + graft_part
             d_graft_logits = opening * (1 - opening) * d_opening
-        if need_hidden or need_graft:
+        if needs.hidden or needs.graft:
             d_preactivations = _d_glu(d_activations.mul_(opening[:, None]), graft_preactivations, activation)
-            if need_hidden:
-                d_hidden = d_hidden + _wide(d_preactivations @ graft_gate_up_proj)
-            if need_graft:
+            if needs.hidden:
+                d_hidden = d_hidden + _wide(d_preactivations @ call.graft_gate_up_proj)
+            if needs.graft:
                 d_graft_gate_up = d_preactivations.T @ hidden_states
                 d_graft_down = (_wide(d_out) * opening[:, None]).to(dtype).T @ graft_activations.to(dtype)
     return d_hidden.to(dtype), d_routing_weights, d_graft_gate_up, d_graft_down, d_graft_logits
 
 
-def expert_weight_grads(
-    d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_logits: Tensor | None,
-    preactivations: Tensor,
-    combine: str,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """The rare case of trained experts: `d[G_e; U_e] = dZ^T X` and `dD_e = (w c dY)^T A`, zero for an idle expert."""
-    counts = expert_offsets.diff().tolist()
-    tokens = _tokens(sorted_pairs, routing_weights.shape[1])
-    closing = 1 - torch.sigmoid(graft_logits) if combine == "convex" and graft_logits is not None else None
-    row_weights = _row_weights(routing_weights, closing).flatten().index_select(0, sorted_pairs)[:, None]
+def expert_weight_grads(d_out: Tensor, call: LayerCall, preactivations: Tensor) -> tuple[Tensor, Tensor]:
+    """The rare case of trained experts: `d[G_e; U_e] = dZ^T X` and `dD_e = (w c dY)^T A`, zero for an idle expert.
+
+    Of the graft only `graft_logits` is read.
+    """
+    counts = call.expert_offsets.diff().tolist()
+    tokens = _tokens(call.sorted_pairs, call.routing_weights.shape[1])
+    closing = 1 - torch.sigmoid(call.graft_logits) if call.convex else None
+    row_weights = _row_weights(call.routing_weights, closing).flatten().index_select(0, call.sorted_pairs)[:, None]
     d_rows = d_out.index_select(0, tokens)
-    d_activations = _wide(_grouped_mm(d_rows, down_proj, counts)) * row_weights
-    d_preactivations = _d_glu(d_activations, preactivations, activation)
+    d_activations = _wide(_grouped_mm(d_rows, call.down_proj, counts)) * row_weights
+    d_preactivations = _d_glu(d_activations, preactivations, call.activation)
     d_rows = (_wide(d_rows) * row_weights).to(d_rows.dtype)
-    activations = _glu(preactivations, activation)
-    d_gate_up, d_down = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
-    rows, start = hidden_states.index_select(0, tokens), 0
+    activations = _glu(preactivations, call.activation)
+    d_gate_up, d_down = torch.zeros_like(call.gate_up_proj), torch.zeros_like(call.down_proj)
+    rows, start = call.hidden_states.index_select(0, tokens), 0
     for index, count in enumerate(counts):
         own = slice(start, start + count)
         if count > 0:

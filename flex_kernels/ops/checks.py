@@ -1,4 +1,4 @@
-"""What the public functions say about bad input: one sentence with the name, what came, and what is wanted."""
+"""Checks of the public functions. Each error is one sentence: the name, what it is, what was expected."""
 
 import contextlib
 
@@ -8,38 +8,38 @@ from torch import Tensor
 from flex_kernels.reference import ACTIVATIONS, COMBINES
 
 
-def check_shape(name: str, tensor: Tensor, wanted: tuple[int | str, ...]) -> None:
-    """`wanted`: a size, or a letter where any size will do."""
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """`expected`: a size, or a letter where any size will do."""
     shape = tensor.shape
-    if len(shape) != len(wanted) or any(
-        not isinstance(size, str) and size != own for size, own in zip(wanted, shape, strict=True)
+    if len(shape) != len(expected) or any(
+        not isinstance(size, str) and size != own for size, own in zip(expected, shape, strict=True)
     ):
-        raise ValueError(f"{name} has shape {list(shape)}, want [{', '.join(str(size) for size in wanted)}]")
+        raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(str(size) for size in expected)}]")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {tensor.dtype}, want a floating point tensor")
+        raise TypeError(f"{name} is {tensor.dtype}, expected a floating point tensor")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is {tensor.dtype}, want int64 or int32")
+        raise TypeError(f"{name} is {tensor.dtype}, expected int64 or int32")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, want {device}, where hidden_states is")
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}, where hidden_states is")
 
 
 def check_combine(combine: str) -> None:
     if combine not in COMBINES:
-        raise ValueError(f"combine is {combine!r}, want one of {', '.join(COMBINES)}")
+        raise ValueError(f"combine is {combine!r}, expected one of {', '.join(COMBINES)}")
 
 
 def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

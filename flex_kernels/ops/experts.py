@@ -1,25 +1,19 @@
 """The layer as one differentiable PyTorch operation, `flex::grafted_experts`.
 
-Each operation in the same order: CUDA -> fake -> CPU -> backward (an operation of its own) -> autograd -> the public
-function with checks and documentation. Who computes is decided in `plan.py`. `ops_router.py` (route, routing_plan,
-combine) and `ops_score.py` (score_experts, score_neurons) go on in the same way.
-
-Kept for the backward of `grafted_experts`: the pre-activations `Z`, and with a graft the input `X`; or `X` alone where
-the caller says `recompute`. Under `no_grad` nothing.
+Kept for the backward: the pre-activations `Z`, and with a graft the input `X`; or `X` alone if the caller says
+`recompute`. Under `no_grad` nothing.
 Frozen expert weights are plain attributes of the autograd node (no version check, no pinning) and their gradient is
 never computed. Trained ones are saved as usual and get their gradient from an operation of its own.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flex_kernels import plan
 from flex_kernels.backends import pytorch
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall, Needs
 from flex_kernels.ops.checks import (
     autocast_off,
     check_activation,
@@ -31,168 +25,109 @@ from flex_kernels.ops.checks import (
     compute_dtype,
     wide_dtype,
 )
+from flex_kernels.ops.operation import Choose, operation
 
-Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
-
-
-_LAYER = (
-    "Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj, "
-    "Tensor? graft_gate_up_proj, Tensor? graft_down_proj, Tensor? graft_logits"
-)
+_EXPERTS = "Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj"
+_LAYER = f"{_EXPERTS}, Tensor? graft_gate_up_proj, Tensor? graft_down_proj, Tensor? graft_logits"
+_ROWS = "Tensor d_out, Tensor hidden_states, Tensor sorted_pairs, Tensor expert_offsets"
+_NAMES = "str combine, str activation"
 
 
-def _forward(
-    choose: Choose,
-    hidden_states: Tensor,
-    expert_indices: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _forward(choose: Choose, hidden_states: Tensor, expert_indices: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *layer, combine, activation, save_preactivations = rest
+    gate_up_proj = layer[1]
     planner = choose("routing_plan", hidden_states.dtype)
     backend = choose("experts", hidden_states.dtype, gate_up_proj.dtype)
     with autocast_off(hidden_states):
         sorted_pairs, _, expert_offsets = planner.routing_plan(expert_indices, gate_up_proj.shape[0])
-        plan_of_rows = (sorted_pairs, expert_offsets)
-        *experts_and_graft, combine, activation, save_preactivations = rest
-        layer = LayerInputs(
-            hidden_states.contiguous(), *plan_of_rows, routing_weights, gate_up_proj, *experts_and_graft
-        )
-        results = backend.experts_fwd(layer, combine, activation, save_preactivations)
-    return *results, *plan_of_rows
+        rows = (hidden_states.contiguous(), sorted_pairs, expert_offsets)
+        results = backend.experts_fwd(LayerCall(*rows, *layer, combine, activation), save_preactivations)
+    return *results, sorted_pairs, expert_offsets
 
 
-@torch.library.custom_op(
-    "flex::grafted_experts",
-    mutates_args=(),
-    device_types="cuda",
-    schema=f"(Tensor hidden_states, Tensor expert_indices, {_LAYER}, str combine, str activation, "
-    "bool save_preactivations) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _grafted_experts(*args: Any) -> tuple[Tensor, ...]:
-    return _forward(plan.cuda_backend, *args)
-
-
-@_grafted_experts.register_fake
-def _(
-    hidden_states: Tensor,
-    expert_indices: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    activation: str,
-    save_preactivations: bool,
-) -> tuple[Tensor, ...]:
+def _forward_fake(hidden_states: Tensor, expert_indices: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, gate_up_proj, _, graft_gate_up_proj, *_, save_preactivations = rest
     torch._check(hidden_states.dim() == 2 and expert_indices.dim() == 2 and gate_up_proj.dim() == 3)
     num_tokens, num_pairs = hidden_states.shape[0], expert_indices.numel()
-    grafted = graft_gate_up_proj is not None
+    graft_rows, graft_columns = (0, 0) if graft_gate_up_proj is None else (num_tokens, graft_gate_up_proj.shape[0])
     return (
         hidden_states.new_empty(hidden_states.shape),
         hidden_states.new_empty(num_pairs if save_preactivations else 0, gate_up_proj.shape[1]),
-        hidden_states.new_empty(
-            num_tokens if save_preactivations and grafted else 0, graft_gate_up_proj.shape[0] if grafted else 0
-        ),
+        hidden_states.new_empty(graft_rows if save_preactivations else 0, graft_columns),
         expert_indices.new_empty(num_pairs, dtype=torch.int32),
         expert_indices.new_empty(gate_up_proj.shape[0] + 1, dtype=torch.int32),
     )
 
 
-@_grafted_experts.register_kernel("cpu")
-def _(*args: Any) -> tuple[Tensor, ...]:
-    return _forward(plan.cpu_backend, *args)
+_grafted_experts = operation(
+    "grafted_experts",
+    f"(Tensor hidden_states, Tensor expert_indices, {_LAYER}, {_NAMES}, bool save_preactivations) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
 
 
 def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    layer, preactivations, needs = LayerInputs(hidden_states.contiguous(), *rest[:8]), rest[8:10], rest[10:]
-    backend = choose("experts", hidden_states.dtype, layer.gate_up_proj.dtype)
+    *layer, preactivations, graft_preactivations, combine, activation = rest[:12]
+    call = LayerCall(hidden_states.contiguous(), *layer, combine, activation, Needs(*rest[12:]))
+    backend = choose("experts", hidden_states.dtype, call.gate_up_proj.dtype)
     with autocast_off(hidden_states):
-        preactivations = _preactivations(backend, layer, preactivations)
-        return backend.experts_bwd(d_out.contiguous(), layer, *preactivations, *needs)
+        kept = _preactivations(backend, call, preactivations, graft_preactivations)
+        return backend.experts_bwd(d_out.contiguous(), call, *kept)
 
 
-def _preactivations(backend: ModuleType, layer: LayerInputs, kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the forward kept, or the same once more."""
-    return kept if len(kept[0]) == len(layer.sorted_pairs) else backend.preactivations_fwd(layer)
+def _preactivations(backend: ModuleType, call: LayerCall, *kept: Tensor) -> tuple[Tensor, ...]:
+    """Those that the forward kept, or the same once more."""
+    return kept if len(kept[0]) == len(call.sorted_pairs) else backend.preactivations_fwd(call)
 
 
-@torch.library.custom_op(
-    "flex::grafted_experts_bwd",
-    mutates_args=(),
-    device_types="cuda",
-    schema=f"(Tensor d_out, Tensor hidden_states, Tensor sorted_pairs, Tensor expert_offsets, {_LAYER}, "
-    "Tensor preactivations, Tensor graft_preactivations, str combine, str activation, bool need_hidden, "
-    "bool need_routing_weights, bool need_graft, bool need_graft_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _grafted_experts_bwd(*args: Any) -> tuple[Tensor, ...]:
-    return _backward(plan.cuda_backend, *args)
+def _backward_fake(_: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    routing_weights, (hidden, weights, graft, logits) = rest[2], rest[-4:]
+    graft_gate_up_proj, graft_down_proj, graft_logits = rest[5:8]
 
+    def gradient(need: bool, of: Tensor | None, kind: Tensor) -> Tensor:
+        return of.new_empty(of.shape) if need and of is not None else kind.new_empty(0)
 
-@_grafted_experts_bwd.register_fake
-def _(
-    d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_gate_up_proj: Tensor | None,
-    graft_down_proj: Tensor | None,
-    graft_logits: Tensor | None,
-    preactivations: Tensor,
-    graft_preactivations: Tensor,
-    combine: str,
-    activation: str,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    inputs = (hidden_states, routing_weights, graft_gate_up_proj, graft_down_proj, graft_logits)
-    needs = (needs[0], needs[1], needs[2], needs[2], needs[3])
-    return tuple(
-        x.new_empty(x.shape) if need and x is not None else _nothing(hidden_states, routing_weights, index)
-        for index, (x, need) in enumerate(zip(inputs, needs, strict=True))
+    return (
+        gradient(hidden, hidden_states, hidden_states),
+        gradient(weights, routing_weights, routing_weights),
+        gradient(graft, graft_gate_up_proj, hidden_states),
+        gradient(graft, graft_down_proj, hidden_states),
+        gradient(logits, graft_logits, routing_weights),
     )
 
 
-def _nothing(hidden_states: Tensor, routing_weights: Tensor, index: int) -> Tensor:
-    return (routing_weights if index in (1, 4) else hidden_states).new_empty(0)
+_grafted_experts_bwd = operation(
+    "grafted_experts_bwd",
+    f"({_ROWS}, {_LAYER}, Tensor preactivations, Tensor graft_preactivations, {_NAMES}, bool need_hidden, "
+    "bool need_routing_weights, bool need_graft, bool need_graft_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
-@_grafted_experts_bwd.register_kernel("cpu")
-def _(*args: Any) -> tuple[Tensor, ...]:
-    return _backward(plan.cpu_backend, *args)
-
-
-@torch.library.custom_op("flex::grafted_experts_bwd_weights", mutates_args=())
-def _grafted_experts_bwd_weights(
-    d_out: Tensor,
-    hidden_states: Tensor,
-    sorted_pairs: Tensor,
-    expert_offsets: Tensor,
-    routing_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    graft_logits: Tensor | None,
-    preactivations: Tensor,
-    combine: str,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    plan_of_rows, names = (sorted_pairs, expert_offsets), (combine, activation)
-    experts = (routing_weights, gate_up_proj, down_proj)
+def _backward_weights(_: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *rows_and_experts, graft_logits, preactivations, combine, activation = rest
+    call = LayerCall(
+        hidden_states.contiguous(), *rows_and_experts, graft_logits=graft_logits, combine=combine, activation=activation
+    )
     with autocast_off(hidden_states):
-        rows = (d_out.contiguous(), hidden_states.contiguous())
-        bare = LayerInputs(rows[1], *plan_of_rows, *experts, None, None, None)
-        kept = _preactivations(pytorch, bare, (preactivations,))
-        return pytorch.expert_weight_grads(*rows, *plan_of_rows, *experts, graft_logits, kept[0], *names)
+        preactivations, *_ = _preactivations(pytorch, call, preactivations)
+        return pytorch.expert_weight_grads(d_out.contiguous(), call, preactivations)
 
 
-@_grafted_experts_bwd_weights.register_fake
-def _(d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    gate_up_proj, down_proj = rest[3], rest[4]
+def _backward_weights_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    gate_up_proj, down_proj = args[5:7]
     return gate_up_proj.new_empty(gate_up_proj.shape), down_proj.new_empty(down_proj.shape)
+
+
+_grafted_experts_bwd_weights = operation(
+    "grafted_experts_bwd_weights",
+    f"({_ROWS}, {_EXPERTS}, Tensor? graft_logits, Tensor preactivations, {_NAMES}) -> (Tensor, Tensor)",
+    _backward_weights,
+    _backward_weights_fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,17 +152,15 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor
     hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = saved[:9]
     hidden_states = d_out if hidden_states is None else hidden_states  # then nothing but its shape and dtype is read
     experts = saved[9:] if ctx.trains_experts else ctx.frozen_experts
-    plan_of_rows, names = (sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
+    rows, names = (d_out, hidden_states, sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
     wanted = (needs[0], needs[2], needs[5] or needs[6], needs[7])
     d_hidden = d_weights = d_graft_gate_up = d_graft_down = d_graft_logits = d_gate_up = d_down = None
     if any(wanted):
         d_hidden, d_weights, d_graft_gate_up, d_graft_down, d_graft_logits = _grafted_experts_bwd(
-            d_out, hidden_states, *plan_of_rows, routing_weights, *experts, *graft, z, graft_z, *names, *wanted
+            *rows, routing_weights, *experts, *graft, z, graft_z, *names, *wanted
         )
     if ctx.trains_experts:
-        d_gate_up, d_down = _grafted_experts_bwd_weights(
-            d_out, hidden_states, *plan_of_rows, routing_weights, *experts, graft[2], z, *names
-        )
+        d_gate_up, d_down = _grafted_experts_bwd_weights(*rows, routing_weights, *experts, graft[2], z, *names)
     grads = (d_hidden, None, d_weights, d_gate_up, d_down, d_graft_gate_up, d_graft_down, d_graft_logits)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None
 
@@ -324,7 +257,7 @@ def _check_layer(
         check_shape("graft_logits", graft[2], (num_tokens,))
         named |= zip(graft_names, graft, strict=True)
     elif len(missing) < 3:
-        raise ValueError(f"{' and '.join(missing)} missing, want all of {', '.join(graft_names)} or none of them")
+        raise ValueError(f"{' and '.join(missing)} missing, expected all of {', '.join(graft_names)} or none of them")
     check_float("hidden_states", hidden_states)
     check_device("expert_indices", expert_indices, hidden_states.device)
     for name, tensor in named.items():

@@ -1,37 +1,30 @@
-"""The graft's gate before its sigmoid as an operation, `flex::graft_logits`. Order as in `ops.py`."""
+"""The graft's gate before its sigmoid as an operation, `flex::graft_logits`. Order as in `operation.py`."""
 
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flex_kernels import plan
 from flex_kernels.ops.checks import autocast_off, check_device, check_float, check_shape, wide_dtype
+from flex_kernels.ops.operation import Choose, operation
 
-Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
 
-
-def _forward(choose: Choose, hidden_states: Tensor, *logit: Tensor) -> Tensor:
+def _forward(choose: Choose, hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
     with autocast_off(hidden_states):
-        return choose("graft_logits", hidden_states.dtype).graft_logits_fwd(hidden_states, *logit)
+        return choose("graft_logits", hidden_states.dtype).graft_logits_fwd(hidden_states, logit_weight, logit_bias)
 
 
-@torch.library.custom_op("flex::graft_logits", mutates_args=(), device_types="cuda")
-def _graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
-    return _forward(plan.cuda_backend, hidden_states, logit_weight, logit_bias)
-
-
-@_graft_logits.register_fake
-def _(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
+def _forward_fake(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
     torch._check(hidden_states.dim() == 2)
     return logit_weight.new_empty(hidden_states.shape[0])
 
 
-@_graft_logits.register_kernel("cpu")
-def _(*args: Tensor) -> Tensor:
-    return _forward(plan.cpu_backend, *args)
+_graft_logits = operation(
+    "graft_logits",
+    "(Tensor hidden_states, Tensor logit_weight, Tensor logit_bias) -> Tensor",
+    _forward,
+    _forward_fake,
+)
 
 
 def _gradients(choose: Choose, d_graft_logits: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -39,16 +32,8 @@ def _gradients(choose: Choose, d_graft_logits: Tensor, hidden_states: Tensor, *r
         return choose("graft_logits", hidden_states.dtype).graft_logits_bwd(d_graft_logits, hidden_states, *rest)
 
 
-@torch.library.custom_op("flex::graft_logits_bwd", mutates_args=(), device_types="cuda")
-def _graft_logits_bwd(
-    d_graft_logits: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    return _gradients(plan.cuda_backend, d_graft_logits, hidden_states, logit_weight, need_hidden, need_weight)
-
-
-@_graft_logits_bwd.register_fake
-def _(
-    d_graft_logits: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
+def _gradients_fake(
+    _: Tensor, hidden_states: Tensor, logit_weight: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         hidden_states.new_empty(hidden_states.shape if need_hidden else 0),
@@ -56,9 +41,13 @@ def _(
     )
 
 
-@_graft_logits_bwd.register_kernel("cpu")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    return _gradients(plan.cpu_backend, *args)
+_graft_logits_bwd = operation(
+    "graft_logits_bwd",
+    "(Tensor d_graft_logits, Tensor hidden_states, Tensor logit_weight, bool need_hidden, bool need_weight) "
+    "-> (Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The small stages as operations: `flex::route` and `flex::routing_plan` before the experts, `flex::combine` after.
 
 `grafted_experts` does its own combining; `combine` alone serves experts that some other code computes (biased or
-transposed layouts, `transformers_plug.py`). Order of each operation as in `ops.py`.
+transposed layouts, `transformers_plug.py`). Order of each operation as in `operation.py`.
 """
 
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flex_kernels import plan
 from flex_kernels.ops.checks import (
     autocast_off,
     check_combine,
@@ -19,41 +18,36 @@ from flex_kernels.ops.checks import (
     check_shape,
     wide_dtype,
 )
+from flex_kernels.ops.operation import Choose, operation
 
 
-@torch.library.custom_op("flex::route", mutates_args=(), device_types="cuda")
-def _route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    return plan.cuda_backend("route", router_logits.dtype).route_fwd(router_logits.contiguous(), top_k, renormalize)
+def _route_fwd(choose: Choose, router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    return choose("route", router_logits.dtype).route_fwd(router_logits.contiguous(), top_k, renormalize)
 
 
-@_route.register_fake
-def _(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def _route_fake(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     torch._check(router_logits.dim() == 2)
     shape = (router_logits.shape[0], top_k)
     weights = router_logits.new_empty(shape, dtype=wide_dtype(router_logits.dtype))
     return weights, router_logits.new_empty(shape, dtype=torch.int64)
 
 
-@_route.register_kernel("cpu")
-def _(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    return plan.cpu_backend("route", router_logits.dtype).route_fwd(router_logits.contiguous(), top_k, renormalize)
+_route = operation(
+    "route", "(Tensor router_logits, SymInt top_k, bool renormalize) -> (Tensor, Tensor)", _route_fwd, _route_fake
+)
 
 
-@torch.library.custom_op("flex::route_bwd", mutates_args=(), device_types="cuda")
-def _route_bwd(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: Tensor, renormalize: bool) -> Tensor:
-    backend = plan.cuda_backend("route", router_logits.dtype)
-    return backend.route_bwd(d_routing_weights.contiguous(), router_logits.contiguous(), expert_indices, renormalize)
+def _route_gradient(choose: Choose, d_routing_weights: Tensor, router_logits: Tensor, *rest: Any) -> Tensor:
+    backend = choose("route", router_logits.dtype)
+    return backend.route_bwd(d_routing_weights.contiguous(), router_logits.contiguous(), *rest)
 
 
-@_route_bwd.register_fake
-def _(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: Tensor, renormalize: bool) -> Tensor:
-    return router_logits.new_empty(router_logits.shape)
-
-
-@_route_bwd.register_kernel("cpu")
-def _(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: Tensor, renormalize: bool) -> Tensor:
-    backend = plan.cpu_backend("route", router_logits.dtype)
-    return backend.route_bwd(d_routing_weights.contiguous(), router_logits.contiguous(), expert_indices, renormalize)
+_route_bwd = operation(
+    "route_bwd",
+    "(Tensor d_routing_weights, Tensor router_logits, Tensor expert_indices, bool renormalize) -> Tensor",
+    _route_gradient,
+    lambda _, router_logits, *__: router_logits.new_empty(router_logits.shape),
+)
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,25 +87,23 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     check_shape("router_logits", router_logits, ("T", "E"))
     check_float("router_logits", router_logits)
     if not 1 <= top_k <= router_logits.shape[1]:
-        raise ValueError(f"top_k is {top_k}, want 1 to {router_logits.shape[1]}, the number of experts")
+        raise ValueError(f"top_k is {top_k}, expected 1 to {router_logits.shape[1]}, the number of experts")
     return _route(router_logits, top_k, renormalize)
 
 
-@torch.library.custom_op("flex::routing_plan", mutates_args=(), device_types="cuda")
-def _routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return plan.cuda_backend("routing_plan", torch.float32).routing_plan(expert_indices, num_experts)
+def _plan(choose: Choose, expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return choose("routing_plan", torch.float32).routing_plan(expert_indices, num_experts)
 
 
-@_routing_plan.register_fake
-def _(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_fake(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(expert_indices.dim() == 2)
     sizes = (expert_indices.numel(), num_experts, num_experts + 1)
     return tuple(expert_indices.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
-@_routing_plan.register_kernel("cpu")
-def _(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return plan.cpu_backend("routing_plan", torch.float32).routing_plan(expert_indices, num_experts)
+_routing_plan = operation(
+    "routing_plan", "(Tensor expert_indices, SymInt num_experts) -> (Tensor, Tensor, Tensor)", _plan, _plan_fake
+)
 
 
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,72 +129,47 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     check_integer("expert_indices", expert_indices)
     check_shape("expert_indices", expert_indices, ("T", "K"))
     if num_experts < 1:
-        raise ValueError(f"num_experts is {num_experts}, want at least 1")
+        raise ValueError(f"num_experts is {num_experts}, expected at least 1")
     return _routing_plan(expert_indices, num_experts)
 
 
-@torch.library.custom_op("flex::combine", mutates_args=(), device_types="cuda")
-def _combine(
-    expert_out: Tensor, routing_weights: Tensor, graft_out: Tensor | None, graft_logits: Tensor | None, combine: str
-) -> Tensor:
-    backend = plan.cuda_backend("combine", expert_out.dtype)
+_SUMMED = "Tensor expert_out, Tensor routing_weights, Tensor? graft_out, Tensor? graft_logits, str combine"
+
+
+def _combine_fwd(choose: Choose, expert_out: Tensor, *rest: Any) -> Tensor:
     with autocast_off(expert_out):
-        return backend.combine_fwd(expert_out.contiguous(), routing_weights, graft_out, graft_logits, combine)
+        return choose("combine", expert_out.dtype).combine_fwd(expert_out.contiguous(), *rest)
 
 
-@_combine.register_fake
-def _(
-    expert_out: Tensor, routing_weights: Tensor, graft_out: Tensor | None, graft_logits: Tensor | None, combine: str
-) -> Tensor:
+def _combine_fake(expert_out: Tensor, *_: Any) -> Tensor:
     torch._check(expert_out.dim() == 3)
     return expert_out.new_empty(expert_out.shape[0], expert_out.shape[2])
 
 
-@_combine.register_kernel("cpu")
-def _(
-    expert_out: Tensor, routing_weights: Tensor, graft_out: Tensor | None, graft_logits: Tensor | None, combine: str
-) -> Tensor:
-    backend = plan.cpu_backend("combine", expert_out.dtype)
+_combine = operation("combine", f"({_SUMMED}) -> Tensor", _combine_fwd, _combine_fake)
+
+
+def _combine_gradients(choose: Choose, d_out: Tensor, expert_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     with autocast_off(expert_out):
-        return backend.combine_fwd(expert_out.contiguous(), routing_weights, graft_out, graft_logits, combine)
-
-
-_COMBINE_BWD = (
-    "(Tensor d_out, Tensor expert_out, Tensor routing_weights, Tensor? graft_out, Tensor? graft_logits, str combine, "
-    "bool need_expert_out, bool need_routing_weights, bool need_graft_out, bool need_graft_logits) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.custom_op("flex::combine_bwd", mutates_args=(), device_types="cuda", schema=_COMBINE_BWD)
-def _combine_bwd(d_out: Tensor, expert_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    backend = plan.cuda_backend("combine", expert_out.dtype)
-    with autocast_off(expert_out):
+        backend = choose("combine", expert_out.dtype)
         return backend.combine_bwd(d_out.contiguous(), expert_out.contiguous(), *rest)
 
 
-@_combine_bwd.register_fake
-def _(
-    d_out: Tensor,
-    expert_out: Tensor,
-    routing_weights: Tensor,
-    graft_out: Tensor | None,
-    graft_logits: Tensor | None,
-    combine: str,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    inputs = (expert_out, routing_weights, graft_out, graft_logits)
+def _combine_gradients_fake(_: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = rest[:4], rest[5:]
     return tuple(
-        x.new_empty(x.shape) if need and x is not None else (expert_out, routing_weights)[index % 2].new_empty(0)
+        x.new_empty(x.shape) if need and x is not None else inputs[index % 2].new_empty(0)
         for index, (x, need) in enumerate(zip(inputs, needs, strict=True))
     )
 
 
-@_combine_bwd.register_kernel("cpu")
-def _(d_out: Tensor, expert_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    backend = plan.cpu_backend("combine", expert_out.dtype)
-    with autocast_off(expert_out):
-        return backend.combine_bwd(d_out.contiguous(), expert_out.contiguous(), *rest)
+_combine_bwd = operation(
+    "combine_bwd",
+    f"(Tensor d_out, {_SUMMED}, bool need_expert_out, bool need_routing_weights, bool need_graft_out, "
+    "bool need_graft_logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    _combine_gradients,
+    _combine_gradients_fake,
+)
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -247,7 +214,7 @@ def combine(
     check_shape("routing_weights", routing_weights, tuple(expert_out.shape[:2]))
     check_combine(combine)
     if (graft_out is None) != (graft_logits is None):
-        raise ValueError("one of graft_out and graft_logits is missing, want both or none")
+        raise ValueError("one of graft_out and graft_logits is missing, expected both or none")
     named = {"expert_out": expert_out, "routing_weights": routing_weights}
     wide = wide_dtype(expert_out.dtype)
     if graft_out is not None:

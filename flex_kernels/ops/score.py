@@ -1,14 +1,14 @@
 """Scoring pretrained components against a target: `flex::score_experts` and `flex::score_neurons`.
 
-Neither is differentiable: they choose what to train, before training. Order of each operation as in `ops.py`.
+Neither is differentiable: they choose what to train, before training. Order of each operation as in `operation.py`.
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flex_kernels import plan
 from flex_kernels.ops.checks import (
     autocast_off,
     check_activation,
@@ -17,47 +17,26 @@ from flex_kernels.ops.checks import (
     check_integer,
     check_shape,
 )
+from flex_kernels.ops.operation import Choose, operation
+
+_COMPONENTS = "Tensor hidden_states, Tensor target, Tensor gate_up_proj, Tensor down_proj"
 
 
-@torch.library.custom_op("flex::score_experts", mutates_args=(), device_types="cuda")
-def _score_experts(
-    hidden_states: Tensor,
-    target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    batch_offsets: Tensor,
-    activation: str,
-) -> Tensor:
-    backend = plan.cuda_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+def _experts(choose: Choose, hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Tensor:
     with autocast_off(hidden_states):
-        return backend.score_experts(hidden_states, target, gate_up_proj, down_proj, batch_offsets, activation)
+        backend = choose("score", hidden_states.dtype, gate_up_proj.dtype)
+        return backend.score_experts(hidden_states, target, gate_up_proj, *rest)
 
 
-@_score_experts.register_fake
-def _(
-    hidden_states: Tensor,
-    target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    batch_offsets: Tensor,
-    activation: str,
-) -> Tensor:
+def _experts_fake(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Tensor:
     torch._check(hidden_states.dim() == 2 and target.shape == hidden_states.shape)
+    batch_offsets = rest[1]
     return hidden_states.new_empty(batch_offsets.shape[0] - 1, gate_up_proj.shape[0], 3, dtype=torch.float32)
 
 
-@_score_experts.register_kernel("cpu")
-def _(
-    hidden_states: Tensor,
-    target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    batch_offsets: Tensor,
-    activation: str,
-) -> Tensor:
-    backend = plan.cpu_backend("score", hidden_states.dtype, gate_up_proj.dtype)
-    with autocast_off(hidden_states):
-        return backend.score_experts(hidden_states, target, gate_up_proj, down_proj, batch_offsets, activation)
+_score_experts = operation(
+    "score_experts", f"({_COMPONENTS}, Tensor batch_offsets, str activation) -> Tensor", _experts, _experts_fake
+)
 
 
 def score_experts(
@@ -72,7 +51,7 @@ def score_experts(
     """How well each expert alone reconstructs the layer's output; twin: `reference.score_experts`.
 
     `(||F_b - E_i(X_b)||^2, <F_b, E_i(X_b)>, ||E_i(X_b)||^2)` for each calibration batch `b` and expert `i`: from these
-    three every criterion of `selection.py` follows. `[T, E, H]` is never written. Not differentiable.
+    three every criterion of `selection/one_expert.py` follows. `[T, E, H]` is never written. Not differentiable.
 
     Args:
         hidden_states: [T, H], the layer's input.
@@ -96,7 +75,7 @@ def score_experts(
         ascending = all(a <= b for a, b in itertools.pairwise(offsets))
         if not ascending or len(offsets) < 2 or (offsets[0], offsets[-1]) != (0, len(hidden_states)):
             raise ValueError(
-                f"batch_offsets is {offsets}, want it to ascend from 0 to {len(hidden_states)}, the tokens"
+                f"batch_offsets is {offsets}, expected it to ascend from 0 to {len(hidden_states)}, the tokens"
             )
     with torch.no_grad():
         return _score_experts(
@@ -104,31 +83,21 @@ def score_experts(
         )
 
 
-@torch.library.custom_op("flex::score_neurons", mutates_args=(), device_types="cuda")
-def _score_neurons(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    backend = plan.cuda_backend("score", hidden_states.dtype, gate_up_proj.dtype)
+def _neurons(choose: Choose, hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Any:
     with autocast_off(hidden_states):
-        return backend.score_neurons(hidden_states, target, gate_up_proj, down_proj, activation)
+        backend = choose("score", hidden_states.dtype, gate_up_proj.dtype)
+        return backend.score_neurons(hidden_states, target, gate_up_proj, *rest)
 
 
-@_score_neurons.register_fake
-def _(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
+def _neurons_fake(hidden_states: Tensor, target: Tensor, _: Tensor, down_proj: Tensor, *__: Any) -> Any:
     torch._check(hidden_states.dim() == 2 and target.shape == hidden_states.shape)
     shape = (down_proj.shape[0], down_proj.shape[2])
     return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.float32)
 
 
-@_score_neurons.register_kernel("cpu")
-def _(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    backend = plan.cpu_backend("score", hidden_states.dtype, gate_up_proj.dtype)
-    with autocast_off(hidden_states):
-        return backend.score_neurons(hidden_states, target, gate_up_proj, down_proj, activation)
+_score_neurons = operation(
+    "score_neurons", f"({_COMPONENTS}, str activation) -> (Tensor, Tensor)", _neurons, _neurons_fake
+)
 
 
 def score_neurons(

@@ -59,7 +59,7 @@ def prefilter(energy: Tensor, correlation: Tensor, count: int) -> Tensor:
     check_finite("energy", energy)
     check_finite("correlation", correlation)
     if not 1 <= count <= energy.numel():
-        raise ValueError(f"count is {count}, want 1 to {energy.numel()}, the number of neurons")
+        raise ValueError(f"count is {count}, expected 1 to {energy.numel()}, the number of neurons")
     q, b = energy.flatten().double(), correlation.flatten().double()
     explained = torch.where(q > 0, b**2 / q, -1)
     return torch.sort(explained, descending=True, stable=True).indices[:count]
@@ -82,7 +82,7 @@ def gather_neurons(gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor) -> tupl
     check_shape("ids", ids, ("n",))
     lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
     if lowest < 0 or highest >= num_experts * width:
-        raise ValueError(f"ids reach from {lowest} to {highest}, want 0 to {num_experts * width - 1}")
+        raise ValueError(f"ids reach from {lowest} to {highest}, expected 0 to {num_experts * width - 1}")
     ids = ids.long().to(down_proj.device)
     expert, neuron = ids // width, ids % width
     gate_up = torch.cat([gate_up_proj[expert, neuron], gate_up_proj[expert, width + neuron]])
@@ -101,7 +101,7 @@ def neuron_sums(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *, 
     check_shape("gate_up_proj", gate_up_proj, ("2n", hidden_states.shape[1]))
     check_device("gate_up_proj", gate_up_proj, hidden_states.device)
     if len(gate_up_proj) == 0 or len(gate_up_proj) % 2:
-        raise ValueError(f"gate_up_proj has {len(gate_up_proj)} rows, want two for each neuron")
+        raise ValueError(f"gate_up_proj has {len(gate_up_proj)} rows, expected two for each neuron")
     check_activation(activation)
     num_neurons, wide = len(gate_up_proj) // 2, wide_dtype(hidden_states.dtype)
     options = {"dtype": torch.float64, "device": hidden_states.device}
@@ -122,7 +122,7 @@ def neuron_sums(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *, 
 
 
 def greedy_neurons(sums: NeuronSums, down_proj: Tensor, width: int) -> NeuronChoice:
-    """Picks `width` of the candidates, each time the one that, with all constants fitted anew, leaves least.
+    """Picks `width` of the candidates, each time the one that, with all constants fitted again, leaves least.
 
     Orthogonal matching pursuit by a pivoted Cholesky factorisation of `M`, computed as far as it is needed: after some
     picks `M_SS = L L^T` and `y = L^-1 b_S`; candidate `j`, whose row of `L` would be `L_j`, lowers the loss by
@@ -145,7 +145,7 @@ def greedy_neurons(sums: NeuronSums, down_proj: Tensor, width: int) -> NeuronCho
     check_shape("down_proj", down_proj, (sums.cross.shape[1], num_neurons))
     check_finite("down_proj", down_proj)
     if not 1 <= width <= num_neurons:
-        raise ValueError(f"width is {width}, want 1 to {num_neurons}, the number of neurons to choose from")
+        raise ValueError(f"width is {width}, expected 1 to {num_neurons}, the number of neurons to choose from")
     down = down_proj.detach().double()
     gram, inner = (down.T @ down).mul_(sums.gram), (sums.cross * down.T).sum(1)  # M, b
     start, losses = _searched(ExpertGram(gram, inner, sums.energy), width)

@@ -1,13 +1,13 @@
-"""From scores to the chosen component: the paper's rule and the criteria that stand beside it, as small pure functions.
+"""From scores to the chosen expert: the paper's rule and the criteria beside it, as small pure functions.
 
 `scores` is what `score_experts` returns, [B, E, 3]: `||F_b - E_i||^2`, `<F_b, E_i>`, `||E_i||^2` per calibration batch
 `b` and expert `i`. Every criterion gives [E], lower is better; `choose` takes the best, ties go to the lower index.
 
     reconstruction   sum_b ||F_b - E_i(X_b)||_F                  the paper's rule (arXiv 2506.00965), not squared
-    scaled           ||F||^2 - <F, E_i>^2 / ||E_i||^2            what the best scale on the down projection would leave
+    scaled           ||F||^2 - <F, E_i>^2 / ||E_i||^2            the rest at the best scale of the down projection
     routed_mass      - the routing weight the expert received    control
     random           one expert, drawn                           control
-    zero             sum_b ||F_b||_F                             control: what nothing at all leaves
+    zero             sum_b ||F_b||_F                             control: the error of no expert at all
 
 Several experts in one graft: `subsets.py`; neurons of many: `neurons.py`; a fitted down projection: `refit.py`.
 """
@@ -64,7 +64,7 @@ def choose(component_scores: Tensor) -> int:
     """
     check_shape("component_scores", component_scores, ("E",))
     if component_scores.numel() == 0 or component_scores.isnan().any():
-        raise ValueError(f"component_scores is {component_scores.tolist()}, want at least one and no NaN")
+        raise ValueError(f"component_scores is {component_scores.tolist()}, expected at least one and no NaN")
     return int((component_scores == component_scores.min()).nonzero()[0, 0])
 
 

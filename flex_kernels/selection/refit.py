@@ -38,7 +38,7 @@ def refit_down(sums: NeuronSums, down_proj: Tensor, ridge: float) -> Refit:
     """
     before = unexplained(sums, down_proj)
     if not (0 <= ridge < float("inf")):
-        raise ValueError(f"ridge is {ridge}, want a finite number, at least 0")
+        raise ValueError(f"ridge is {ridge}, expected a finite number, at least 0")
     old = down_proj.detach().double()
     penalty = ridge * sums.gram.diagonal().mean()
     matrix = sums.gram + penalty * torch.eye(len(sums.gram), dtype=torch.float64, device=sums.gram.device)
@@ -65,7 +65,7 @@ def unexplained(sums: NeuronSums, down_proj: Tensor) -> float:
     check_shape("down_proj", down_proj, (sums.cross.shape[1], len(sums.gram)))
     check_finite("down_proj", down_proj)
     if not sums.energy > 0:
-        raise ValueError("NeuronSums.energy is 0, want tokens with a target that is not zero everywhere")
+        raise ValueError("NeuronSums.energy is 0, expected tokens with a target that is not zero everywhere")
     down = down_proj.detach().double()
     explained = 2 * (sums.cross * down.T).sum() - ((down @ sums.gram) * down).sum()
     return max(0.0, float(1 - explained / sums.energy))

@@ -8,12 +8,12 @@
 
     The inner products of every token are enough for every `C`: no subset is run again (`RenormalizedLosses`).
 
-(b) What a wider graft is: the experts side by side, each times a constant that is folded into its down projection:
+(b) A wider graft: the experts side by side, each times a constant that is folded into its down projection:
 
         loss(C, c) = ||F||^2 - 2 c.b + c^T Q c,   Q_ij = sum_t <E_i, E_j>,   b_i = sum_t <F, E_i>
 
     Here the summed Gram matrix is exact; the best `c` of a subset solves `Q_CC c = b_C` (`expert_gram`,
-    `best_scaled_subset`). For (a) it would not be: its weights do not leave the sum over tokens.
+    `best_scaled_subset`). For (a) it would not be: its weights differ from token to token and stay inside the sum.
 
 Both sum squares over all tokens, where the rule for one expert (`selection.reconstruction`) sums un-squared norms of
 batches. Inner products are taken in fp64, of outputs in the dtype of the hidden states: beside the experts themselves
@@ -47,7 +47,7 @@ class ExpertGram(NamedTuple):
 
 
 class Subset(NamedTuple):
-    """The chosen experts and what they leave of the target."""
+    """The chosen experts and the part of the target that they leave unexplained."""
 
     experts: tuple[int, ...]  # ascending
     scales: tuple[float, ...]  # of each expert's down projection; all 1 under the paper's rule
@@ -80,7 +80,7 @@ def expert_gram(
     """
     _check(hidden_states, target, gate_up_proj, down_proj, activation)
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, want at least one token")
+        raise ValueError(f"chunk is {chunk}, expected at least one token")
     num_experts = len(gate_up_proj)
     sums = torch.zeros(num_experts + 1, num_experts + 1, dtype=torch.float64, device=hidden_states.device)
     for _, outputs in _chunks(hidden_states, target, gate_up_proj, down_proj, activation, chunk):
@@ -125,7 +125,6 @@ class RenormalizedLosses:
         self.subsets = _subsets(num_experts, size)  # [C, r] int64, lexicographic
         self.num_experts, self.size = num_experts, size
         self.num_tokens = 0
-        self.expert_evaluations = 0  # an expert applied to a token; enumeration would need C * r of them a token
         self._losses = torch.zeros(len(self.subsets), dtype=torch.float64)
         self._energy = 0.0
 
@@ -164,12 +163,11 @@ class RenormalizedLosses:
                 losses += _renormalized(subsets, logits, products)
             self._energy += float(products[-1, -1].sum())
             self.num_tokens += outputs.shape[1]
-            self.expert_evaluations += outputs.shape[1] * self.num_experts
 
     def losses(self) -> Tensor:
         """[C(E, r)] fp64, in the order of `subsets`. Raises ValueError before the first token."""
         if self.num_tokens == 0:
-            raise ValueError("no tokens were added, want at least one")
+            raise ValueError("no tokens were added, expected at least one")
         return self._losses.clone()
 
     def best(self) -> Subset:
@@ -235,16 +233,16 @@ def _chunks(
 def _subsets(num_experts: int, size: int) -> Tensor:
     """[C(E, r), r] int64, in lexicographic order."""
     if not 1 <= size <= num_experts:
-        raise ValueError(f"size is {size}, want 1 to {num_experts}, the number of experts")
+        raise ValueError(f"size is {size}, expected 1 to {num_experts}, the number of experts")
     count = math.comb(num_experts, size)
     if count > MOST_SUBSETS:
-        raise ValueError(f"size is {size}, want one with at most {MOST_SUBSETS:,} subsets; this one has {count:,}")
+        raise ValueError(f"size is {size}, expected one with at most {MOST_SUBSETS:,} subsets; this one has {count:,}")
     flat = itertools.chain.from_iterable(itertools.combinations(range(num_experts), size))
     return torch.tensor(list(flat), dtype=torch.int64).view(count, size)
 
 
 def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
-    """What `grafted_experts` does not say itself."""
+    """The checks that `grafted_experts` does not make itself."""
     check_shape("down_proj", down_proj, ("E", "H", "I"))
     num_experts, _, width = down_proj.shape
     check_shape("gate_up_proj", gate_up_proj, (num_experts, 2 * width, "H"))

@@ -1,4 +1,4 @@
-"""What all sums over calibration tokens share: they add up over batches, and refuse what cannot be summed.
+"""Sums over calibration tokens: they add up over batches, and inputs that cannot be summed are refused.
 
 `ExpertGram` (`subsets.py`) and `NeuronSums` (`neurons.py`) are NamedTuples of fp64 tensors, each entry a sum over
 tokens. So a calibration set of any length takes the memory of one batch.
@@ -25,10 +25,12 @@ def merged(a: Sums, b: Sums) -> Sums:
         TypeError: not sums of one kind. ValueError: sums of different sizes.
     """
     if type(a) is not type(b):
-        raise TypeError(f"the sums are of kind {type(a).__name__} and {type(b).__name__}, want two of one kind")
+        raise TypeError(f"the sums are of kind {type(a).__name__} and {type(b).__name__}, expected two of one kind")
     for name, x, y in zip(type(a)._fields, a, b, strict=True):
         if x.shape != y.shape:
-            raise ValueError(f"{name} has shape {list(x.shape)} and {list(y.shape)}, want sums of the same components")
+            raise ValueError(
+                f"{name} has shape {list(x.shape)} and {list(y.shape)}, expected sums of the same components"
+            )
     return type(a)(*(x + y for x, y in zip(a, b, strict=True)))
 
 
@@ -38,7 +40,7 @@ def check_tokens(hidden_states: Tensor, target: Tensor) -> None:
     check_shape("target", target, tuple(hidden_states.shape))
     check_device("target", target, hidden_states.device)
     if len(hidden_states) == 0:
-        raise ValueError("hidden_states has no tokens, want at least one")
+        raise ValueError("hidden_states has no tokens, expected at least one")
     for name, tensor in {"hidden_states": hidden_states, "target": target}.items():
         check_float(name, tensor)
         check_finite(name, tensor)
@@ -47,7 +49,7 @@ def check_tokens(hidden_states: Tensor, target: Tensor) -> None:
 def check_finite(name: str, tensor: Tensor) -> None:
     # The extremes carry NaN and infinity along, and take no memory as a mask of all elements would.
     if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
-        raise ValueError(f"{name} holds NaN or infinity, want finite numbers")
+        raise ValueError(f"{name} holds NaN or infinity, expected finite numbers")
 
 
 def check_sums(sums: tuple) -> None:

@@ -85,10 +85,10 @@ def test_compiles_whole_and_once() -> None:
 @pytest.mark.parametrize(
     ("position", "spoil", "error", "message"),
     [
-        (0, lambda x: x[0], ValueError, r"expert_out has shape \[2, 8\], want \[T, K, H\]"),
-        (1, lambda x: x[:, :1], ValueError, r"routing_weights has shape \[5, 1\], want \[5, 2\]"),
+        (0, lambda x: x[0], ValueError, r"expert_out has shape \[2, 8\], expected \[T, K, H\]"),
+        (1, lambda x: x[:, :1], ValueError, r"routing_weights has shape \[5, 1\], expected \[5, 2\]"),
         (2, lambda x: None, ValueError, "one of graft_out and graft_logits is missing"),
-        (3, lambda x: x[:4], ValueError, r"graft_logits has shape \[4\], want \[5\]"),
+        (3, lambda x: x[:4], ValueError, r"graft_logits has shape \[4\], expected \[5\]"),
         (0, lambda x: x.int(), TypeError, "expert_out is torch.int32"),
     ],
     ids=["rank", "weights", "half a graft", "logits", "dtype"],
@@ -101,5 +101,5 @@ def test_bad_input(position: int, spoil: Callable, error: type[Exception], messa
 
 
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(ValueError, match="combine is 'mean', want one of additive, convex"):
+    with pytest.raises(ValueError, match="combine is 'mean', expected one of additive, convex"):
         flex_kernels.combine(*inputs_of(5, 2, 8, True, torch.float32), "mean")

@@ -326,5 +326,5 @@ def test_bad_input_is_one_sentence(message: str) -> None:
 
 @pytest.mark.parametrize("option", [{"combine": "sum"}, {"activation": "relu"}], ids=str)
 def test_unknown_names_are_refused(option: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="want one of"):
+    with pytest.raises(ValueError, match="expected one of"):
         flex_kernels.grafted_experts(*layer_inputs(PLAIN), **option)

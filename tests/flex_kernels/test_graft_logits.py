@@ -122,9 +122,9 @@ def test_compiles_whole_and_once() -> None:
 @pytest.mark.parametrize(
     ("shapes", "error", "message"),
     [
-        (((3,), (3,), (1,)), ValueError, r"hidden_states has shape \[3\], want \[T, H\]"),
-        (((3, 4), (5,), (1,)), ValueError, r"logit_weight has shape \[5\], want \[4\]"),
-        (((3, 4), (4,), ()), ValueError, r"logit_bias has shape \[\], want \[1\]"),
+        (((3,), (3,), (1,)), ValueError, r"hidden_states has shape \[3\], expected \[T, H\]"),
+        (((3, 4), (5,), (1,)), ValueError, r"logit_weight has shape \[5\], expected \[4\]"),
+        (((3, 4), (4,), ()), ValueError, r"logit_bias has shape \[\], expected \[1\]"),
     ],
     ids=["hidden_states", "logit_weight", "logit_bias"],
 )

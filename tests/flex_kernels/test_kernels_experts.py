@@ -14,9 +14,8 @@ from compare import assert_double_rule, double, exact, forward_and_grads
 from torch import Tensor
 
 from flex_kernels import plan, reference
-from flex_kernels.backends.call import LayerInputs
-from flex_kernels.backends.triton import experts_bwd, grouped, tiles
-from flex_kernels.backends.triton import experts_fwd as experts
+from flex_kernels.backends.call import LayerCall, Needs
+from flex_kernels.backends.triton import experts_bwd, experts_fwd, grouped, launch, stages, tiles
 
 pytestmark = pytest.mark.skipif(
     not (plan.INTERPRET or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
@@ -30,21 +29,20 @@ FAR = 2**25  # times 64 columns: just past 2^31 elements
 PLAIN_EXPERTS = (3, 4)
 
 
-def launch(inputs: list, d_out: Tensor, combine: str) -> list[Tensor | None]:
+def forward_and_backward(inputs: list, d_out: Tensor, combine: str) -> list[Tensor | None]:
     """The launchers, and their results in the order of `compare.NAMES`."""
     hidden_states, indices, weights, gate_up, down, *graft = inputs
     pairs, _, offsets = reference.routing_plan(indices, gate_up.shape[0])
-    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
-    out, *saved = experts.experts_fwd(layer, combine, "silu", True)
-    needs = (True, True, True, True)
-    d_hidden, d_weights, *d_graft = experts.experts_bwd(d_out, layer, *saved, combine, "silu", *needs)
+    call = LayerCall(hidden_states, pairs, offsets, weights, gate_up, down, *graft, combine)
+    out, *saved = stages.experts_fwd(call, True)
+    d_hidden, d_weights, *d_graft = stages.experts_bwd(d_out, call, *saved)
     return [out, d_hidden, d_weights, None, None, *d_graft]
 
 
 @pytest.fixture
 def target() -> Iterator[None]:
     yield
-    tiles.force_target(None)
+    launch.force_target(None)
 
 
 @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
@@ -54,7 +52,7 @@ def test_both_ways_of_reading(
     case: Case, dtype: torch.dtype, descriptors: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not descriptors:
-        for module in (experts, experts_bwd, grouped):
+        for module in (experts_fwd, experts_bwd, grouped):
             monkeypatch.setattr(module, "use_tma", lambda *_: False)
     inputs, d_out = layer_inputs(case, dtype), torch.randn(case.num_tokens, case.hidden_size).to(DEVICE, dtype)
     plain = forward_and_grads(reference.grafted_experts, inputs, d_out, PLAIN_EXPERTS, combine="convex")
@@ -62,15 +60,15 @@ def test_both_ways_of_reading(
         truth = forward_and_grads(
             reference.grafted_experts, double(inputs), d_out.double(), PLAIN_EXPERTS, combine="convex"
         )
-    assert_double_rule(launch(inputs, d_out, "convex"), plain, truth, dtype)
+    assert_double_rule(forward_and_backward(inputs, d_out, "convex"), plain, truth, dtype)
 
 
 def test_preactivations_alone_are_the_same_bits() -> None:
     hidden_states, indices, weights, gate_up, down, *graft = layer_inputs(CASES[0])
     pairs, _, offsets = reference.routing_plan(indices, gate_up.shape[0])
-    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
-    _, *kept = experts.experts_fwd(layer, "additive", "silu", True)
-    again = experts.preactivations_fwd(layer)
+    call = LayerCall(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
+    _, *kept = stages.experts_fwd(call, True)
+    again = stages.preactivations_fwd(call)
     for a, b in zip(kept, again, strict=True):
         assert torch.equal(a, b)
 
@@ -80,8 +78,8 @@ def test_bits_do_not_depend_on_the_number_of_programs(target: None) -> None:
     inputs, d_out = layer_inputs(CASES[0]), torch.randn(70, 96)
     results = []
     for num_processors in (1, 5, 10_000):
-        tiles.force_target(tiles.Target("interpreter", num_processors))
-        results.append(launch(inputs, d_out, "additive"))
+        launch.force_target(launch.Target("interpreter", num_processors))
+        results.append(forward_and_backward(inputs, d_out, "additive"))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a is b is None or torch.equal(a, b)
@@ -150,12 +148,12 @@ def far_schedule(num_rows: int) -> grouped.Schedule:
 @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
 def test_rows_past_two_to_the_31(descriptors: bool, untouched_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     if not descriptors:
-        for module in (experts, experts_bwd, grouped):
+        for module in (experts_fwd, experts_bwd, grouped):
             monkeypatch.setattr(module, "use_tma", lambda *_: False)
     dtype, num_rows = torch.float16, FAR + 20
     new = {"dtype": dtype, "device": DEVICE}
     here = slice(FAR + 3, num_rows)
-    schedule, target = far_schedule(num_rows), tiles.target_of(torch.device(DEVICE))
+    schedule, target = far_schedule(num_rows), launch.target_of(torch.device(DEVICE))
     tile = tiles.expert_tiles(target, dtype, 100, 2, (64, 32)).gate_up
     schedule = grouped.Schedule(**{**vars(schedule), "block_m": tile.block_m})
 
@@ -170,7 +168,7 @@ def test_rows_past_two_to_the_31(descriptors: bool, untouched_memory: None, monk
     pairs[here] = torch.arange(17, dtype=torch.int32) % 16
     tokens = (pairs[here] // 2).long()
     gate_up = (torch.randn(2, 64, 64) / 8).to(**new)
-    activations, _, z, _ = experts.gate_up_fwd(
+    activations, _, z, _ = experts_fwd.gate_up_fwd(
         hidden_states, pairs, 2, gate_up, None, schedule, target, tile, "silu", save_preactivations=True
     )
     gate, up = (hidden_states[tokens] @ gate_up[1].T).chunk(2, dim=1)
@@ -179,14 +177,11 @@ def test_rows_past_two_to_the_31(descriptors: bool, untouched_memory: None, monk
 
     # Backward of the activation: dZ is [R, 2 * 32].
     down, d_out, routing_weights = torch.randn(2, 64, 32).to(**new), torch.randn(8, 64).to(**new), torch.rand(8, 2)
-    layer = experts_bwd._Layer(
-        d_out, pairs, routing_weights.to(DEVICE), down, None, None, z, z[:0],
-        activation="silu", convex=False,
-        need_hidden=True, need_routing_weights=True, need_graft=False, need_graft_logits=False,
-    )  # fmt: skip
-    d_z, *_ = experts_bwd._d_preactivations(layer, schedule, target, tile)
+    needs = Needs(graft=False, graft_logits=False)
+    call = LayerCall(hidden_states, pairs, pairs[:3], routing_weights.to(DEVICE), gate_up, down, needs=needs)
+    d_z, *_ = experts_bwd.d_preactivations(call, d_out, z, z[:0], schedule, target, tile)
     saved = z[here].float().requires_grad_()
     gate, up = saved.chunk(2, dim=1)
-    scale = layer.routing_weights.flatten()[pairs[here].long()][:, None]
+    scale = call.routing_weights.flatten()[pairs[here].long()][:, None]
     (torch.nn.functional.silu(gate) * up).backward(scale * (d_out[tokens].float() @ down[1].float()))
     torch.testing.assert_close(d_z[here].float(), saved.grad, rtol=1e-2, atol=1e-2)

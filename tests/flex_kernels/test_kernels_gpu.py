@@ -13,13 +13,10 @@ from cases import Case, layer_inputs
 from compare import assert_double_rule
 from torch import Tensor
 
-from flex_kernels import candidates, plan, reference
-from flex_kernels import tuning as tune
-from flex_kernels.backends import native_cuda, pytorch
-from flex_kernels.backends.call import LayerInputs
-from flex_kernels.backends.triton import experts_fwd as experts
-from flex_kernels.backends.triton import tiles
-from flex_kernels.backends.triton.routing_plan import routing_plan
+from flex_kernels import plan, reference, tuning
+from flex_kernels.backends import native, pytorch
+from flex_kernels.backends.call import LayerCall
+from flex_kernels.backends.triton import stages, tile_file, tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,19 +24,19 @@ pytestmark = [
 ]
 QWEN = Case("qwen1.5-moe", 4096, 4, 2048, 1408, 60, 1408, "Qwen1.5-MoE-A2.7B")
 MIXTRAL_LIKE = Case("mixtral-like", 3000, 2, 4096, 3584, 8, 512, "few wide experts, T no multiple of a tile")
-PLANNERS = {"triton": routing_plan, "torch": pytorch.routing_plan}
-if native_cuda.module() is not None:
-    PLANNERS["cuda"] = native_cuda.routing_plan
+PLANNERS = {"triton": stages.routing_plan, "torch": pytorch.routing_plan}
+if native.cuda_module() is not None:
+    PLANNERS["cuda"] = native.routing_plan
 planners = pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
 FEW_TOKENS = Case("few-tokens", 17, 8, 2048, 768, 128, 768, "most experts idle: decoding")
 
 
 def forward_and_backward(backend: ModuleType, inputs: list, d_out: Tensor, combine: str) -> list[Tensor]:
     hidden_states, indices, weights, gate_up, down, *graft = inputs
-    pairs, _, offsets = routing_plan(indices, gate_up.shape[0])
-    layer = LayerInputs(hidden_states, pairs, offsets, weights, gate_up, down, *graft)
-    out, *saved = backend.experts_fwd(layer, combine, "silu", True)
-    grads = backend.experts_bwd(d_out, layer, *saved, combine, "silu", True, True, True, True)
+    pairs, _, offsets = stages.routing_plan(indices, gate_up.shape[0])
+    call = LayerCall(hidden_states, pairs, offsets, weights, gate_up, down, *graft, combine)
+    out, *saved = backend.experts_fwd(call, True)
+    grads = backend.experts_bwd(d_out, call, *saved)
     return [out, *grads]
 
 
@@ -48,7 +45,7 @@ def forward_and_backward(backend: ModuleType, inputs: list, d_out: Tensor, combi
 def test_double_rule_at_real_sizes(case: Case, dtype: torch.dtype) -> None:
     inputs, d_out = layer_inputs(case, dtype), torch.randn(case.num_tokens, case.hidden_size, device="cuda").to(dtype)
     wide = [x.float() if x.is_floating_point() else x for x in inputs]
-    ours = forward_and_backward(experts, inputs, d_out, "convex")
+    ours = forward_and_backward(stages, inputs, d_out, "convex")
     plain = forward_and_backward(pytorch, inputs, d_out, "convex")
     truth = [x.double() for x in forward_and_backward(pytorch, wide, d_out.float(), "convex")]
     names = (
@@ -65,9 +62,9 @@ def test_double_rule_at_real_sizes(case: Case, dtype: torch.dtype) -> None:
 def test_the_same_bits_ten_times() -> None:
     inputs = layer_inputs(QWEN, torch.bfloat16)
     d_out = torch.randn(QWEN.num_tokens, QWEN.hidden_size, device="cuda").bfloat16()
-    first = forward_and_backward(experts, inputs, d_out, "additive")
+    first = forward_and_backward(stages, inputs, d_out, "additive")
     for _ in range(9):
-        for a, b in zip(first, forward_and_backward(experts, inputs, d_out, "additive"), strict=True):
+        for a, b in zip(first, forward_and_backward(stages, inputs, d_out, "additive"), strict=True):
             assert torch.equal(a, b)
 
 
@@ -87,13 +84,13 @@ def captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph
 def test_a_cuda_graph_follows_new_routing(case: Case) -> None:
     inputs = layer_inputs(case, torch.bfloat16)
     d_out = torch.randn(case.num_tokens, case.hidden_size, device="cuda").bfloat16()
-    graph, results = captured(lambda: forward_and_backward(experts, inputs, d_out, "convex"))
+    graph, results = captured(lambda: forward_and_backward(stages, inputs, d_out, "convex"))
     for _ in range(3):
         without_weights = replace(case, intermediate_size=1, graft_width=0)
         for x, new in zip(inputs[:3], layer_inputs(without_weights, torch.bfloat16)[:3], strict=True):
             x.copy_(new)
         graph.replay()
-        for a, b in zip(results, forward_and_backward(experts, inputs, d_out, "convex"), strict=True):
+        for a, b in zip(results, forward_and_backward(stages, inputs, d_out, "convex"), strict=True):
             assert torch.equal(a, b)
 
 
@@ -103,35 +100,36 @@ def test_tiles_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     inputs = layer_inputs(case, torch.bfloat16)
     d_out = torch.randn(case.num_tokens, case.hidden_size, device="cuda").bfloat16()
     path, state = tmp_path / "tiles.json", torch.cuda.get_rng_state()
-    monkeypatch.setattr(candidates, "MOST_NEIGHBOURS", 6)
+    monkeypatch.setattr(tuning, "MOST_NEIGHBOURS", 6)
+    monkeypatch.setattr(tiles, "_measure", tuning.tune)
     monkeypatch.setattr(tiles, "_chosen", {})
     monkeypatch.setenv("FLEX_TILES", "")
     monkeypatch.setenv("FLEX_TUNE", "0")
-    tune._remembered.cache_clear()
-    of_the_table = forward_and_backward(experts, inputs, d_out, "convex")
+    tile_file.remembered.cache_clear()
+    of_the_table = forward_and_backward(stages, inputs, d_out, "convex")
     try:
         monkeypatch.setenv("FLEX_TILES", str(path))
         monkeypatch.setenv("FLEX_TUNE", "1")
         tiles._chosen.clear()
-        tune._remembered.cache_clear()
+        tile_file.remembered.cache_clear()
         with pytest.warns(RuntimeWarning, match="measuring tiles once"):
-            measured = forward_and_backward(experts, inputs, d_out, "convex")
+            measured = forward_and_backward(stages, inputs, d_out, "convex")
         (entry,) = json.loads(path.read_text())["entries"]
         assert entry["chip"] == torch.cuda.get_device_name()
         assert 0 < entry["ms"] <= entry["default_ms"]
         assert torch.equal(torch.cuda.get_rng_state(), state)
 
-        monkeypatch.setattr(tune, "measure", None)
+        monkeypatch.setattr(tuning, "measure", None)
         for new_process in (False, True):
             if new_process:
                 tiles._chosen.clear()
-                tune._remembered.cache_clear()
+                tile_file.remembered.cache_clear()
             with warnings.catch_warnings(action="error", category=RuntimeWarning):
-                again = forward_and_backward(experts, inputs, d_out, "convex")
+                again = forward_and_backward(stages, inputs, d_out, "convex")
             for a, b in zip(measured, again, strict=True):
                 assert torch.equal(a, b)
     finally:
-        tune._remembered.cache_clear()
+        tile_file.remembered.cache_clear()
     for a, b in zip(measured, of_the_table, strict=True):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < 2e-2
 
@@ -141,19 +139,19 @@ def test_a_capture_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = layer_inputs(FEW_TOKENS, torch.bfloat16)
     d_out = torch.randn(FEW_TOKENS.num_tokens, FEW_TOKENS.hidden_size, device="cuda").bfloat16()
     monkeypatch.setenv("FLEX_TILES", "")
-    monkeypatch.setattr(tune, "measure", None)
-    tune._remembered.cache_clear()
+    monkeypatch.setattr(tuning, "measure", None)
+    tile_file.remembered.cache_clear()
 
     def run() -> list[Tensor]:
         monkeypatch.setattr(tiles, "_chosen", {})
         monkeypatch.setenv("FLEX_TUNE", "1" if torch.cuda.is_current_stream_capturing() else "0")
-        return forward_and_backward(experts, inputs, d_out, "convex")
+        return forward_and_backward(stages, inputs, d_out, "convex")
 
     graph, results = captured(run)
     assert not tiles._chosen
     graph.replay()
     monkeypatch.setenv("FLEX_TUNE", "0")
-    for a, b in zip(results, forward_and_backward(experts, inputs, d_out, "convex"), strict=True):
+    for a, b in zip(results, forward_and_backward(stages, inputs, d_out, "convex"), strict=True):
         assert torch.equal(a, b)
 
 

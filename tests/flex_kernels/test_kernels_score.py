@@ -6,8 +6,7 @@ from cases import DEVICE
 from torch import Tensor
 
 from flex_kernels import plan, reference
-from flex_kernels.backends.triton import experts_fwd as experts
-from flex_kernels.backends.triton import score
+from flex_kernels.backends.triton import experts_fwd, score
 
 pytestmark = pytest.mark.skipif(
     not (plan.INTERPRET or torch.cuda.is_available()), reason="Triton needs a GPU or TRITON_INTERPRET=1"
@@ -31,7 +30,7 @@ def error(ours: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_double_rule(shape: str, dtype: torch.dtype, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not descriptors:
-        for module in (experts, score):
+        for module in (experts_fwd, score):
             monkeypatch.setattr(module, "use_tma", lambda *_: False)
     inputs = scoring_inputs(shape, dtype)
     offsets = torch.tensor([0, 5, 5, len(inputs[0])], dtype=torch.int32, device=DEVICE)

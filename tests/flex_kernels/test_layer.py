@@ -38,7 +38,9 @@ def by_the_reference(moe: GraftedMoE, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [(0, 17, 4, 2), (16, 0, 4, 2), (16, -8, 4, 2)])
 def test_a_layer_of_no_size_is_refused(sizes):
-    with pytest.raises(ValueError, match=f"hidden_size is {sizes[0]} and intermediate_size is {sizes[1]}, want both"):
+    with pytest.raises(
+        ValueError, match=f"hidden_size is {sizes[0]} and intermediate_size is {sizes[1]}, expected both"
+    ):
         GraftedMoE(*sizes)
 
 
@@ -141,11 +143,11 @@ def test_compiles_whole() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GraftedMoE(16, 8, 4, 5), "top_k is 5, want 1 to 4"),
+        (lambda: GraftedMoE(16, 8, 4, 5), "top_k is 5, expected 1 to 4"),
         (lambda: GraftedMoE(16, 8, 4, 2, combine="sum"), "combine is 'sum'"),
         (lambda: Graft(16, 0), "width is 0"),
         (lambda: Graft(16, 4, activation="relu"), "activation is 'relu'"),
-        (lambda: layer()(torch.zeros(3, 15, device=DEVICE)), r"shape \[3, 15\], want \[..., 16\]"),
+        (lambda: layer()(torch.zeros(3, 15, device=DEVICE)), r"shape \[3, 15\], expected \[..., 16\]"),
     ],
     ids=["top_k", "combine", "width", "activation", "input"],
 )

@@ -127,7 +127,7 @@ def test_hangs_on_a_transformers_layer(layout: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LoraGraft(16, 6, rank=0), "rank is 0, want at least 1"),
+        (lambda: LoraGraft(16, 6, rank=0), "rank is 0, expected at least 1"),
         (lambda: flex_kernels.attach_graft(experts_of("plain")[0], alpha=4.0), "alpha is 4.0 but there is no rank"),
     ],
     ids=["rank", "alpha"],

@@ -17,9 +17,8 @@ from torch import Tensor
 
 import flex_kernels
 from flex_kernels import plan, reference
-from flex_kernels.backends import native as native_experts
-from flex_kernels.backends import native_door as native
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends import native
+from flex_kernels.backends.call import LayerCall, Needs
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module was not built")
 ISAS = native.module().available_isas() if native.module() is not None else []
@@ -60,15 +59,14 @@ def everything(inputs: list, combine: str = "convex", activation: str = "silu") 
     """All that csrc computes for one layer, every gradient included."""
     x, indices, weights, gate_up, down, *graft = inputs
     sorted_pairs, _, offsets = native.routing_plan(indices, gate_up.shape[0])
-    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
+    needs = Needs(True, True, graft[0] is not None, graft[0] is not None)
+    call = LayerCall(x, sorted_pairs, offsets, weights, gate_up, down, *graft, combine, activation, needs)
     d_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    out, z, graft_z = native_experts.experts_fwd(layer, combine, activation, True)
-    grafted = graft[0] is not None
-    needs = (True, True, grafted, grafted)
-    grads = native_experts.experts_bwd(d_out, layer, z, graft_z, combine, activation, *needs)
+    out, z, graft_z = native.experts_fwd(call, True)
+    grads = native.experts_bwd(d_out, call, z, graft_z)
     batches = torch.tensor([0, len(x) // 3, len(x)])
-    scores = native_experts.score_experts(x, d_out, gate_up, down, batches, activation)
-    return [out, z, graft_z, *grads, scores, *native_experts.score_neurons(x, d_out, gate_up, down, activation)]
+    scores = native.score_experts(x, d_out, gate_up, down, batches, activation)
+    return [out, z, graft_z, *grads, scores, *native.score_neurons(x, d_out, gate_up, down, activation)]
 
 
 def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
@@ -111,15 +109,13 @@ def test_activations_far_out(activation: str, dtype: torch.dtype, isa: str) -> N
     gate_up[0, width:, 0] = 1  # up = x[0], which is set to 1 below
     x[:, 0] = 1
     plan_of_rows = native.routing_plan(torch.zeros(2, 1, dtype=torch.int64), 1)
-    down, no_graft = eye[None].clone(), (None, None, None)
-    layer = LayerInputs(x, plan_of_rows[0], plan_of_rows[2], torch.ones(2, 1), gate_up, down, *no_graft)
-    out, z, _ = native_experts.experts_fwd(layer, "additive", activation, True)
+    rows, down, needs = (x, plan_of_rows[0], plan_of_rows[2]), eye[None].clone(), Needs(True, False, False, False)
+    layer = LayerCall(*rows, torch.ones(2, 1), gate_up, down, activation=activation, needs=needs)
+    out, z, _ = native.experts_fwd(layer, True)
     wide = x.double()
     act = reference.ACTIVATIONS[activation]
     torch.testing.assert_close(out.double(), act(wide), rtol=2e-6 if dtype == FP32 else 8e-3, atol=5e-7)
-    grads = native_experts.experts_bwd(
-        torch.ones_like(x), layer, z, z.new_empty(0, 0), "additive", activation, True, False, False, False
-    )
+    grads = native.experts_bwd(torch.ones_like(x), layer, z, z.new_empty(0, 0))
     leaf = wide.clone().requires_grad_()
     act(leaf).sum().backward()
     want = leaf.grad.clone()
@@ -153,7 +149,7 @@ def test_amx_sums_a_row_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (420, 192, 65, 17, 1):
         sorted_pairs, _, offsets = native.routing_plan(indices[:count], 1)
         some = (x[:count], sorted_pairs, offsets, weights[:count], gate_up, down, *graft[:2], graft[2][:count])
-        out, z, graft_z = native_experts.experts_fwd(LayerInputs(*some), "convex", "silu", True)
+        out, z, graft_z = native.experts_fwd(LayerCall(*some, combine="convex"), True)
         results.append([out[:1], z[:1], graft_z[:1]])
     for other in results[1:]:
         assert_same_bits(results[0], other)
@@ -255,9 +251,9 @@ def test_pairs_out_of_range(bad: int) -> None:
     x, indices, weights, gate_up, down, *graft = inputs_of(BY_NAME["plain"], FP32)
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
     sorted_pairs[5] = bad
-    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
-    with pytest.raises(ValueError, match=rf"sorted_pairs\[5\] is {bad}, want every pair from 0 to 74 - 1 once"):
-        native_experts.experts_fwd(layer, "additive", "silu", False)
+    layer = LayerCall(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
+    with pytest.raises(ValueError, match=rf"sorted_pairs\[5\] is {bad}, expected every pair from 0 to 74 - 1 once"):
+        native.experts_fwd(layer, False)
 
 
 @pytest.mark.parametrize(("index", "bad"), [(0, 1), (2, -3), (6, 75), (3, 1 << 30)])
@@ -265,9 +261,9 @@ def test_offsets_out_of_range(index: int, bad: int) -> None:
     x, indices, weights, gate_up, down, *graft = inputs_of(BY_NAME["plain"], FP32)
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
     offsets[index] = bad
-    layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
-    with pytest.raises(ValueError, match=r"expert_offsets\[\d\] is -?\d+, want it to ascend from 0 to at most 74"):
-        native_experts.experts_fwd(layer, "additive", "silu", False)
+    layer = LayerCall(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
+    with pytest.raises(ValueError, match=r"expert_offsets\[\d\] is -?\d+, expected it to ascend from 0 to at most 74"):
+        native.experts_fwd(layer, False)
 
 
 def test_inputs_that_do_not_fit_together() -> None:
@@ -275,16 +271,16 @@ def test_inputs_that_do_not_fit_together() -> None:
     sorted_pairs, _, offsets = native.routing_plan(indices, 6)
 
     def call(x: Tensor = x, weights: Tensor = weights, down: Tensor = down) -> None:
-        layer = LayerInputs(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
-        native_experts.experts_fwd(layer, "additive", "silu", False)
+        layer = LayerCall(x, sorted_pairs, offsets, weights, gate_up, down, *graft)
+        native.experts_fwd(layer, False)
 
     with pytest.raises(TypeError, match=r"float32 and bfloat16, got torch.float16"):
-        native_experts.score_neurons(x.half(), x.half(), gate_up, down, "silu")
-    with pytest.raises(TypeError, match=r"routing_weights is torch.float64 on cpu, want torch.float32 on the CPU"):
+        native.score_neurons(x.half(), x.half(), gate_up, down, "silu")
+    with pytest.raises(TypeError, match=r"routing_weights is torch.float64 on cpu, expected torch.float32 on the CPU"):
         call(weights=weights.double())
-    with pytest.raises(ValueError, match=r"gate_up_proj has shape \[6, 48, 32\], want \[6, 46, 32\]"):
+    with pytest.raises(ValueError, match=r"gate_up_proj has shape \[6, 48, 32\], expected \[6, 46, 32\]"):
         call(down=down[:, :, 1:])
-    with pytest.raises(ValueError, match="want fewer than 2\\^31 pairs"):
+    with pytest.raises(ValueError, match="expected fewer than 2\\^31 pairs"):
         call(x=torch.empty(1, 32).expand(1 << 30, 32))
 
 

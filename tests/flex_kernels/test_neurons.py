@@ -265,33 +265,33 @@ def test_from_all_neurons_to_a_graft() -> None:
 @pytest.mark.parametrize("width", [0, -1, 9])
 def test_widths_that_do_not_exist_are_refused(width: int) -> None:
     x, target, gate_up, down = pool(8)
-    with pytest.raises(ValueError, match=f"width is {width}, want 1 to 8, the number of neurons to choose from"):
+    with pytest.raises(ValueError, match=f"width is {width}, expected 1 to 8, the number of neurons to choose from"):
         greedy_neurons(neuron_sums(x, target, gate_up), down, width)
 
 
 def test_bad_input_is_refused() -> None:
     x, target, gate_up, down = pool(8)
     sums = neuron_sums(x, target, gate_up)
-    with pytest.raises(ValueError, match="hidden_states has no tokens, want at least one"):
+    with pytest.raises(ValueError, match="hidden_states has no tokens, expected at least one"):
         neuron_sums(x[:0], target[:0], gate_up)
-    with pytest.raises(ValueError, match="target holds NaN or infinity, want finite numbers"):
+    with pytest.raises(ValueError, match="target holds NaN or infinity, expected finite numbers"):
         neuron_sums(x, target * math.nan, gate_up)
     with pytest.raises(ValueError, match="target has shape"):
         neuron_sums(x, target[:, 1:], gate_up)
-    with pytest.raises(ValueError, match="gate_up_proj has 15 rows, want two for each neuron"):
+    with pytest.raises(ValueError, match="gate_up_proj has 15 rows, expected two for each neuron"):
         neuron_sums(x, target, gate_up[1:])
     with pytest.raises(ValueError, match="activation is 'relu'"):
         neuron_sums(x, target, gate_up, activation="relu")
     with pytest.raises(ValueError, match="down_proj has shape"):
         greedy_neurons(sums, down[:, 1:], 2)
-    with pytest.raises(ValueError, match=r"NeuronSums.gram holds NaN or infinity, want finite numbers"):
+    with pytest.raises(ValueError, match=r"NeuronSums.gram holds NaN or infinity, expected finite numbers"):
         greedy_neurons(neuron_sums(x, target, gate_up * math.inf), down, 2)
-    with pytest.raises(ValueError, match="ids reach from 0 to 8, want 0 to 7"):
+    with pytest.raises(ValueError, match="ids reach from 0 to 8, expected 0 to 7"):
         gather_neurons(gate_up[None], down[None], torch.tensor([0, 8], device=DEVICE))
-    with pytest.raises(TypeError, match=r"ids is torch.float32, want int64 or int32"):
+    with pytest.raises(TypeError, match=r"ids is torch.float32, expected int64 or int32"):
         gather_neurons(gate_up[None], down[None], torch.zeros(2, device=DEVICE))
     energy = torch.ones(2, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="count is 9, want 1 to 8, the number of neurons"):
+    with pytest.raises(ValueError, match="count is 9, expected 1 to 8, the number of neurons"):
         prefilter(energy, energy, 9)
     with pytest.raises(ValueError, match="correlation holds NaN"):
         prefilter(energy, energy * math.nan, 2)

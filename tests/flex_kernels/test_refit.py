@@ -157,17 +157,17 @@ def test_bad_input_is_refused() -> None:
     x, target, gate_up, down = problem(6)
     sums = flex_kernels.neuron_sums(x, target, gate_up)
     for ridge in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"ridge is {ridge}, want a finite number, at least 0"):
+        with pytest.raises(ValueError, match=f"ridge is {ridge}, expected a finite number, at least 0"):
             refit_down(sums, down, ridge)
-    with pytest.raises(ValueError, match=r"NeuronSums.gram holds NaN or infinity, want finite numbers"):
+    with pytest.raises(ValueError, match=r"NeuronSums.gram holds NaN or infinity, expected finite numbers"):
         refit_down(sums._replace(gram=sums.gram * math.nan), down, 0.1)
     with pytest.raises(
-        ValueError, match=r"NeuronSums.energy is 0, want tokens with a target that is not zero everywhere"
+        ValueError, match=r"NeuronSums.energy is 0, expected tokens with a target that is not zero everywhere"
     ):
         refit_down(sums._replace(energy=sums.energy * 0), down, 0.1)
     with pytest.raises(ValueError, match="hidden_states has no tokens"):
         refit_down(flex_kernels.neuron_sums(x[:0], target[:0], gate_up), down, 0.1)
-    with pytest.raises(ValueError, match=r"down_proj has shape .9, 5., want .9, 6."):
+    with pytest.raises(ValueError, match=r"down_proj has shape .9, 5., expected .9, 6."):
         unexplained(sums, down[:, 1:])
     with pytest.raises(ValueError, match="down_proj holds NaN"):
         unexplained(sums, down * math.nan)

@@ -87,10 +87,10 @@ def test_compiles_whole_and_once() -> None:
 @pytest.mark.parametrize(
     ("logits", "top_k", "error", "message"),
     [
-        (torch.zeros(3), 1, ValueError, r"shape \[3\], want \[T, E\]"),
-        (torch.zeros(3, 4), 5, ValueError, "top_k is 5, want 1 to 4"),
-        (torch.zeros(3, 4), 0, ValueError, "top_k is 0, want 1 to 4"),
-        (torch.zeros(3, 4, dtype=torch.int64), 1, TypeError, "want a floating point tensor"),
+        (torch.zeros(3), 1, ValueError, r"shape \[3\], expected \[T, E\]"),
+        (torch.zeros(3, 4), 5, ValueError, "top_k is 5, expected 1 to 4"),
+        (torch.zeros(3, 4), 0, ValueError, "top_k is 0, expected 1 to 4"),
+        (torch.zeros(3, 4, dtype=torch.int64), 1, TypeError, "expected a floating point tensor"),
     ],
     ids=["shape", "K > E", "K = 0", "dtype"],
 )

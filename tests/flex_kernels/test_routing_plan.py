@@ -10,8 +10,7 @@ from torch import Tensor
 
 import flex_kernels
 from flex_kernels import plan, reference
-from flex_kernels.backends import native_door as native
-from flex_kernels.backends import pytorch
+from flex_kernels.backends import native, pytorch
 
 PLANNERS = [flex_kernels.routing_plan, pytorch.routing_plan]
 if plan.INTERPRET or DEVICE == "cuda":
@@ -90,8 +89,8 @@ def test_a_negative_id_is_an_error_and_no_crash(planner: Callable, bad: int) -> 
 @pytest.mark.parametrize(
     ("ids", "num_experts", "error", "message"),
     [
-        (torch.zeros(4, dtype=torch.int64), 2, ValueError, r"shape \[4\], want \[T, K\]"),
-        (torch.zeros(4, 2), 2, TypeError, "torch.float32, want int64 or int32"),
+        (torch.zeros(4, dtype=torch.int64), 2, ValueError, r"shape \[4\], expected \[T, K\]"),
+        (torch.zeros(4, 2), 2, TypeError, "torch.float32, expected int64 or int32"),
         (torch.zeros(4, 2, dtype=torch.int64), 0, ValueError, "num_experts is 0"),
     ],
     ids=["shape", "dtype", "no experts"],
@@ -102,7 +101,7 @@ def test_bad_input(ids: Tensor, num_experts: int, error: type[Exception], messag
 
 
 def test_the_native_door_checks_before_it_hands_out_addresses() -> None:
-    with pytest.raises(TypeError, match="want int32 or int64 on the CPU"):
+    with pytest.raises(TypeError, match="expected int32 or int64 on the CPU"):
         native.routing_plan(torch.zeros(2, 2, device="meta", dtype=torch.int64), 2)
 
 

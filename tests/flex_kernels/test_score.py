@@ -117,7 +117,7 @@ def test_compile_whole() -> None:
     "offsets", [[0, 5], [1, 37], [0, 20, 10, 37], [0], [37]], ids=["short", "late", "back", "none", "one"]
 )
 def test_offsets_that_do_not_cut_the_tokens_are_refused(offsets: list[int]) -> None:
-    with pytest.raises(ValueError, match="want it to ascend from 0 to 37"):
+    with pytest.raises(ValueError, match="expected it to ascend from 0 to 37"):
         flex_kernels.score_experts(*score_inputs(BY_NAME["plain"]), torch.tensor(offsets, device=DEVICE))
 
 

@@ -118,5 +118,5 @@ def test_nothing_to_choose_from(scores: Tensor) -> None:
 
 def test_scores_of_another_shape_are_refused() -> None:
     for criterion in (selection.reconstruction, selection.scaled, selection.zero, selection.relative_residuals):
-        with pytest.raises(ValueError, match=r"scores has shape \[5, 3\], want \[B, E, 3\]"):
+        with pytest.raises(ValueError, match=r"scores has shape \[5, 3\], expected \[B, E, 3\]"):
             criterion(torch.zeros(5, 3))

@@ -162,9 +162,9 @@ def test_sixty_experts_need_fifty_times_fewer_evaluations_than_enumeration(monke
     for size in (2, 3):
         rows = 0
         losses = added(inputs, size)
-        assert losses.expert_evaluations == rows == 60 * 7
-        enumeration = math.comb(60, size) * size * 7
-        assert enumeration >= 50 * losses.expert_evaluations
+        assert losses.num_tokens == 7
+        assert rows == 60 * 7  # an expert applied to a token; enumeration would need `r` of them for every subset
+        assert math.comb(60, size) * size * 7 >= 50 * rows
     picked = losses.subsets[[0, 777, 34_219]].tolist()  # and right, where looking at all of them takes too long
     for experts, loss in zip(picked, losses.losses()[[0, 777, 34_219]].tolist(), strict=True):
         own = [inputs[0], inputs[1], inputs[2][experts], inputs[3][experts], inputs[4][:, experts]]
@@ -260,7 +260,7 @@ def test_trained_weights_and_autocast_change_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(0, "size is 0, want 1 to 4"), (5, "size is 5, want 1 to 4"), (-1, "size is -1, want 1 to 4")],
+    [(0, "size is 0, expected 1 to 4"), (5, "size is 5, expected 1 to 4"), (-1, "size is -1, expected 1 to 4")],
 )
 def test_subsets_that_do_not_exist_are_refused(size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -271,7 +271,7 @@ def test_subsets_that_do_not_exist_are_refused(size: int, message: str) -> None:
 
 def test_too_many_subsets_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="size is 5, want one with at most 5,000,000 subsets; this one has 264,566,400"
+        ValueError, match="size is 5, expected one with at most 5,000,000 subsets; this one has 264,566,400"
     ):
         RenormalizedLosses(128, 5)
 
@@ -281,7 +281,7 @@ def test_too_many_subsets_are_refused() -> None:
 def test_tokens_that_are_not_numbers_are_refused(position: int, value: float) -> None:
     inputs = layer(4)
     inputs[position][3, 2] = value
-    message = f"{('hidden_states', 'target')[position]} holds NaN or infinity, want finite numbers"
+    message = f"{('hidden_states', 'target')[position]} holds NaN or infinity, expected finite numbers"
     with pytest.raises(ValueError, match=message):
         expert_gram(*inputs[:4])
     with pytest.raises(ValueError, match=message):
@@ -300,12 +300,12 @@ def test_experts_that_are_not_numbers_are_refused() -> None:
 def test_no_tokens_are_refused() -> None:
     inputs = layer(4, num_tokens=1)
     none = [inputs[0][:0], inputs[1][:0], *inputs[2:4], inputs[4][:0]]
-    with pytest.raises(ValueError, match="hidden_states has no tokens, want at least one"):
+    with pytest.raises(ValueError, match="hidden_states has no tokens, expected at least one"):
         expert_gram(*none[:4])
     losses = RenormalizedLosses(4, 2)
-    with pytest.raises(ValueError, match="hidden_states has no tokens, want at least one"):
+    with pytest.raises(ValueError, match="hidden_states has no tokens, expected at least one"):
         losses.add(*none)
-    with pytest.raises(ValueError, match="no tokens were added, want at least one"):
+    with pytest.raises(ValueError, match="no tokens were added, expected at least one"):
         losses.best()
 
 
@@ -315,16 +315,16 @@ def test_bad_shapes_are_refused() -> None:
         expert_gram(x, target[1:], gate_up, down)
     with pytest.raises(ValueError, match="gate_up_proj has shape"):
         expert_gram(x, target, gate_up[:, 1:], down)
-    with pytest.raises(ValueError, match="chunk is 0, want at least one token"):
+    with pytest.raises(ValueError, match="chunk is 0, expected at least one token"):
         expert_gram(x, target, gate_up, down, chunk=0)
-    with pytest.raises(ValueError, match="activation is 'relu', want one of"):
+    with pytest.raises(ValueError, match="activation is 'relu', expected one of"):
         expert_gram(x, target, gate_up, down, activation="relu")
-    with pytest.raises(ValueError, match=r"gate_up_proj has shape .* want .5, 2I, H"):
+    with pytest.raises(ValueError, match=r"gate_up_proj has shape .* expected .5, 2I, H"):
         RenormalizedLosses(5, 2).add(x, target, gate_up, down, logits)
     with pytest.raises(ValueError, match="router_logits has shape"):
         RenormalizedLosses(4, 2).add(x, target, gate_up, down, logits[:, 1:])
     small, large = expert_gram(x, target, gate_up[:2], down[:2]), expert_gram(x, target, gate_up, down)
-    with pytest.raises(ValueError, match=r"gram has shape .2, 2. and .4, 4., want sums of the same components"):
+    with pytest.raises(ValueError, match=r"gram has shape .2, 2. and .4, 4., expected sums of the same components"):
         flex_kernels.merged(small, large)
-    with pytest.raises(TypeError, match="the sums are of kind ExpertGram and NeuronSums, want two of one kind"):
+    with pytest.raises(TypeError, match="the sums are of kind ExpertGram and NeuronSums, expected two of one kind"):
         flex_kernels.merged(small, flex_kernels.neuron_sums(x, target, gate_up[0]))

@@ -130,8 +130,19 @@ def test_grafts_on_some_layers_only() -> None:
     assert model.model.layers[1].mlp.experts.graft.gate_up_proj.shape == (6, 32)
     with pytest.raises(ValueError, match="already carries a graft"):
         flex_kernels.attach_graft(model)
-    with pytest.raises(ValueError, match=r"layers has \[2\], want positions from 0 to 1"):
+    with pytest.raises(ValueError, match=r"layers has \[2\], expected positions from 0 to 1"):
         flex_kernels.attach_graft(tiny("qwen2_moe"), layers=[2])
+
+
+def test_grafts_of_a_width_for_each_layer() -> None:
+    grafts = flex_kernels.attach_graft(tiny("qwen2_moe"), width=[3, 5])
+    assert [graft.width for graft in grafts.values()] == [3, 5]
+    grafts = flex_kernels.attach_graft(tiny("qwen2_moe"), width=(7,), layers=[1], rank=2)
+    assert {name: graft.width for name, graft in grafts.items()} == {"model.layers.1.mlp.experts": 7}
+    model = tiny("qwen2_moe")
+    with pytest.raises(ValueError, match="width has 3 entries, expected one for each of 2 layers"):
+        flex_kernels.attach_graft(model, width=[1, 2, 3])
+    assert not any(".graft." in name for name in model.state_dict())
 
 
 def test_attach_switches_to_flex_and_a_graft_is_never_ignored() -> None:
@@ -139,7 +150,7 @@ def test_attach_switches_to_flex_and_a_graft_is_never_ignored() -> None:
     model.set_experts_implementation("eager")
     flex_kernels.attach_graft(model)
     assert model.config._experts_implementation == "flex"
-    with pytest.raises(RuntimeError, match="the model runs on 'eager', want 'flex'"):
+    with pytest.raises(RuntimeError, match="the model runs on 'eager', expected 'flex'"):
         run(model, "eager")
     flex_kernels.detach_graft(model)
     run(model, "eager")

@@ -13,7 +13,8 @@ HAS_PEAK = Path("/proc/self/status").exists()
 MEASURE = """
 import re, torch
 import flex_kernels
-from flex_kernels import plan, pytorch
+from flex_kernels import plan
+from flex_kernels.backends import pytorch
 if {backend!r} == "torch":
     plan.cpu_backend = lambda *_: pytorch
 def peak():

@@ -12,27 +12,27 @@ lines in its epilogue (`p` as one fp32 partial per column tile), reduction of `p
 slots, and two dense products for the graft. No atomics: bitwise repeatable. Never stored: the experts' outputs, dA'.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall
 from flex_kernels.backends.triton.activations import activation_slope, pass_through
 from flex_kernels.backends.triton.combine import sum_rows
 from flex_kernels.backends.triton.grouped import (
     Schedule,
+    find_weight,
     grouped_rows,
+    load_rows,
+    load_weight,
     locate_tile,
     make_schedule,
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.backends.triton.tiles import (
+from flex_kernels.backends.triton.launch import (
     Target,
-    Tile,
     alignment,
     cdiv,
     contiguous,
@@ -41,6 +41,7 @@ from flex_kernels.backends.triton.tiles import (
     reduction_tokens,
     use_tma,
 )
+from flex_kernels.backends.triton.tile_file import Tile
 
 
 @triton.jit
@@ -101,8 +102,7 @@ def _d_preactivations_kernel(
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < end_row
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner_offsets = tl.arange(0, BLOCK_K)
+        first_column = column * BLOCK_N
 
         pairs = tl.load(sorted_pairs_ptr + rows, mask=row_mask & (expert < num_experts), other=0)
         tokens = pairs // top_k
@@ -122,22 +122,13 @@ def _d_preactivations_kernel(
             d_z_ptr = d_graft_preactivations_ptr
             p_ptr = graft_products_ptr
             p_width = graft_num_columns
-        source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
-        if not TMA:
-            weight_rows = (weight_row + inner_offsets).to(tl.int64)
-            weight_ptrs = weight + weight_rows[:, None] * width + columns[None, :]
+        source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
+        place = find_weight(weight, weight_row, first_column, hidden_size, width, False, TMA, BLOCK_N, BLOCK_K)
 
         d_activations = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
-            if TMA:
-                matrix = weight.load([weight_row + k, column * BLOCK_N])
-            else:
-                in_range = (inner_offsets < hidden_size - k)[:, None] & (columns < width)[None, :]
-                matrix = tl.load(weight_ptrs + tl.cast(k, tl.int64) * width, mask=in_range, other=0.0)
+            source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
+            matrix = load_weight(weight, place, k, first_column, hidden_size, width, False, TMA, EVEN, BLOCK_N, BLOCK_K)
             d_activations = tl.dot(source, matrix, d_activations, input_precision="ieee")
 
         is_graft = expert == num_experts
@@ -151,7 +142,7 @@ def _d_preactivations_kernel(
         parts = quarter_columns(d_activations)
         for part in tl.static_range(4):
             products += _finish_columns(
-                parts[part], scale, rows, row_mask, column * BLOCK_N + part * (BLOCK_N // 4), width, is_graft,
+                parts[part], scale, rows, row_mask, first_column + part * (BLOCK_N // 4), width, is_graft,
                 z_ptr, d_z_ptr, opened_activations_ptr,
                 ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
             )  # fmt: skip
@@ -195,154 +186,111 @@ def _reduce_products_kernel(
         tl.store(d_graft_logits_ptr + tokens, opening * (1.0 - opening) * d_opening, mask=token_mask)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The layer's call, contiguous, and which of its gradients are wanted."""
-
-    d_out: Tensor
-    sorted_pairs: Tensor
-    routing_weights: Tensor
-    down_proj: Tensor
-    graft_down_proj: Tensor | None
-    graft_logits: Tensor | None
-    preactivations: Tensor
-    graft_preactivations: Tensor
-    activation: str
-    convex: bool
-    need_hidden: bool
-    need_routing_weights: bool
-    need_graft: bool
-    need_graft_logits: bool
-
-    @property
-    def has_graft(self) -> bool:
-        return self.graft_down_proj is not None
-
-    @property
-    def routed(self) -> bool:
-        """Whether anything asked for goes through the routed experts."""
-        return self.need_hidden or self.need_routing_weights or (self.need_graft_logits and self.convex)
-
-
-def _d_preactivations(
-    layer: _Layer, schedule: Schedule, target: Target, tile: Tile
+def d_preactivations(
+    call: LayerCall,
+    d_out: Tensor,
+    preactivations: Tensor,
+    graft_preactivations: Tensor,
+    schedule: Schedule,
+    target: Target,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """dZ [R, 2I], the graft's dZ [T, 2I_g] and s A [T, I_g], and the partials of `p`, [R, columns] and [T, columns]."""
-    num_experts, hidden_size, intermediate_size = layer.down_proj.shape
-    graft_size = layer.graft_down_proj.shape[1] if layer.has_graft else 0
+    num_experts, hidden_size, intermediate_size = call.down_proj.shape
+    graft_size, has_graft, needs = call.graft_width, call.has_graft, call.needs
     num_columns, graft_num_columns = cdiv(intermediate_size, tile.block_n), cdiv(graft_size, tile.block_n)
-    products_wanted = layer.need_routing_weights or layer.need_graft_logits
-    empty = layer.d_out.new_empty
-    d_preactivations = empty(schedule.num_rows if layer.need_hidden else 0, 2 * intermediate_size)
-    products = empty(schedule.num_rows if products_wanted and layer.routed else 0, num_columns, dtype=torch.float32)
-    d_graft_preactivations = opened_activations = graft_products = None
-    if layer.has_graft:
-        d_graft_preactivations = empty(schedule.num_tokens, 2 * graft_size)
-        opened_activations = empty(schedule.num_tokens if layer.need_graft else 0, graft_size)
+    products_wanted = needs.routing_weights or needs.graft_logits
+    empty = d_out.new_empty
+    d_rows = empty(schedule.num_rows if needs.hidden else 0, 2 * intermediate_size)
+    products = empty(schedule.num_rows if products_wanted and call.routed else 0, num_columns, dtype=torch.float32)
+    d_graft_rows = opened_activations = graft_products = None
+    if has_graft:
+        d_graft_rows = empty(schedule.num_tokens, 2 * graft_size)
+        opened_activations = empty(schedule.num_tokens if needs.graft else 0, graft_size)
         graft_products = empty(schedule.num_tokens, graft_num_columns, dtype=torch.float32)
-    graft_row_tiles = schedule.graft_row_tiles(layer.has_graft)
+    graft_row_tiles = schedule.graft_row_tiles(has_graft)
     max_tiles = schedule.max_row_tiles * num_columns + graft_row_tiles * graft_num_columns
     even = hidden_size % tile.block_k == 0
-    tma = use_tma(target, layer.down_proj, layer.graft_down_proj) and even
+    tma = use_tma(target, call.down_proj, call.graft_down_proj) and even
     block_shape = [tile.block_k, tile.block_n]
     _d_preactivations_kernel[(target.programs(tile, max_tiles),)](
-        layer.d_out, layer.sorted_pairs, layer.routing_weights, layer.graft_logits,
-        operand(layer.down_proj, tma, block_shape), operand(layer.graft_down_proj, tma, block_shape),
-        layer.preactivations, layer.graft_preactivations,
-        d_preactivations, d_graft_preactivations, opened_activations, products, graft_products,
+        d_out, call.sorted_pairs, call.routing_weights, call.graft_logits,
+        operand(call.down_proj, tma, block_shape), operand(call.graft_down_proj, tma, block_shape),
+        preactivations, graft_preactivations,
+        d_rows, d_graft_rows, opened_activations, products, graft_products,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
-        schedule.num_tokens, num_experts, layer.routing_weights.shape[1], hidden_size, intermediate_size, graft_size,
-        ACTIVATION=layer.activation, CONVEX=layer.convex, HAS_GRAFT=layer.has_graft, ROUTED=layer.routed,
-        STORE_ROUTED=layer.need_hidden, STORE_GRAFT=layer.has_graft and (layer.need_hidden or layer.need_graft),
-        STORE_OPENED=layer.need_graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
+        schedule.num_tokens, num_experts, call.routing_weights.shape[1], hidden_size, intermediate_size, graft_size,
+        ACTIVATION=call.activation, CONVEX=call.convex, HAS_GRAFT=has_graft, ROUTED=call.routed,
+        STORE_ROUTED=needs.hidden, STORE_GRAFT=has_graft and (needs.hidden or needs.graft),
+        STORE_OPENED=needs.graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
         ALIGN=alignment(hidden_size, intermediate_size, graft_size),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return d_preactivations, d_graft_preactivations, opened_activations, products, graft_products
+    return d_rows, d_graft_rows, opened_activations, products, graft_products
 
 
 def _reduce_products(
-    layer: _Layer, schedule: Schedule, products: Tensor, graft_products: Tensor | None
+    call: LayerCall, schedule: Schedule, products: Tensor, graft_products: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """d_routing_weights [T, K] and d_graft_logits [T], fp32; [0] where not wanted."""
-    num_tokens, top_k = layer.routing_weights.shape
-    empty = products.new_empty
-    d_routing_weights = empty(num_tokens, top_k) if layer.need_routing_weights else empty(0)
-    d_graft_logits = empty(num_tokens) if layer.need_graft_logits else empty(0)
-    if not (layer.need_routing_weights or layer.need_graft_logits):
+    """d_routing_weights [T, K] and d_graft_logits [T], fp32; [0] if not needed."""
+    (num_tokens, top_k), needs = call.routing_weights.shape, call.needs
+    d_routing_weights = products.new_empty((num_tokens, top_k) if needs.routing_weights else 0)
+    d_graft_logits = products.new_empty(num_tokens if needs.graft_logits else 0)
+    if not (needs.routing_weights or needs.graft_logits):
         return d_routing_weights, d_graft_logits
-    num_columns, graft_num_columns = products.shape[1], graft_products.shape[1] if layer.has_graft else 0
+    num_columns, graft_num_columns = products.shape[1], graft_products.shape[1] if call.has_graft else 0
     block_c = next_power_of_2(max(num_columns, graft_num_columns))
     block_t = reduction_tokens(products.device, block_c)
     _reduce_products_kernel[(cdiv(num_tokens, block_t),)](
-        products, graft_products, schedule.row_of_pair, layer.routing_weights, layer.graft_logits,
+        products, graft_products, schedule.row_of_pair, call.routing_weights, call.graft_logits,
         d_routing_weights, d_graft_logits,
         num_tokens, top_k, num_columns, graft_num_columns,
-        ROUTED=layer.routed, CONVEX=layer.convex,
-        NEED_WEIGHTS=layer.need_routing_weights, NEED_LOGITS=layer.need_graft_logits,
+        ROUTED=call.routed, CONVEX=call.convex,
+        NEED_WEIGHTS=needs.routing_weights, NEED_LOGITS=needs.graft_logits,
         BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
     return d_routing_weights, d_graft_logits
 
 
 def experts_bwd(
-    d_out: Tensor,
-    layer: LayerInputs,
-    preactivations: Tensor,
-    graft_preactivations: Tensor,
-    combine: str,
-    activation: str,
-    need_hidden: bool,
-    need_routing_weights: bool,
-    need_graft: bool,
-    need_graft_logits: bool,
+    d_out: Tensor, call: LayerCall, preactivations: Tensor, graft_preactivations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d_hidden_states [T, H], d_routing_weights [T, K] fp32, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
     [T] fp32; what is not needed is an empty tensor, and its work is not done."""
-    layer = layer.contiguous()
-    hidden_states, has_graft = layer.hidden_states, layer.has_graft
-    call = _Layer(
-        *contiguous(d_out), layer.sorted_pairs, layer.routing_weights, layer.down_proj, layer.graft_down_proj,
-        layer.graft_logits, *contiguous(preactivations, graft_preactivations),
-        activation=activation,
-        convex=has_graft and combine == "convex",
-        need_hidden=need_hidden,
-        need_routing_weights=need_routing_weights,
-        need_graft=has_graft and need_graft,
-        need_graft_logits=has_graft and need_graft_logits,
-    )  # fmt: skip
-    num_tokens, top_k = layer.routing_weights.shape
+    call = call.contiguous()
+    hidden_states, has_graft, needs = call.hidden_states, call.has_graft, call.needs
+    d_out, preactivations, graft_preactivations = contiguous(d_out, preactivations, graft_preactivations)
+    num_tokens, top_k = call.routing_weights.shape
     if num_tokens == 0:
-        return _no_tokens(call, hidden_states, layer.graft_gate_up_proj)
-
+        return _no_tokens(call)
     d_hidden_states, d_graft_gate_up_proj, d_graft_down_proj = (hidden_states.new_empty(0) for _ in range(3))
-    target, tiles = target_and_tiles(layer)
+    target, tiles = target_and_tiles(call)
     with torch.cuda.device_of(hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
-        d_preactivations, d_graft_preactivations, opened_activations, products, graft_products = _d_preactivations(
-            call, schedule, target, tiles.d_preactivations
+        schedule = make_schedule(call.sorted_pairs, call.expert_offsets, num_tokens, tiles.block_m)
+        d_rows, d_graft_rows, opened_activations, products, graft_products = d_preactivations(
+            call, d_out, preactivations, graft_preactivations, schedule, target, tiles.d_preactivations
         )
         d_routing_weights, d_graft_logits = _reduce_products(call, schedule, products, graft_products)
-        if need_hidden:
-            d_rows = grouped_rows(
-                d_preactivations, d_graft_preactivations, layer.gate_up_proj, layer.graft_gate_up_proj,
+        if needs.hidden:
+            d_inputs = grouped_rows(
+                d_rows, d_graft_rows, call.gate_up_proj, call.graft_gate_up_proj,
                 schedule, target, tiles.d_hidden, inner_last=False,
             )  # fmt: skip
-            d_hidden_states = sum_rows(d_rows, schedule.row_of_pair, num_tokens, top_k, has_graft)
-        if call.need_graft:
-            d_graft_gate_up_proj = d_graft_preactivations.T @ hidden_states
-            d_graft_down_proj = call.d_out.T @ opened_activations
+            d_hidden_states = sum_rows(d_inputs, schedule.row_of_pair, num_tokens, top_k, has_graft)
+        if needs.graft:
+            d_graft_gate_up_proj = d_graft_rows.T @ hidden_states
+            d_graft_down_proj = d_out.T @ opened_activations
     return d_hidden_states, d_routing_weights, d_graft_gate_up_proj, d_graft_down_proj, d_graft_logits
 
 
-def _no_tokens(layer: _Layer, hidden_states: Tensor, graft_gate_up_proj: Tensor | None) -> tuple[Tensor, ...]:
-    """Every gradient of a batch without tokens: nothing for the tokens, zero for the graft."""
-    wide, none = layer.routing_weights.new_empty, hidden_states.new_empty(0)
+def _no_tokens(call: LayerCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every gradient of a batch without tokens: nothing for the tokens, zeros for the graft."""
+    needs, empty, wide = call.needs, call.hidden_states.new_empty, call.routing_weights.new_empty
     return (
-        torch.empty_like(hidden_states) if layer.need_hidden else none,
-        wide(layer.routing_weights.shape if layer.need_routing_weights else 0, dtype=torch.float32),
-        torch.zeros_like(graft_gate_up_proj) if layer.need_graft else hidden_states.new_empty(0),
-        torch.zeros_like(layer.graft_down_proj) if layer.need_graft else hidden_states.new_empty(0),
+        empty(call.hidden_states.shape if needs.hidden else 0),
+        wide(call.routing_weights.shape if needs.routing_weights else 0, dtype=torch.float32),
+        torch.zeros_like(call.graft_gate_up_proj) if needs.graft else empty(0),
+        torch.zeros_like(call.graft_down_proj) if needs.graft else empty(0),
         wide(0, dtype=torch.float32),
     )

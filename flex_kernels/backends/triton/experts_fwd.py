@@ -6,7 +6,7 @@
 Twin: `reference.grafted_experts`. Four launches: schedule, `[G; U]` with gathered rows and the activation in its
 epilogue, `D`, combine. The graft is expert number `E` of both GEMMs (rows = tokens in order, a width of its own).
 Fused away: the gathered copy of the input (2 R H elements of traffic), and `Z` between GEMM and activation (4 R I, of
-which 2 R I remain where the backward pass will need `Z`).
+which 2 R I remain if the backward pass needs `Z`).
 """
 
 import torch
@@ -14,21 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
+from flex_kernels.backends.call import LayerCall
 from flex_kernels.backends.triton.activations import pass_through
 from flex_kernels.backends.triton.combine import combine_rows
-from flex_kernels.backends.triton.experts_bwd import experts_bwd
 from flex_kernels.backends.triton.grouped import (
     Schedule,
+    find_weight,
     grouped_rows,
+    load_rows,
+    load_weight,
     locate_tile,
     make_schedule,
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.backends.triton.tiles import Target, Tile, alignment, cdiv, operand, use_tma
-
-__all__ = ["experts_bwd", "experts_fwd", "gate_up_fwd", "preactivations_fwd"]
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, operand, use_tma
+from flex_kernels.backends.triton.tile_file import Tile
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _activate_columns(
     gate, up, rows, end_row, first_column, width, a_ptr, z_ptr,
     ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue for a part of a tile's columns: stores A, and Z where the backward pass will want it."""
+    """The epilogue for a part of a tile's columns: stores A, and Z if the backward pass needs it."""
     columns = first_column + tl.arange(0, gate.shape[1])
     kept = (rows < end_row)[:, None] & (columns < width)[None, :]
     if ACTIVATE:
@@ -72,8 +73,7 @@ def _gate_up_fwd_kernel(
             graft_row_tiles, graft_num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner_offsets = tl.arange(0, BLOCK_K)
+        first_column = column * BLOCK_N
 
         weight = gate_up
         width = intermediate_size
@@ -88,38 +88,28 @@ def _gate_up_fwd_kernel(
             a_ptr = graft_activations_ptr
             z_ptr = graft_preactivations_ptr
             tokens = tl.minimum(rows, num_tokens - 1)
-        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + inner_offsets[None, :]
-        if not TMA:
-            # Columns past the end repeat the last one: no mask here, and the store drops them.
-            weight_rows = (weight_row + tl.minimum(columns, width - 1)).to(tl.int64)
-            gate_ptrs = weight + weight_rows[None, :] * hidden_size + inner_offsets[:, None]
-            up_ptrs = gate_ptrs + tl.cast(width, tl.int64) * hidden_size
+        source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
+        gate_place = find_weight(weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K)
+        up_place = gate_place + width if TMA else gate_place + tl.cast(width, tl.int64) * hidden_size
 
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < hidden_size - k)[None, :], other=0.0)
-            if TMA:
-                gate_matrix = weight.load([weight_row + column * BLOCK_N, k]).T
-                up_matrix = weight.load([weight_row + width + column * BLOCK_N, k]).T
-            elif EVEN:
-                gate_matrix = tl.load(gate_ptrs + k)
-                up_matrix = tl.load(up_ptrs + k)
-            else:
-                gate_matrix = tl.load(gate_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
-                up_matrix = tl.load(up_ptrs + k, mask=(inner_offsets < hidden_size - k)[:, None], other=0.0)
+            source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
+            gate_matrix = load_weight(
+                weight, gate_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
+            up_matrix = load_weight(
+                weight, up_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
             gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
             up = tl.dot(source, up_matrix, up, input_precision="ieee")
 
         gate_parts, up_parts = quarter_columns(gate), quarter_columns(up)
         for part in tl.static_range(4):
-            first_column = column * BLOCK_N + part * (BLOCK_N // 4)
             _activate_columns(
-                gate_parts[part], up_parts[part], rows, end_row, first_column, width, a_ptr, z_ptr,
-                ACTIVATION, ACTIVATE, SAVE,
+                gate_parts[part], up_parts[part], rows, end_row, first_column + part * (BLOCK_N // 4), width,
+                a_ptr, z_ptr, ACTIVATION, ACTIVATE, SAVE,
             )  # fmt: skip
 
 
@@ -169,51 +159,47 @@ def gate_up_fwd(
     return activations, graft_activations, preactivations, graft_preactivations
 
 
-def experts_fwd(
-    layer: LayerInputs, combine: str, activation: str, save_preactivations: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out [T, H], preactivations [T*K, 2I] in plan order, graft_preactivations [T, 2I_g]; see the module's docstring.
 
     Without `save_preactivations` the last two have no rows. fp32 products run in full precision (`ieee`), as PyTorch's
     own default does.
     """
-    layer = layer.contiguous()
-    num_tokens = len(layer.hidden_states)
-    if num_tokens == 0:
-        return torch.empty_like(layer.hidden_states), *_no_preactivations(layer)
-    target, tiles = target_and_tiles(layer)
-    with torch.cuda.device_of(layer.hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
-        activations, graft_activations, preactivations, graft_preactivations = gate_up_fwd(
-            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
-            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, activation, save_preactivations,
+    call = call.contiguous()
+    if len(call.hidden_states) == 0:
+        return torch.empty_like(call.hidden_states), *_no_preactivations(call)
+    target, tiles = target_and_tiles(call)
+    with torch.cuda.device_of(call.hidden_states):
+        schedule = make_schedule(call.sorted_pairs, call.expert_offsets, len(call.hidden_states), tiles.block_m)
+        activations, graft_activations, *preactivations = gate_up_fwd(
+            call.hidden_states, call.sorted_pairs, call.routing_weights.shape[1], call.gate_up_proj,
+            call.graft_gate_up_proj, schedule, target, tiles.gate_up, call.activation, save_preactivations,
         )  # fmt: skip
         expert_out = grouped_rows(
-            activations, graft_activations, layer.down_proj, layer.graft_down_proj,
+            activations, graft_activations, call.down_proj, call.graft_down_proj,
             schedule, target, tiles.down, inner_last=True,
         )  # fmt: skip
         out = combine_rows(
-            expert_out, schedule.row_of_pair, layer.routing_weights, layer.graft_logits, combine, layer.has_graft
+            expert_out, schedule.row_of_pair, call.routing_weights, call.graft_logits, call.combine, call.has_graft
         )
-    return out, preactivations, graft_preactivations
+    return out, *preactivations
 
 
-def preactivations_fwd(layer: LayerInputs) -> tuple[Tensor, Tensor]:
+def preactivations_fwd(call: LayerCall) -> tuple[Tensor, Tensor]:
     """Z alone, for a backward that kept none: preactivations [T*K, 2I] and graft_preactivations [T, 2I_g]."""
-    layer = layer.contiguous()
-    num_tokens = len(layer.hidden_states)
-    if num_tokens == 0:
-        return _no_preactivations(layer)
-    target, tiles = target_and_tiles(layer)
-    with torch.cuda.device_of(layer.hidden_states):
-        schedule = make_schedule(layer.sorted_pairs, layer.expert_offsets, num_tokens, tiles.block_m)
+    call = call.contiguous()
+    if len(call.hidden_states) == 0:
+        return _no_preactivations(call)
+    target, tiles = target_and_tiles(call)
+    with torch.cuda.device_of(call.hidden_states):
+        schedule = make_schedule(call.sorted_pairs, call.expert_offsets, len(call.hidden_states), tiles.block_m)
         *_, preactivations, graft_preactivations = gate_up_fwd(
-            layer.hidden_states, layer.sorted_pairs, layer.routing_weights.shape[1], layer.gate_up_proj,
-            layer.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
+            call.hidden_states, call.sorted_pairs, call.routing_weights.shape[1], call.gate_up_proj,
+            call.graft_gate_up_proj, schedule, target, tiles.gate_up, "silu", save_preactivations=True, activate=False,
         )  # fmt: skip
     return preactivations, graft_preactivations
 
 
-def _no_preactivations(layer: LayerInputs) -> tuple[Tensor, Tensor]:
-    empty = layer.hidden_states.new_empty
-    return empty(0, layer.gate_up_proj.shape[1]), empty(0, 2 * layer.graft_width)
+def _no_preactivations(call: LayerCall) -> tuple[Tensor, Tensor]:
+    empty = call.hidden_states.new_empty
+    return empty(0, call.gate_up_proj.shape[1]), empty(0, 2 * call.graft_width)

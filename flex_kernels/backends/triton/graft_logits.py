@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.triton.tiles import cdiv, contiguous, target_of, token_tile
+from flex_kernels.backends.triton.launch import cdiv, contiguous, target_of, token_tile
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

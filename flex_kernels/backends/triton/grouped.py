@@ -1,4 +1,4 @@
-"""What the grouped GEMMs share: the schedule of row tiles, and the product of sorted rows with their expert's matrix.
+"""The grouped GEMMs' common part: the schedule of row tiles, the loads, and the product of sorted rows with matrices.
 
 A grouped GEMM runs over the rows in plan order (sorted by expert), then over the graft's rows (all tokens, in order).
 Its tiles are numbered on the device, so no count ever travels to the host: `row_tiles` lists (expert, first row, end
@@ -19,19 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.call import LayerInputs
-from flex_kernels.backends.triton.tiles import (
-    ExpertTiles,
+from flex_kernels.backends.call import LayerCall
+from flex_kernels.backends.triton.launch import (
     Target,
-    Tile,
     alignment,
     cdiv,
-    expert_tiles,
     next_power_of_2,
     operand,
     target_of,
     use_tma,
 )
+from flex_kernels.backends.triton.tile_file import ExpertTiles, Tile
+from flex_kernels.backends.triton.tiles import expert_tiles
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
 
@@ -55,11 +54,11 @@ class Schedule:
         return cdiv(self.num_tokens, self.block_m) if has_graft else 0
 
 
-def target_and_tiles(layer: LayerInputs) -> tuple[Target, ExpertTiles]:
-    """What the GEMMs of one layer call are shaped for; forward and backward get the same."""
-    target, (num_experts, *sizes) = target_of(layer.hidden_states.device), layer.down_proj.shape
-    num_rows, dtype = len(layer.sorted_pairs), layer.hidden_states.dtype
-    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, layer.graft_width))
+def target_and_tiles(call: LayerCall) -> tuple[Target, ExpertTiles]:
+    """The chip and the tiles of one layer call's GEMMs; forward and backward get the same."""
+    target, (num_experts, *sizes) = target_of(call.hidden_states.device), call.down_proj.shape
+    num_rows, dtype = len(call.sorted_pairs), call.hidden_states.dtype
+    return target, expert_tiles(target, dtype, num_rows, num_experts, (*sizes, call.graft_width))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "max_row_tiles"])
@@ -143,6 +142,60 @@ def locate_tile(
 
 
 @triton.jit
+def load_rows(row_ptrs, k, inner_size, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of the left operand from index `k` of the sum on."""
+    if EVEN:
+        tile = tl.load(row_ptrs + k)
+    else:
+        tile = tl.load(row_ptrs + k, mask=(tl.arange(0, BLOCK_K) < inner_size - k)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def find_weight(
+    weight, first_row, first_column, inner_size, out_size,
+    INNER_LAST: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Where `load_weight` begins: with TMA the matrix's first row, else pointers to the first tile of its sum.
+
+    The matrix is [N, K] (`INNER_LAST`) or [K, N], from row `first_row` of all rows on; N is `out_size`.
+    """
+    if TMA:
+        place = first_row
+    else:
+        columns = first_column + tl.arange(0, BLOCK_N)
+        inner_offsets = tl.arange(0, BLOCK_K)
+        if INNER_LAST:
+            # Columns past the end repeat the last one: no mask for them, and the store drops them.
+            rows = (first_row + tl.minimum(columns, out_size - 1)).to(tl.int64)
+            place = weight + rows[None, :] * inner_size + inner_offsets[:, None]
+        else:
+            rows = (first_row + inner_offsets).to(tl.int64)
+            place = weight + rows[:, None] * out_size + columns[None, :]
+    return place
+
+
+@triton.jit
+def load_weight(
+    weight, place, k, first_column, inner_size, out_size,
+    INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of an expert's matrix from index `k` of the sum on: every grouped GEMM reads weights here."""
+    if TMA:
+        tile = weight.load([place + first_column, k]).T if INNER_LAST else weight.load([place + k, first_column])
+    elif INNER_LAST:
+        if EVEN:
+            tile = tl.load(place + k)
+        else:
+            tile = tl.load(place + k, mask=(tl.arange(0, BLOCK_K) < inner_size - k)[:, None], other=0.0)
+    else:
+        columns = first_column + tl.arange(0, BLOCK_N)
+        mask = (tl.arange(0, BLOCK_K) < inner_size - k)[:, None] & (columns < out_size)[None, :]
+        tile = tl.load(place + tl.cast(k, tl.int64) * out_size, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
 def _halve_columns(x):
     left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
     return tl.split(tl.permute(left_right, (0, 2, 1)))
@@ -152,8 +205,8 @@ def _halve_columns(x):
 def quarter_columns(x):
     """[M, N] -> four [M, N / 4], left to right; each thread keeps what it has.
 
-    For epilogues in parts: what an activation computes on the way is several times as large as the accumulator, and
-    all at once does not fit in registers.
+    For epilogues in parts: an activation's intermediate values are several times as large as the accumulator, and all
+    of them at once do not fit in registers.
     """
     left, right = _halve_columns(x)
     far_left, middle_left = _halve_columns(left)
@@ -183,8 +236,7 @@ def _grouped_rows_kernel(
             graft_row_tiles, num_columns, num_tokens, num_experts, BLOCK_M, GROUP_M,
         )  # fmt: skip
         rows = first_row + tl.arange(0, BLOCK_M)
-        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner_offsets = tl.arange(0, BLOCK_K)
+        first_column = column * BLOCK_N
         source = sources
         weight = weights
         inner = inner_size
@@ -197,42 +249,26 @@ def _grouped_rows_kernel(
             out_row = num_rows
             weight_row = 0
         if not TMA:
-            # Rows and columns past the end repeat the last one: no mask for them, and the store drops them.
+            # Rows past the end repeat the last one: no mask for them, and the store drops them.
             safe_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
-            source_ptrs = source + safe_rows[:, None] * inner + inner_offsets[None, :]
-            if INNER_LAST:
-                safe_columns = tl.minimum(columns, out_size - 1)
-                weight_rows = (weight_row + safe_columns).to(tl.int64)
-                weight_ptrs = weight + weight_rows[None, :] * inner + inner_offsets[:, None]
-            else:
-                weight_rows = (weight_row + inner_offsets).to(tl.int64)
-                weight_ptrs = weight + weight_rows[:, None] * out_size + columns[None, :]
+            source_ptrs = source + safe_rows[:, None] * inner + tl.arange(0, BLOCK_K)[None, :]
+        place = find_weight(weight, weight_row, first_column, inner, out_size, INNER_LAST, TMA, BLOCK_N, BLOCK_K)
 
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, inner, BLOCK_K):
             if TMA:
                 left = source.load([first_row, k])
-                if INNER_LAST:
-                    right = weight.load([weight_row + column * BLOCK_N, k]).T
-                else:
-                    right = weight.load([weight_row + k, column * BLOCK_N])
-            elif INNER_LAST and EVEN:
-                left = tl.load(source_ptrs + k)
-                right = tl.load(weight_ptrs + k)
             else:
-                in_range = inner_offsets < inner - k
-                left = tl.load(source_ptrs + k, mask=in_range[None, :], other=0.0)
-                if INNER_LAST:
-                    right = tl.load(weight_ptrs + k, mask=in_range[:, None], other=0.0)
-                else:
-                    right_ptrs = weight_ptrs + tl.cast(k, tl.int64) * out_size
-                    right = tl.load(right_ptrs, mask=in_range[:, None] & (columns < out_size)[None, :], other=0.0)
+                left = load_rows(source_ptrs, k, inner, INNER_LAST and EVEN, BLOCK_K)
+            right = load_weight(
+                weight, place, k, first_column, inner, out_size, INNER_LAST, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
             accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
 
         out_rows = (out_row + rows).to(tl.int64)
         parts = quarter_columns(accumulator)
         for part in tl.static_range(4):
-            part_columns = column * BLOCK_N + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            part_columns = first_column + part * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             kept = (rows < end_row)[:, None] & (part_columns < out_size)[None, :]
             out_ptrs = out_ptr + out_rows[:, None] * out_size + part_columns[None, :]
             tl.store(out_ptrs, parts[part].to(out_ptr.dtype.element_ty), mask=kept)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.triton.tiles import cdiv, contiguous, next_power_of_2, reduction_tokens
+from flex_kernels.backends.triton.launch import cdiv, contiguous, next_power_of_2, reduction_tokens
 
 NOT_AN_EXPERT = tl.constexpr(-2.0)  # below every probability, and below TAKEN
 TAKEN = tl.constexpr(-1.0)

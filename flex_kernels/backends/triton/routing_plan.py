@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flex_kernels.backends.triton.tiles import INTERPRET, cdiv, contiguous, next_power_of_2
+from flex_kernels.backends.triton.launch import INTERPRET, cdiv, contiguous, next_power_of_2
 
 # Pairs ranked at once times experts: the comparison table [pairs, experts] that stays in registers.
 RANK_TABLE = 4096

@@ -17,19 +17,9 @@ from torch import Tensor
 
 from flex_kernels.backends.triton.activations import pass_through
 from flex_kernels.backends.triton.experts_fwd import gate_up_fwd
-from flex_kernels.backends.triton.grouped import make_schedule
-from flex_kernels.backends.triton.tiles import (
-    Target,
-    alignment,
-    cdiv,
-    contiguous,
-    expert_tiles,
-    neuron_tile,
-    operand,
-    score_tile,
-    target_of,
-    use_tma,
-)
+from flex_kernels.backends.triton.grouped import find_weight, load_rows, load_weight, make_schedule
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, contiguous, operand, target_of, use_tma
+from flex_kernels.backends.triton.tiles import expert_tiles, neuron_tile, score_tile
 
 # Memory for the activations of the experts scored in one launch. Enough rows to fill a GPU, little beside the weights.
 ACTIVATION_BYTES = 256 << 20
@@ -51,32 +41,25 @@ def _score_experts_kernel(
     expert = first_expert + local_expert
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    inner_offsets = tl.arange(0, BLOCK_K)
     safe_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
     tokens = first_token + safe_rows
     source_rows = local_expert.to(tl.int64) * num_rows + safe_rows
-    source_ptrs = activations_ptr + source_rows[:, None] * intermediate_size + inner_offsets[None, :]
+    source_ptrs = activations_ptr + source_rows[:, None] * intermediate_size + tl.arange(0, BLOCK_K)[None, :]
 
     residual = tl.zeros((BLOCK_M,), dtype=tl.float32)
     inner_product = tl.zeros((BLOCK_M,), dtype=tl.float32)
     energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for first_column in range(0, hidden_size, BLOCK_N):
         columns = first_column + tl.arange(0, BLOCK_N)
-        if not TMA:
-            weight_rows = expert.to(tl.int64) * hidden_size + tl.minimum(columns, hidden_size - 1)
-            weight_ptrs = down + weight_rows[None, :] * intermediate_size + inner_offsets[:, None]
+        place = find_weight(
+            down, expert * hidden_size, first_column, intermediate_size, hidden_size, True, TMA, BLOCK_N, BLOCK_K
+        )
         out = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, intermediate_size, BLOCK_K):
-            if EVEN:
-                source = tl.load(source_ptrs + k)
-            else:
-                source = tl.load(source_ptrs + k, mask=(inner_offsets < intermediate_size - k)[None, :], other=0.0)
-            if TMA:
-                matrix = down.load([expert * hidden_size + first_column, k]).T
-            elif EVEN:
-                matrix = tl.load(weight_ptrs + k)
-            else:
-                matrix = tl.load(weight_ptrs + k, mask=(inner_offsets < intermediate_size - k)[:, None], other=0.0)
+            source = load_rows(source_ptrs, k, intermediate_size, EVEN, BLOCK_K)
+            matrix = load_weight(
+                down, place, k, first_column, intermediate_size, hidden_size, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            )
             out = tl.dot(source, matrix, out, input_precision="ieee")
         kept = row_mask[:, None] & (columns < hidden_size)[None, :]
         out = tl.where(kept, out, 0.0)

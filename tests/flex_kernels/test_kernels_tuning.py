@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from cases import Case, layer_inputs
 from compare import forward_and_grads
 from torch import Tensor
 
 import flex_kernels
-from flex_kernels import candidates, plan
-from flex_kernels import tuning as tune
-from flex_kernels.backends.triton import experts_fwd as experts
-from flex_kernels.backends.triton import tiles
-from flex_kernels.backends.triton.tiles import Tile
+from flex_kernels import plan, tuning
+from flex_kernels.backends.triton import experts_fwd, launch, tile_file, tiles
+from flex_kernels.backends.triton.launch import Target
+from flex_kernels.backends.triton.tile_file import KERNELS, ExpertTiles, Kind, Measured, Tile
 
 pytestmark = pytest.mark.skipif(not plan.INTERPRET, reason="a real device measures in test_kernels_gpu.py")
 CASE = Case("tune", 9, 2, 32, 24, 3, 16, "few rows, a graft narrower than an expert")
 DTYPE = torch.float32
-TARGET = tiles.Target("interpreter", 3, "a chip of this test", "cpu")
+TARGET = Target("interpreter", 3, "a chip of this test", "cpu")
 TABLE = tiles.table_tiles(TARGET, DTYPE, True, (32, 24, 16))
-KIND = tune.Kind(TARGET.name, "float32", 32, 24, 16, 3, "few", tune.triton.__version__)
+KIND = Kind(TARGET.name, "float32", 32, 24, 16, 3, "few", triton.__version__)
 
 
 @dataclass
 class Clock:
-    """Stands in for `tune.milliseconds`: all tiles take `otherwise`, but those in `fast`."""
+    """Stands in for `tuning.milliseconds`: all tiles take `otherwise`, but those in `fast`."""
 
     fast: dict[Tile, float] = field(default_factory=dict)
     otherwise: float = 2.0
@@ -45,7 +45,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(tune, "milliseconds", clock)
+    monkeypatch.setattr(tuning, "milliseconds", clock)
     return clock
 
 
@@ -56,12 +56,12 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FLEX_TILES", str(path))
     monkeypatch.setenv("FLEX_TUNE", "1")
     monkeypatch.setattr(tiles, "_chosen", {})
-    monkeypatch.setattr(tiles, "_INTERPRETER", TARGET)
-    monkeypatch.setattr(tune, "ROWS_AN_EXPERT", {"few": 5, "many": 40})
-    monkeypatch.setattr(candidates, "MOST_NEIGHBOURS", 6)  # two of each height
-    tune._remembered.cache_clear()
+    monkeypatch.setattr(launch, "_INTERPRETER", TARGET)
+    monkeypatch.setattr(tuning, "ROWS_PER_EXPERT", {"few": 5, "many": 40})
+    monkeypatch.setattr(tuning, "MOST_NEIGHBOURS", 6)  # two of each height
+    tile_file.remembered.cache_clear()
     yield path
-    tune._remembered.cache_clear()
+    tile_file.remembered.cache_clear()
 
 
 def layer(inputs: list) -> list[Tensor]:
@@ -80,8 +80,8 @@ def test_the_first_call_measures_and_the_others_use_it(path: Path, clock: Clock)
     with pytest.warns(RuntimeWarning, match=rf"measuring tiles once for Kind\(chip='a chip of this test'.*{path}"):
         first = layer(inputs)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert len(clock.asked) == len(candidates.KERNELS) * candidates.MOST_NEIGHBOURS
-    assert tune.read(path) == {KIND: tiles.ExpertTiles(winner, winner, winner, winner)}
+    assert len(clock.asked) == len(KERNELS) * tuning.MOST_NEIGHBOURS
+    assert tile_file.read(path) == {KIND: ExpertTiles(winner, winner, winner, winner)}
     (entry,) = json.loads(path.read_text())["entries"]
     assert (entry["ms"], entry["default_ms"]) == (2.0, 8.0)
 
@@ -98,8 +98,8 @@ def test_results_are_those_of_the_table(path: Path, clock: Clock, monkeypatch: p
     inputs = layer_inputs(CASE, DTYPE)
     with pytest.warns(RuntimeWarning, match="measuring tiles"):
         ours = layer(inputs)
-    assert tune.read(path)[KIND].block_m == 16
-    monkeypatch.setattr(tiles, "_INTERPRETER", replace(TARGET, name=""))
+    assert tile_file.read(path)[KIND].block_m == 16
+    monkeypatch.setattr(launch, "_INTERPRETER", replace(TARGET, name=""))
     for a, b in zip(ours, layer(inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -107,12 +107,12 @@ def test_results_are_those_of_the_table(path: Path, clock: Clock, monkeypatch: p
 def test_a_remembered_entry_is_used_without_measuring(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remembered = tiles.ExpertTiles(*(replace(TABLE.down, block_m=16),) * 4)
-    tune.write(path, KIND, tune.Measured(remembered, 1.0, 2.0))
+    remembered = ExpertTiles(*(replace(TABLE.down, block_m=16),) * 4)
+    tile_file.write(path, KIND, Measured(remembered, 1.0, 2.0))
     monkeypatch.delenv("FLEX_TUNE")
     heights = []
-    original = experts.make_schedule
-    monkeypatch.setattr(experts, "make_schedule", lambda *args: heights.append(args[-1]) or original(*args))
+    original = experts_fwd.make_schedule
+    monkeypatch.setattr(experts_fwd, "make_schedule", lambda *args: heights.append(args[-1]) or original(*args))
     layer(layer_inputs(CASE, DTYPE))
     assert heights == [16]
     assert not clock.asked
@@ -121,7 +121,7 @@ def test_a_remembered_entry_is_used_without_measuring(
 def test_nothing_is_measured_on_the_interpreter_itself(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "_INTERPRETER", replace(TARGET, name=""))
+    monkeypatch.setattr(launch, "_INTERPRETER", replace(TARGET, name=""))
     layer(layer_inputs(CASE, DTYPE))
     assert not clock.asked
     assert not path.exists()
@@ -130,18 +130,20 @@ def test_nothing_is_measured_on_the_interpreter_itself(
 def test_a_wrong_tile_never_wins(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     clock.fast = {replace(TABLE.down, block_n=32): 0.1}
 
-    def gemms(*args: object) -> dict[str, candidates.Gemm]:
-        runs = candidates.gemms(*args)
+    real = tuning.gemms
+
+    def gemms(*args: object) -> dict[str, tuning.Gemm]:
+        runs = real(*args)
         return {**runs, "d_hidden": partial(one_wrong_number, runs["d_hidden"])}
 
-    def one_wrong_number(gemm: candidates.Gemm, tile: Tile) -> list[Tensor]:
+    def one_wrong_number(gemm: tuning.Gemm, tile: Tile) -> list[Tensor]:
         (d_rows,) = gemm(tile)
         if tile != TABLE.d_hidden:
             d_rows[3, 7] += 0.1
         return [d_rows]
 
-    monkeypatch.setattr(tune, "gemms", gemms)
-    found = tune.measure(KIND, TARGET, DTYPE).tiles
+    monkeypatch.setattr(tuning, "gemms", gemms)
+    found = tuning.measure(KIND, TARGET, DTYPE).tiles
     assert found.down == replace(TABLE.down, block_n=32)
     assert found.d_hidden == TABLE.d_hidden
 
@@ -150,13 +152,13 @@ def test_a_wrong_tile_never_wins(path: Path, clock: Clock, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gemms_compute_every_number(graft_size: int, dtype: torch.dtype) -> None:
     """Fresh memory is NaN in the tests; and two tiles agree."""
-    sizes = candidates.Sizes(7, 2, 32, 24, graft_size, 3)
-    runs = candidates.gemms(sizes, dtype, TARGET)
-    assert tuple(runs) == candidates.KERNELS == tuple(asdict(TABLE))
+    sizes = tuning.Sizes(7, 2, 32, 24, graft_size, 3)
+    runs = tuning.gemms(sizes, dtype, TARGET)
+    assert tuple(runs) == KERNELS == tuple(asdict(TABLE))
     for run in runs.values():
         results = run(TABLE.down)
         assert all(torch.isfinite(result).all() and result.numel() for result in results)
-        assert tune.agree(run(replace(TABLE.down, block_m=16, block_n=32, block_k=16)), results)
+        assert tuning.agree(run(replace(TABLE.down, block_m=16, block_n=32, block_k=16)), results)
 
 
 def test_without_a_file_the_process_remembers(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
