@@ -77,17 +77,9 @@ class GraftOn(Private):
 
     def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
         low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
-        for index, layer in enumerate(base.layers.values()):
-            # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
-            flex_kernels.attach_graft(
-                base.model,
-                graft.graft_width(experts_sizes(layer)[1]),
-                graft.combine,
-                graft.logit_bias,
-                [index],
-                dtype=torch.float32,
-                **low_rank,
-            )
+        widths = [graft.graft_width(experts_sizes(layer)[1]) for layer in base.layers.values()]
+        # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
+        flex_kernels.attach_graft(base.model, widths, graft.combine, graft.logit_bias, dtype=torch.float32, **low_rank)
 
     def take_off(self, base: Base) -> None:
         flex_kernels.detach_graft(base.model)
