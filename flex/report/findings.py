@@ -16,17 +16,8 @@ from dataclasses import dataclass
 
 from flex.evaluation.measures import KINDS
 from flex.methods import AVERAGED, MAIN, METHODS, Method
-from flex.report.numbers import (
-    AFTER,
-    BEFORE,
-    Measure,
-    Row,
-    format_count,
-    little_used,
-    primary_measure,
-    spread,
-    worse_than_zero,
-)
+from flex.report.numbers import Measure, Row, format_count, little_used, primary_measure, spread, worse_than_zero
+from flex.store.events import AFTER, BEFORE
 
 LABEL = METHODS[MAIN].label
 CONTROLS = {method: row for method, row in METHODS.items() if row.control_of == MAIN}
@@ -116,14 +107,10 @@ def findings(summary: list[Row]) -> list[str]:
 
 def _unfinished(summary: list[Row]) -> list[str]:
     missing = []
-    for row in summary:
-        if not row.finished:
-            done = [
-                f"seed {seed} at round {at or 0}" + (f" of {planned}" if planned else "")
-                for seed, (at, planned) in row.rounds.items()
-                if planned is None or (at or 0) < planned
-            ]
-            missing.append(f"{row.label} ({', '.join(done) or 'not evaluated'})")
+    for row in (row for row in summary if not row.finished):
+        rounds = [(job.seed, job.last_round or 0, job.info.num_rounds) for job in row.jobs if not job.finished]
+        parts = [f"seed {seed} at round {at}" + (f" of {planned}" if planned else "") for seed, at, planned in rounds]
+        missing.append(f"{row.label} ({', '.join(parts)})")
     return [f"This run is not finished, so everything here is preliminary: {_join(missing)}."] if missing else []
 
 

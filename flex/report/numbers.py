@@ -12,6 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +20,7 @@ from flex.errors import FlexError
 from flex.evaluation.measures import KINDS, Kind
 from flex.methods import AVERAGED, MAIN, METHODS, GraftSettings, Method
 from flex.store import events
-from flex.store.events import (
-    AFTER,
-    BEFORE,
-    METRICS,
-    Done,
-    Evaluated,
-    Event,
-    Grafted,
-    JobStarted,
-    RunStarted,
-    Sent,
-    Trained,
-)
+from flex.store.events import AFTER, BEFORE, METRICS, Event, Grafted, RunStarted
 
 # A chosen expert with less than this part of an even share (1/E) of the routing weight is one the client hardly uses.
 LITTLE_USED_SHARE = 0.25
@@ -78,26 +67,28 @@ class JobLog:
 
     method: str
     seed: int
-    info: JobStarted = field(default_factory=JobStarted)
-    done: Done | None = None
-    evaluations: dict[tuple[int, str, str, str], Evaluated] = field(default_factory=dict)  # round, client, when, split
-    trains: dict[tuple[int, str], Trained] = field(default_factory=dict)  # round, client
+    info: events.JobStarted = field(default_factory=events.JobStarted)
+    done: events.Done | None = None
+    evaluations: dict[tuple[int, str, str, str], events.Evaluated] = field(
+        default_factory=dict
+    )  # round, client, when, split
+    trains: dict[tuple[int, str], events.Trained] = field(default_factory=dict)  # round, client
     grafts: dict[tuple[str, int], Grafted] = field(default_factory=dict)  # client, layer
     sent: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # direction -> tensors
 
     def add(self, event: Event) -> None:
         match event:
-            case JobStarted():
+            case events.JobStarted():
                 self.info = event
-            case Done():
+            case events.Done():
                 self.done = event
-            case Evaluated():
+            case events.Evaluated():
                 self.evaluations[event.round, event.client_id, event.when, event.split] = event
-            case Trained():
+            case events.Trained():
                 self.trains[event.round, event.client_id] = event
             case Grafted():
                 self.grafts[event.client_id, event.layer] = event
-            case Sent():
+            case events.Sent():
                 self.sent[event.direction] = event.tensors
 
     @property
@@ -147,37 +138,72 @@ class Stat:
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a run.
-
-    method, declared, about   its key, its row in METHODS, and what it is in words, as this run was configured
-    seeds                     the seeds counted: the finished ones, or all of them while none is finished
-    finished, rounds          whether every seed is finished; {seed: (last evaluated round, rounds planned or None)}
-    scores                    {AFTER or BEFORE aggregation: {measure: Stat}}
-    bytes_per_round           {"up", "down"}: all clients together, mean over rounds and seeds; None without training
-    trained_parameters        {"shared", "personal"} or None
-    grafts                    the choices of one expert as a whole
-    seconds                   mean over seeds, or None
-    """
+    """One method of a run: its jobs by seed, and what they come to."""
 
     method: str
-    declared: Method
-    about: str
-    seeds: list[int]
-    finished: bool
-    rounds: dict[int, tuple[int | None, int | None]]
-    scores: dict[str, dict[Measure, Stat]]
-    bytes_per_round: dict[str, float] | None
-    trained_parameters: dict[str, int] | None
-    grafts: list[Grafted]
-    seconds: float | None
+    jobs: list[JobLog]
+
+    @property
+    def declared(self) -> Method:
+        return declared(self.method)
 
     @property
     def label(self) -> str:
         return self.declared.label
 
     @property
+    def about(self) -> str:
+        """What it is in words, as this run was configured."""
+        return (_configured_otherwise(self.jobs) if self.method == MAIN else "") or self.declared.about
+
+    @property
+    def finished(self) -> bool:
+        return all(job.finished for job in self.jobs)
+
+    @property
+    def counted(self) -> list[JobLog]:
+        """The finished jobs, or all of them while none is finished."""
+        return [job for job in self.jobs if job.finished] or self.jobs
+
+    @property
+    def seeds(self) -> list[int]:
+        return [job.seed for job in self.counted]
+
+    @cached_property
+    def scores(self) -> dict[str, dict[Measure, Stat]]:
+        """{AFTER or BEFORE aggregation: {measure: over the counted seeds}}."""
+        return {when: _over_seeds(self.counted, when) for when in (AFTER, BEFORE)}
+
+    @property
+    def before(self) -> dict[Measure, Stat]:
+        return self.scores[BEFORE]
+
+    @property
     def after(self) -> dict[Measure, Stat]:
         return self.scores[AFTER]
+
+    @property
+    def bytes_per_round(self) -> dict[str, float] | None:
+        """{"up", "down"}: all clients together, mean over rounds and seeds; None without training."""
+        rounds = {(job.seed, at) for job in self.jobs for at, _ in job.trains}
+        trains = [event for job in self.jobs for event in job.trains.values()]
+        up, down = sum(event.bytes_up or 0 for event in trains), sum(event.bytes_down or 0 for event in trains)
+        return {"up": up / len(rounds), "down": down / len(rounds)} if rounds else None
+
+    @property
+    def trained_parameters(self) -> dict[str, int] | None:
+        """{"shared", "personal"}."""
+        return next((job.info.trained_parameters for job in self.jobs if job.info.trained_parameters), None)
+
+    @property
+    def grafts(self) -> list[Grafted]:
+        """The choices of one expert as a whole."""
+        return [event for job in self.jobs for event in job.grafts.values() if event.chosen is not None]
+
+    def mean_cost(self, name: str) -> float | None:
+        """ "seconds" or "tokens" of one seed, mean over seeds."""
+        found = [value for job in self.jobs if job.done and (value := getattr(job.done, name)) is not None]
+        return statistics.fmean(found) if found else None
 
 
 def read_events(run_dir: Path | str) -> list[Event]:
@@ -214,28 +240,10 @@ def collect_jobs(all_events: Iterable[Event]) -> list[JobLog]:
 
 def summarise(all_events: Iterable[Event]) -> list[Row]:
     """One row per method, in the order of the tables."""
-    jobs = collect_jobs(all_events)
-    return [_summarise_method([job for job in jobs if job.method == m]) for m in dict.fromkeys(j.method for j in jobs)]
-
-
-def _summarise_method(jobs: list[JobLog]) -> Row:
-    method = declared(jobs[0].method)
-    counted = [job for job in jobs if job.finished] or jobs
-    infos = [job.info.trained_parameters for job in jobs if job.info.trained_parameters]
-    seconds = [job.done.seconds for job in jobs if job.done and job.done.seconds is not None]
-    return Row(
-        method=jobs[0].method,
-        declared=method,
-        about=(_configured_otherwise(jobs) if jobs[0].method == MAIN else "") or method.about,
-        seeds=[job.seed for job in counted],
-        finished=all(job.finished for job in jobs),
-        rounds={job.seed: (job.last_round, job.info.num_rounds) for job in jobs},
-        scores={when: _over_seeds(counted, when) for when in (AFTER, BEFORE)},
-        bytes_per_round=_bytes_per_round(jobs),
-        trained_parameters=infos[-1] if infos else None,
-        grafts=[event for job in jobs for event in job.grafts.values() if event.chosen is not None],
-        seconds=statistics.fmean(seconds) if seconds else None,
-    )
+    by_method: dict[str, list[JobLog]] = {}
+    for job in collect_jobs(all_events):
+        by_method.setdefault(job.method, []).append(job)
+    return [Row(method, jobs) for method, jobs in by_method.items()]
 
 
 def _over_seeds(jobs: list[JobLog], when: str) -> dict[Measure, Stat]:
@@ -255,15 +263,6 @@ def spread(values: Iterable[float]) -> float | None:
     """Standard deviation of a sample; None for fewer than two values or where one is not finite."""
     values = list(values)
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-
-
-def _bytes_per_round(jobs: list[JobLog]) -> dict[str, float] | None:
-    rounds = {(job.seed, round_index) for job in jobs for round_index, _ in job.trains}
-    if not rounds:
-        return None
-    trains = [event for job in jobs for event in job.trains.values()]
-    up, down = (sum(getattr(event, f"bytes_{way}") or 0 for event in trains) for way in ("up", "down"))
-    return {"up": up / len(rounds), "down": down / len(rounds)}
 
 
 def _configured_otherwise(jobs: list[JobLog]) -> str:

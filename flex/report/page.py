@@ -1,5 +1,5 @@
-"""The report as one HTML page: what its sections show, section by section. The words and the order of the page are in
-`report.html.j2`, which escapes whatever is put into it; only the drawings of `figures.py` enter as markup."""
+"""The report as one HTML page: what its sections show, where that takes more than reading a number. The words and the
+order of the page are in `report.html.j2`, which escapes whatever is put into it; only drawings enter as markup."""
 
 from __future__ import annotations
 
@@ -17,25 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flex.methods import AVERAGED, MAIN, METHODS
-from flex.report import figures
-from flex.report.findings import Difference, difference, findings
-from flex.report.numbers import (
-    AFTER,
-    BEFORE,
-    JobLog,
-    Measure,
-    Row,
-    best_methods,
-    collect_jobs,
-    format_bytes,
-    format_count,
-    little_used,
-    measures,
-    primary_measure,
-    summarise,
-    worse_than_zero,
-)
-from flex.store.events import Event, Grafted, RunStarted, Truncated
+from flex.report import figures, numbers
+from flex.report.findings import difference, findings
+from flex.report.numbers import JobLog, Measure, Row
+from flex.store.events import AFTER, BEFORE, Event, Grafted, RunStarted, Truncated
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "report.css"
@@ -45,14 +30,6 @@ MAX_OPEN_CELLS = 80  # a longer table of choices is folded
 OTHER_MARKS = 3  # the last colours, for methods that METHODS does not know
 VARIANTS = [method for method, row in METHODS.items() if row.control_of or row.strategy]
 TARGETS = {"output": "the layer's output", "correction": "the correction that the loss asks of the layer's output"}
-VERDICT_WORDS = {
-    "better": "better",
-    "ahead": "not settled",
-    "level": "level",
-    "behind": "not settled",
-    "worse": "worse",
-    "open": "not judged",
-}
 
 
 @dataclass(frozen=True)
@@ -64,15 +41,23 @@ class Run:
 
     @cached_property
     def summary(self) -> list[Row]:
-        return summarise(self.events)
-
-    @cached_property
-    def jobs(self) -> list[JobLog]:
-        return collect_jobs(self.events)
+        return numbers.summarise(self.events)
 
     @cached_property
     def rows(self) -> dict[str, Row]:
         return {row.method: row for row in self.summary}
+
+    @property
+    def main(self) -> Row | None:
+        return self.rows.get(MAIN)
+
+    @cached_property
+    def jobs(self) -> list[JobLog]:
+        return [job for row in self.summary for job in row.jobs]
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        return numbers.measures(self.summary)
 
     @cached_property
     def header(self) -> RunStarted:
@@ -102,13 +87,6 @@ class Run:
         others = [method for method in self.rows if method not in METHODS]
         return {m: known.index(m) % own if m in METHODS else own + others.index(m) % OTHER_MARKS for m in self.rows}
 
-    @property
-    def several_seeds(self) -> bool:
-        return any(len(row.seeds) > 1 for row in self.summary)
-
-    def jobs_of(self, method: str) -> list[JobLog]:
-        return [job for job in self.jobs if job.method == method]
-
 
 class Panel(NamedTuple):
     svg: Markup
@@ -125,39 +103,37 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"size": format_bytes, "count": format_count, "prose": _prose}
-    env.tests |= {"worse_than_zero": worse_than_zero, "little_used": little_used}
-    said = findings(run.summary)
-    context = {
-        "run": run,
-        "style": Markup(STYLE.read_text(encoding="utf-8")),
-        "main": MAIN,
-        "subtitle": _subtitle(run),
-        "verdict": said[:SENTENCES_IN_VERDICT],
-        "more": said[SENTENCES_IN_VERDICT:],
-        "comparison": _comparison(run),
-        "differences": _differences(run),
-        "before_and_after": _before_and_after(run),
-        "facts": _facts(run),
-        "clients": _clients(run),
-        "per_client": _per_client(run),
-        "losses": _losses(run),
-        "neurons": [_neuron_job(run, job) for job in run.jobs if any(map(_mixed, job.grafts.values()))],
-        "choices": _choices(run),
-        "openings": _openings(run),
-        "sent": _sent(run),
-        "arrays": _arrays(run),
-        "truncated": _truncated(run),
+    env.filters |= {"size": numbers.format_bytes, "count": numbers.format_count, "prose": _prose}
+    env.tests |= {"worse_than_zero": numbers.worse_than_zero, "little_used": numbers.little_used}
+    env.globals |= {
+        "averaged": METHODS[AVERAGED].label,
+        "best_methods": numbers.best_methods,
+        "client_mean": client_mean,
+        "dash": dash,
+        "difference": difference,
+        "figures": figures,
     }
+    said, primary = findings(run.summary), numbers.primary_measure(run.summary)
+    sent = [row for row in run.summary if row.bytes_per_round]
     return env.get_template("report.html.j2").render(
-        context,
-        dash=dash,
-        stops={
-            "residual": figures.residual_stops(),
-            "count": figures.stops(figures.COUNT_COLOURS),
-            "lowest": figures.RESIDUAL_MIN,
-            "highest": figures.RESIDUAL_MAX,
-        },
+        run=run,
+        style=Markup(STYLE.read_text(encoding="utf-8")),
+        verdict=said[:SENTENCES_IN_VERDICT],
+        more=said[SENTENCES_IN_VERDICT:],
+        strategy="" if run.strategy == AVERAGED else run.strategy,
+        before=numbers.measures(run.summary, BEFORE),
+        per_client=sorted((m for m in run.measures if m.split == "test"), key=lambda m: m != primary),
+        compared=_compared(run),
+        bars=[_bars(run, measure) for measure in _compared(run)],
+        clients=_clients(run),
+        losses=_losses(run),
+        neurons=[_neuron_job(run, job) for job in run.jobs if any(map(_mixed, job.grafts.values()))],
+        choices=_choices(run),
+        openings=_openings(run),
+        sent=[(row, _total_bytes(row)) for row in sent],
+        widest=max((max(row.bytes_per_round.values()) for row in sent), default=0) or 1,
+        arrays=_arrays(run),
+        truncated=_truncated(run),
     )
 
 
@@ -171,6 +147,13 @@ def _prose(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
+def client_mean(row: Row, measure: Measure, client: str) -> str:
+    """One client's score after aggregation, mean over seeds."""
+    by_seed = [job.scores(AFTER).get(measure, {}) for job in row.counted]
+    values = [by_client[client][0] for by_client in by_seed if client in by_client]
+    return measure.format(statistics.fmean(values) if values else None)
+
+
 def _panels(clients: Sequence[str], draw: Callable[[str], str]) -> dict[str, Any]:
     """One picture per client, as many as are drawn."""
     return {
@@ -179,27 +162,10 @@ def _panels(clients: Sequence[str], draw: Callable[[str], str]) -> dict[str, Any
     }
 
 
-def _subtitle(run: Run) -> str:
-    rounds = max((job.info.num_rounds or 0 for job in run.jobs), default=0)
-    counts = ((len(run.clients), "client"), (rounds, "round"), (len({job.seed for job in run.jobs}), "seed"))
-    parts = [f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in counts if number or noun != "round"]
-    if run.strategy not in ("", AVERAGED):
-        parts.append(f"aggregated by {run.strategy} wherever {METHODS[AVERAGED].label} is named")
-    if not all(row.finished for row in run.summary):
-        parts.append("not finished")
-    return " · ".join(parts)
-
-
-def _comparison(run: Run) -> dict[str, Any]:
-    found = measures(run.summary)
-    forgetting = [m for m in found if m.split == "general"]
-    found = [m for m in found if m not in forgetting[1:]]  # one measure of forgetting is enough here
-    return {
-        "measures": found,
-        "best": {measure: best_methods(run.summary, measure) for measure in found},
-        "bars": [_bars(run, measure) for measure in found],
-        "meanings": list(dict.fromkeys(m.kind.meaning for m in found if m.kind.meaning)),
-    }
+def _compared(run: Run) -> list[Measure]:
+    """The measures of the first table: one of forgetting is enough there."""
+    forgetting = [m for m in run.measures if m.split == "general"]
+    return [m for m in run.measures if m not in forgetting[1:]]
 
 
 def _bars(run: Run, measure: Measure) -> Panel:
@@ -222,82 +188,18 @@ def _bars(run: Run, measure: Measure) -> Panel:
     return Panel(Markup(svg), measure.title, direction + (", longest bar cut" if cut else dots))
 
 
-class Table(NamedTuple):
-    """`rows`: (method's row, a word or two on it, one cell per measure)."""
-
-    measures: list[Measure]
-    rows: list[tuple[Row, str, list[Any]]]
-
-
-def _differences(run: Run) -> Table:
-    """FLEx minus every other method, seed by seed."""
-    main = run.rows.get(MAIN)
-    found = [measure for measure in measures(run.summary) if main and measure in main.after]
-
-    def cell(row: Row, measure: Measure) -> tuple[Difference, str] | None:
-        diff = difference(main, row, measure)
-        return diff and (diff, VERDICT_WORDS[diff.verdict])
-
-    others = [row for row in run.summary if main and row is not main]
-    return Table(found, [(row, "", [cell(row, m) for m in found]) for row in others])
-
-
-def _before_and_after(run: Run) -> Table:
-    """Both sets of weights that a client can be scored with, for the methods that were scored with both."""
-    found = [m for m in measures(run.summary) if any(m in row.scores[BEFORE] for row in run.summary)]
-    both = [row for row in run.summary if row.declared.trains and all(row.scores.values())]
-    words = {BEFORE: "before", AFTER: "after"}
-    return Table(
-        found, [(row, words[when], [row.scores[when].get(m) for m in found]) for row in both for when in words]
-    )
-
-
-def _facts(run: Run) -> dict[str, Any]:
-    header = run.header
-    facts = {
-        "Base model": header.base_model,
-        "Prompt template": header.template,
-        "Aggregation": run.strategy,
-        "Rounds": ", ".join(str(n) for n in sorted({job.info.num_rounds for job in run.jobs if job.info.num_rounds})),
-        "Seeds": ", ".join(map(str, sorted({job.seed for job in run.jobs}))),
-        "Started": min((job.info.started for job in run.jobs if job.info.started), default=""),
-        "Threads": header.threads,
-        "Versions": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
-    }
-    return {name: value for name, value in facts.items() if value}
-
-
-def _clients(run: Run) -> list[tuple[str, list[str], str]]:
-    """(client, sizes of its training and test part, what it holds)."""
+def _clients(run: Run) -> list[dict[str, Any]]:
+    """What the header says of each client; sizes by the events where it says none, as while a run goes on."""
     known = {str(client["client_id"]): client for client in run.header.clients}
-    trained = {client: event.num_examples for job in run.jobs for (_, client), event in job.trains.items()}
-    tested = {
-        client: event.num_examples
-        for job in run.jobs
-        for (_, client, _, split), event in job.evaluations.items()
-        if split == "test"
-    }
-    rows = []
-    for client in run.clients:
-        own = known.get(client, {})
-        sizes = (own.get("num_train", trained.get(client)), own.get("num_test", tested.get(client)))
-        texts = ["–" if size is None else f"{size:,}".replace(",", " ") for size in sizes]
-        rows.append((client, texts, own.get("description") or ""))
-    return rows
-
-
-def _per_client(run: Run) -> list[tuple[Measure, list[tuple[Row, list[str]]]]]:
-    """For each measure of the test sets, the verdict's first, every client's mean over seeds by method."""
-    primary = primary_measure(run.summary)
-    scores = {(job.method, job.seed): job.scores(AFTER) for job in run.jobs}
-
-    def cell(row: Row, measure: Measure, client: str) -> str:
-        by_seed = [scores[row.method, seed].get(measure, {}) for seed in row.seeds]
-        values = [by_client[client][0] for by_client in by_seed if client in by_client]
-        return measure.format(statistics.fmean(values) if values else None)
-
-    found = sorted((m for m in measures(run.summary) if m.split == "test"), key=lambda m: m != primary)
-    return [(m, [(row, [cell(row, m, client) for client in run.clients]) for row in run.summary]) for m in found]
+    sizes: dict[str, dict[str, int | None]] = {client: {} for client in run.clients}
+    for job in run.jobs:
+        for (_, client), trained in job.trains.items():
+            sizes[client]["num_train"] = trained.num_examples
+        for (_, client, _, split), scored in job.evaluations.items():
+            if split == "test":
+                sizes[client]["num_test"] = scored.num_examples
+    empty = {"num_train": None, "num_test": None, "description": ""}
+    return [empty | sizes[client] | known.get(client, {}) | {"client_id": client} for client in run.clients]
 
 
 def _losses(run: Run) -> dict[str, Any] | None:
@@ -321,7 +223,7 @@ def _losses(run: Run) -> dict[str, Any] | None:
         return figures.loss_panel(series, limits, log, f"Training loss per round of client {client}")
 
     methods = [method for method in run.rows if any(method in lines for lines in by_client.values())]
-    several = any(len(run.jobs_of(method)) > 1 for method in methods)
+    several = any(len(run.rows[method].jobs) > 1 for method in methods)
     drawn = _panels([client for client in run.clients if client in by_client], draw)
     return drawn | {"methods": methods, "several": several, "log": log}
 
@@ -391,8 +293,8 @@ def _choices(run: Run) -> dict[str, Any] | None:
         "target": TARGETS.get(first[0].target, "the target"),
         "criteria": ", ".join(sorted({event.criterion for event in first if event.criterion})),
         "count": len(chosen),
-        "worse": sum(map(worse_than_zero, chosen)),
-        "unused": sum(map(little_used, chosen)),
+        "worse": sum(map(numbers.worse_than_zero, chosen)),
+        "unused": sum(map(numbers.little_used, chosen)),
         "jobs": [_choice_job(run, job, drawn=job.method == jobs[0].method) for job in jobs],
     }
 
@@ -440,27 +342,19 @@ def _openings(run: Run) -> list[Panel]:
     return panels
 
 
-def _sent(run: Run) -> dict[str, Any]:
-    """The methods that sent or trained anything, with the bytes of a whole run and the tokens of one seed."""
-    rows = []
-    for row in run.summary:
-        if row.bytes_per_round is None:
-            continue
-        jobs = run.jobs_of(row.method)
-        totals = [sum((e.bytes_up or 0) + (e.bytes_down or 0) for e in job.trains.values()) for job in jobs]
-        tokens = [job.done.tokens for job in jobs if job.done and job.done.tokens]
-        rows.append((row, statistics.fmean(totals), statistics.fmean(tokens) if tokens else None))
-    widest = max((max(row.bytes_per_round.values()) for row, _, _ in rows), default=0) or 1
-    return {"rows": rows, "widest": widest}
+def _total_bytes(row: Row) -> float:
+    """Both ways in a whole run, mean over seeds."""
+    trains = [event for job in row.jobs for event in job.trains.values()]
+    return sum((event.bytes_up or 0) + (event.bytes_down or 0) for event in trains) / len(row.jobs)
 
 
 def _arrays(run: Run) -> list[dict[str, Any]]:
     """The arrays of the messages by name. What is the same for several methods, seeds or directions is listed once."""
     words = {"up": "from a client to the server", "down": "from the server to a client"}
     by_content: dict[tuple[str, str], list[str]] = {}
-    for method in run.rows:
+    for method, row in run.rows.items():
         directions: dict[str, set[str]] = {}
-        for job in run.jobs_of(method):
+        for job in row.jobs:
             for direction, tensors in job.sent.items():
                 directions.setdefault(json.dumps(tensors), set()).add(direction)
         for content, ways in directions.items():
@@ -473,7 +367,7 @@ def _arrays(run: Run) -> list[dict[str, Any]]:
         counted = {
             event.bytes_up if direction == "up" else event.bytes_down
             for method in methods
-            for job in run.jobs_of(method)
+            for job in run.rows[method].jobs
             for direction, sent in job.sent.items()
             if json.dumps(sent) == content
             for event in job.trains.values()

@@ -11,17 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flex.errors import FlexError
+from flex.report import numbers
 from flex.report.findings import findings
-from flex.report.numbers import (
-    Measure,
-    Row,
-    best_methods,
-    format_bytes,
-    measures,
-    primary_measure,
-    read_events,
-    summarise,
-)
+from flex.report.numbers import Measure, Row, read_events, summarise
 
 __all__ = ["findings", "read_events", "summarise", "terminal_table", "write_report"]
 
@@ -31,7 +23,7 @@ TABLE_WIDTH = 100
 def terminal_table(summary: list[Row], columns: int = TABLE_WIDTH) -> Table:
     """Methods x measures after aggregation; what does not fit into `columns` (at most 100) stays for the report."""
     columns = min(columns, TABLE_WIDTH)
-    shown, primary = measures(summary), primary_measure(summary)
+    shown, primary = numbers.measures(summary), numbers.primary_measure(summary)
 
     def dispensable(measure: Measure) -> int:
         """The highest is dropped first, the last of several; the headline score is dropped last."""
@@ -42,7 +34,7 @@ def terminal_table(summary: list[Row], columns: int = TABLE_WIDTH) -> Table:
         return 3 if not measure.kind.is_share else 2 if measure.group else 1
 
     while True:
-        table = _table(summary, shown, left_out=len(measures(summary)) - len(shown))
+        table = _table(summary, shown, left_out=len(numbers.measures(summary)) - len(shown))
         width = Console(width=10_000).measure(table).maximum
         if width <= columns or len(shown) <= 1:
             table.width = min(width, columns)
@@ -58,14 +50,14 @@ def _table(summary: list[Row], shown: list[Measure], left_out: int) -> Table:
         heading = measure.title.replace(" %", "\u00a0%").replace(" ", "\n")
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("sent per\nround", justify="right", no_wrap=True)
-    best = {measure: best_methods(summary, measure) for measure in shown}
+    best = {measure: numbers.best_methods(summary, measure) for measure in shown}
     for row in summary:
         cells = []
         for measure in shown:
             stat = row.after.get(measure)
             text = measure.format(stat.mean, stat.spread) if stat else "–"
             cells.append(Text(text, style="bold" if row.method in best[measure] else ""))
-        sent = format_bytes(row.bytes_per_round["up"]) if row.bytes_per_round else "–"
+        sent = numbers.format_bytes(row.bytes_per_round["up"]) if row.bytes_per_round else "–"
         table.add_row(Text(row.label + ("" if row.finished else " (unfinished)")), *cells, sent)
     seeds = max((len(row.seeds) for row in summary), default=0)
     over = f" ± deviation over {seeds} seeds" if seeds > 1 else ", one seed"

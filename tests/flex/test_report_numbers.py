@@ -50,7 +50,7 @@ def test_means_and_spreads() -> None:
 def test_a_round_that_was_evaluated_by_halves_does_not_count(small: list[Event]) -> None:
     extra = next(e for e in small if e["event"] == "evaluate" and e["method"] == "flex" and e["when"] == AFTER)
     row = summarised([*small, {**extra, "round": 4, "exact_match": 0.0}])[3]
-    assert row.rounds[0] == (3, 3)
+    assert (row.jobs[0].last_round, row.jobs[0].info.num_rounds) == (3, 3)
 
 
 def test_the_last_of_two_equal_events_counts() -> None:
