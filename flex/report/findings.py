@@ -192,8 +192,8 @@ def _loss_disagrees(main: Row, summary: list[Row], measure: Measure) -> list[str
 
 def _forgetting(summary: list[Row], like: Measure) -> list[str]:
     """The general set, by the measure of the verdict where it was taken there."""
-    wanted = [Measure("general", "", name) for name in (like.name, *KINDS)]
-    measure = next((m for m in wanted if any(m in row.after for row in summary)), None)
+    likely = [Measure("general", "", name) for name in (like.name, *KINDS)]
+    measure = next((m for m in likely if any(m in row.after for row in summary)), None)
     scored = [row for row in summary if measure in row.after]
     base = next((row for row in scored if not row.declared.trains), None)
     trained = [row for row in scored if row.declared.trains]

@@ -363,7 +363,7 @@ def test_names_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
     assert not re.search(r"&(?!amp;|lt;|gt;|#34;|#39;|quot;|#x27;)", page)
     reader = read_page(path)
     assert reader.text.count(nasty) > 10
-    assert f"{nasty} EM %" in reader.text
+    assert f"{nasty} EM\u00a0%" in reader.text
     render(summarised(events))
 
 
