@@ -11,32 +11,28 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from html import escape
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-INK, SOFT, LINE, PAGE = (
-    "#0a0b01",
-    "#0a0b02",
-    "#0a0b03",
-    "#0a0b04",
-)  # stand-ins: text, lesser text, grid lines, background
-MARKS = 12  # method colours --mark-0 ... --mark-11 in report.css
+INK, SOFT, LINE, PAGE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"  # text, lesser text, grid lines, background
+MARKS = 20  # method colours --mark-0 ... --mark-19 in report.css
 LAYERS = 6  # layer colours --layer-0 ... --layer-5
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PAGE: "--card"}
 _VARIABLES |= {f"#0b0c{i:02x}": f"--mark-{i}" for i in range(MARKS)}
 _VARIABLES |= {f"#0b0d{i:02x}": f"--layer-{i}" for i in range(LAYERS)}
 
-DASHES = ("-", "--", ":", "-.")  # solid for methods, the others in turn for what stands in place of the graft
+DASHES = ("-", "--", ":", "-.")  # solid, and the others in turn for the variants of a method
 
 # Relative residual of an expert, log scale around 1: below 1 it explains something of the layer's output, above it is
 # worse than the zero function. Both ends stay apart for the colour-blind and on paper.
 RESIDUAL_MIN, RESIDUAL_MAX = 0.5, 2.0
-_RESIDUAL_COLOURS = LinearSegmentedColormap.from_list(
+RESIDUAL_COLOURS = LinearSegmentedColormap.from_list(
     "residual", ["#1b5fa8", "#86b6e0", "#f5f3ee", "#f0a868", "#b4480f"]
 )
 # How many neurons came from an expert, from none to the most.
@@ -76,14 +72,14 @@ def mark(index: int) -> str:
     return f"#0b0c{index % MARKS:02x}"
 
 
+def stops(colours: LinearSegmentedColormap) -> list[str]:
+    """Nine colours from one end of a scale to the other, for its legend."""
+    return [to_hex(colours(i / 8)) for i in range(9)]
+
+
 def residual_stops() -> list[str]:
-    """The colours of the residual scale from RESIDUAL_MIN over 1 to RESIDUAL_MAX, for the legend."""
-    return [matplotlib.colors.to_hex(_RESIDUAL_COLOURS(i / 8)) for i in range(9)]
-
-
-def count_stops() -> list[str]:
-    """The colours of the neuron counts from 0 to the most, for the legend."""
-    return [matplotlib.colors.to_hex(COUNT_COLOURS(i / 8)) for i in range(9)]
+    """The colours of the residual scale from RESIDUAL_MIN over 1 to RESIDUAL_MAX."""
+    return stops(RESIDUAL_COLOURS)
 
 
 def comparison_panel(
@@ -161,7 +157,7 @@ def heat_panel(
     with np.errstate(divide="ignore", invalid="ignore"):
         grid = np.log(_grid(residuals))
     rings = [(expert, row) for row, expert in enumerate(chosen) if expert is not None]
-    return _map(grid, norm, _RESIDUAL_COLOURS, rings, layers, alt)
+    return _map(grid, norm, RESIDUAL_COLOURS, rings, layers, alt)
 
 
 def count_panel(counts: Sequence[Sequence[int]], most: int, layers: Sequence[int], alt: str) -> str:
@@ -259,14 +255,9 @@ def _svg(figure: Figure, alt: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' id="(?:figure|axes|patch|text|matplotlib\.axis|xtick|ytick|line2d|legend)_\d+"', "", text)
-    text = re.sub(
-        r'(<svg )[^>]*?(viewBox="[^"]*")[^>]*>', rf'\1\2 role="img" aria-label="{_attribute(alt)}">', text, count=1
-    )
+    shape = re.search(r'viewBox="[^"]*"', text)[0]
+    text = f'<svg {shape} role="img" aria-label="{escape(alt)}">' + text[text.index(">") + 1 :]
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return re.sub(r"\n\s*", "\n", text).strip()
-
-
-def _attribute(text: str) -> str:
-    return re.sub(r"[&<>\"\\]", lambda found: f"&#{ord(found[0])};", text)

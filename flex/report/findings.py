@@ -2,10 +2,10 @@
 
 Methods are compared seed by seed: d_s = score of FLEx - score of the other, mean and standard deviation over the seeds
 that both have. A difference is judged against its *noise*: the larger of that standard deviation and the sampling error
-of a share measured on n test answers, sqrt((p(1-p) + q(1-q)) / n), which stands in where two seeds agree by chance (it
-is too large for ROUGE-L and for methods that err on the same questions: the verdict rather doubts than claims). Up to
-once the noise the two are called level, beyond twice the noise (and with the same sign in every seed) better or
-worse, between them unsettled.
+of a share measured on n test answers, sqrt((p(1-p) + q(1-q)) / n), which stands in where two seeds agree by chance. It
+is too large for ROUGE-L and for methods that err on the same questions, so the verdict errs towards "not settled".
+Up to once the noise, and where the difference is printed as zero, the two are level; beyond twice the noise (and with
+the same sign in every seed) better or worse; between them unsettled.
 """
 
 from __future__ import annotations
@@ -13,23 +13,14 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
-from flex.report.numbers import AFTER, BEFORE, CONTROLS, Measure, format_bytes, format_count, primary_measure, spread
+from flex.evaluation.measures import KINDS
+from flex.methods import AVERAGED, MAIN, METHODS, Method
+from flex.report.numbers import Measure, Row, format_count, little_used, primary_measure, spread, worse_than_zero
+from flex.store.events import AFTER, BEFORE
 
-Row = dict[str, Any]
-
-IN_WORDS = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "loss": "loss"}
-
-# What stands in place of FLEx's graft, and what a run does not show where that does as well.
-IN_PLACE = {
-    "flex-paper": ("the paper's rule", "that this graft is better than the paper's"),
-    "flex-random": ("a random expert", "that it matters what is grafted"),
-    "flex-fresh": ("a fresh module", "that starting from pretrained weights matters"),
-    "flex-private-lora": ("a private LoRA", "that a graft is better than a private LoRA"),
-    "flex-adapt": ("an expert adapted in place", "that a graft is better than adapting an expert"),
-}
-OF_CAPACITY = ("flex-random", "flex-fresh")  # without these a run cannot tell a good graft from mere private capacity
+LABEL = METHODS[MAIN].label
+CONTROLS = {method: row for method, row in METHODS.items() if row.control_of == MAIN}
 
 
 @dataclass(frozen=True)
@@ -54,13 +45,16 @@ class Difference:
     @property
     def verdict(self) -> str:
         """better | ahead | level | behind | worse, or "open" where nothing tells how large the noise is."""
-        noise = self.noise
-        if (self.spread is None and self.sampling_error is None) or not math.isfinite(self.mean):
+        if not math.isfinite(self.mean):
             return "open"
-        if abs(self.gain) <= noise:
+        if self.measure.kind.printed(self.mean) == 0:
+            return "level"
+        if self.spread is None and self.sampling_error is None:
+            return "open"
+        if abs(self.gain) <= self.noise:
             return "level"
         agree = self.ahead == (self.num_seeds if self.gain > 0 else 0)
-        if abs(self.gain) > 2 * noise and agree:
+        if abs(self.gain) > 2 * self.noise and agree:
             return "better" if self.gain > 0 else "worse"
         return "ahead" if self.gain > 0 else "behind"
 
@@ -68,225 +62,184 @@ class Difference:
         return self.measure.format_signed(self.mean, self.spread)
 
 
-def difference(first: Row, second: Row, measure: Measure, when: str = AFTER) -> Difference | None:
-    """Paired over the seeds that both methods have; None where they share none."""
-    a, b = first[when].get(measure), second[when].get(measure)
-    seeds = sorted(set(a["values"]) & set(b["values"])) if a and b else []
-    if not seeds:
+def difference(first: Row, second: Row, measure: Measure, whens: tuple[str, str] = (AFTER, AFTER)) -> Difference | None:
+    """Paired over the seeds that both methods have; None if they share none. `whens`: which scores of each."""
+    a, b = first.scores[whens[0]].get(measure), second.scores[whens[1]].get(measure)
+    if a is None or b is None or not (seeds := sorted(set(a.values) & set(b.values))):
         return None
-    deltas = [a["values"][seed] - b["values"][seed] for seed in seeds]
+    deltas = [a.values[seed] - b.values[seed] for seed in seeds]
     sampling_error = None
-    if measure.name != "loss" and a["num_examples"] and b["num_examples"]:
-        shares = [statistics.fmean(stat["values"][seed] for seed in seeds) for stat in (a, b)]
-        counts = (a["num_examples"], b["num_examples"])
-        sampling_error = math.sqrt(sum(max(0.0, p * (1 - p)) / n for p, n in zip(shares, counts, strict=True)))
+    if measure.kind.is_share and a.num_examples and b.num_examples:
+        shares = [(statistics.fmean(stat.values[seed] for seed in seeds), stat.num_examples) for stat in (a, b)]
+        sampling_error = math.sqrt(sum(max(0.0, p * (1 - p)) / n for p, n in shares))
     sign = 1 if measure.higher_is_better else -1
     ahead = sum(sign * delta > 0 for delta in deltas)
     return Difference(measure, statistics.fmean(deltas), spread(deltas), sampling_error, ahead, len(seeds))
 
 
 def findings(summary: list[Row]) -> list[str]:
-    """Sentences, the most important first: the verdict, the controls, groups, loss, forgetting, cost, cautions."""
-    rows = {row["method"]: row for row in summary}
+    """Sentences, the most important first: the verdict, the controls, groups, loss, forgetting, cautions."""
+    rows = {row.method: row for row in summary}
     measure = primary_measure(summary)
     sentences = _unfinished(summary)
     if measure is None:
         return [*sentences, "There is no evaluation yet, so there is nothing to compare."]
-    main = rows.get("flex")
-    if main is None or measure not in main[AFTER]:
-        return [*sentences, _without_flex(summary, measure)]
-    sentences.append(_headline(main, summary, measure))
-    sentences += _controls(main, rows, measure)
-    sentences += _groups(main, summary)
-    sentences += _loss_disagrees(main, rows, measure)
-    sentences += _forgetting(summary, measure)
-    sentences += _aggregation(summary, measure)
-    sentences += _budget(rows)
-    sentences += _choices(main)
-    sentences += _seeds(summary)
-    return sentences
+    main = rows.get(MAIN)
+    if main is None or measure not in main.after:
+        name = measure.kind.in_words
+        parts = [f"{row.label} {_value(row, measure)}" for row in summary if measure in row.after]
+        text = f"{LABEL} itself has no result here. {name[0].upper()}{name[1:]} on the test sets: {_join(parts)}."
+        return [*sentences, text]
+    others = [row for row in summary if row.method != MAIN and not row.declared.control_of]
+    return [
+        *sentences,
+        _headline(main, others, measure),
+        *_controls(main, rows, measure),
+        *_groups(main, [row for row in others if row.declared.trains]),
+        *_loss_disagrees(main, summary, measure),
+        *_forgetting(summary, measure),
+        *_aggregation(summary, measure),
+        *_size(main, others),
+        *_choices(main),
+        *_seeds(summary),
+    ]
 
 
 def _unfinished(summary: list[Row]) -> list[str]:
     missing = []
-    for row in summary:
-        if not row["finished"]:
-            done = [
-                f"seed {seed} at round {at or 0}" + (f" of {planned}" if planned else "")
-                for seed, (at, planned) in row["rounds"].items()
-                if planned is None or (at or 0) < planned
-            ]
-            missing.append(f"{row['label']} ({', '.join(done) or 'not evaluated'})")
+    for row in (row for row in summary if not row.finished):
+        rounds = [(job.seed, job.last_round or 0, job.info.num_rounds) for job in row.jobs if not job.finished]
+        parts = [f"seed {seed} at round {at}" + (f" of {planned}" if planned else "") for seed, at, planned in rounds]
+        missing.append(f"{row.label} ({', '.join(parts)})")
     return [f"This run is not finished, so everything here is preliminary: {_join(missing)}."] if missing else []
 
 
-def _without_flex(summary: list[Row], measure: Measure) -> str:
-    scored = [row for row in summary if measure in row[AFTER]]
-    parts = [f"{row['label']} {_value(row, measure)}" for row in scored]
-    name = IN_WORDS[measure.name]
-    return f"FLEx itself has no result here. {name[0].upper()}{name[1:]} on the test sets: {_join(parts)}."
-
-
-def _headline(main: Row, summary: list[Row], measure: Measure) -> str:
-    others = [row for row in summary if row["method"] != "flex" and row["method"] not in CONTROLS]
+def _headline(main: Row, others: list[Row], measure: Measure) -> str:
     standing = _standing(main, others, measure)
-    text = f"FLEx reaches {_value(main, measure)} {IN_WORDS[measure.name]} on the clients' own test sets"
+    text = f"{LABEL} reaches {_value(main, measure)} {measure.kind.in_words} on the clients' own test sets"
     return f"{text}: {standing}." if standing else f"{text}; there is no other method here to compare it with."
 
 
 def _controls(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
     """Same size, same training; only what stands in place of the graft differs."""
-    verdicts: dict[str, str] = {}
-    parts = []
-    for method in CONTROLS:
-        name = IN_PLACE[method][0]
-        found = difference(main, rows[method], measure) if method in rows else None
-        if found is None:
-            continue
-        verdicts[method] = found.verdict
-        noise = measure.format(found.noise)
-        ending = {
-            "level": f"{name} does as well ({found}, within the noise of {noise})",
-            "worse": f"{name} does better than FLEx ({found})",
-            "behind": f"{name} is ahead of FLEx ({found}, less than twice the noise of {noise}: not settled)",
-            "better": f"{name} does worse ({found})",
-            "ahead": f"{name} is a little behind ({found}, less than twice the noise of {noise}: not settled)",
-            "open": f"{name} differs ({found}), and one seed does not tell whether that means anything",
-        }
-        parts.append(ending[found.verdict])
+    compared = ((row, difference(main, rows[key], measure)) for key, row in CONTROLS.items() if key in rows)
+    found = [(row, diff) for row, diff in compared if diff]
+    endings = {
+        "level": "does as well ({}, within the noise of {})",
+        "worse": f"does better than {LABEL} ({{}})",
+        "behind": f"is ahead of {LABEL} ({{}}, less than twice the noise of {{}}: not settled)",
+        "better": "does worse ({})",
+        "ahead": "is a little behind ({}, less than twice the noise of {}: not settled)",
+        "open": "differs ({}), and one seed does not tell whether that means anything",
+    }
+    parts = [f"{row.in_place} {endings[d.verdict].format(d, measure.format(d.noise))}" for row, d in found]
     sentences = []
     if parts:
-        text = f"In place of FLEx's graft, {_join(parts)}; the numbers are FLEx minus the other."
-        sentences.append(text + _what_controls_show(main, rows, measure, verdicts))
-    if not any(method in verdicts for method in OF_CAPACITY):
+        text = f"In place of {LABEL}'s graft, {_join(parts)}; the numbers are {LABEL} minus the other."
+        sentences.append(text + _what_controls_show(main, rows, measure, found))
+    if not any(row.capacity for row, _ in found):
+        named = ", ".join(row.in_place for row in CONTROLS.values() if row.capacity)
         sentences.append(
-            "The controls (a random expert, a fresh module) are not in this run, so it cannot tell whether the choice "
+            f"The controls ({named}) are not in this run, so it cannot tell whether the choice "
             "of the graft matters or only the private capacity."
         )
     return sentences
 
 
-def _what_controls_show(main: Row, rows: dict[str, Row], measure: Measure, verdicts: dict[str, str]) -> str:
-    as_good = [method for method, verdict in verdicts.items() if verdict in ("level", "behind", "worse")]
+def _what_controls_show(
+    main: Row, rows: dict[str, Row], measure: Measure, found: list[tuple[Method, Difference]]
+) -> str:
+    as_good = [row for row, diff in found if diff.verdict in ("level", "behind", "worse")]
     if as_good:
-        text = f" So this run does not show {_join([IN_PLACE[method][1] for method in as_good], 'or')}"
-        fedavg = difference(main, rows["fedavg"], measure) if "fedavg" in rows else None
-        gains = fedavg is not None and fedavg.verdict == "better" and as_good != ["flex-paper"]
-        return text + ("; the gain over FedAvg comes from having a private module." if gains else ".")
-    if not any(method in verdicts for method in OF_CAPACITY):
+        text = f" So this run does not show {_join([row.unproven for row in as_good], 'or')}"
+        averaged = difference(main, rows[AVERAGED], measure) if AVERAGED in rows else None
+        # Another well-chosen graft that does as well says nothing of mere capacity.
+        mere_capacity = any(row.capacity or row.private != METHODS[MAIN].private for row in as_good)
+        gains = averaged is not None and averaged.verdict == "better" and mere_capacity
+        label = METHODS[AVERAGED].label
+        return text + (f"; the gain over {label} comes from having a private module." if gains else ".")
+    if not any(row.capacity for row, _ in found):
         return ""
-    if all(verdict == "better" for verdict in verdicts.values()):
+    if all(diff.verdict == "better" for _, diff in found):
         return " So the graft earns its place here."
     return " Whether it matters what is grafted is left open."
 
 
-def _groups(main: Row, summary: list[Row]) -> list[str]:
-    others = [row for row in summary if row["method"] not in ("base", "flex", *CONTROLS)]
+def _groups(main: Row, others: list[Row]) -> list[str]:
     sentences = []
-    for measure in main[AFTER]:
-        if measure.split == "test" and measure.group and measure.name == "exact_match":
+    for measure in main.after:
+        if measure.split == "test" and measure.group and measure.kind.of_groups:
             standing = _standing(main, others, measure)
             ending = f": {standing}." if standing else "."
-            sentences.append(f"On “{measure.group}” FLEx has {_value(main, measure)}{ending}")
+            sentences.append(f"On “{measure.group}” {LABEL} has {_value(main, measure)}{ending}")
     return sentences
 
 
-def _loss_disagrees(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
+def _loss_disagrees(main: Row, summary: list[Row], measure: Measure) -> list[str]:
     """Loss and exact match need not agree; say so where a method that is not ahead has the lower loss."""
     loss = Measure("test", "", "loss")
     parts = []
-    for method, row in rows.items():
-        by_loss = difference(main, row, loss) if method != "flex" and measure != loss else None
+    for row in summary:
+        by_loss = difference(main, row, loss) if row is not main and measure != loss else None
         by_score = difference(main, row, measure)
         if by_loss and by_score and by_loss.gain < 0 <= by_score.gain and by_loss.verdict != "level":
-            seeds = f"lower in {by_loss.num_seeds - by_loss.ahead} of {by_loss.num_seeds}"
-            parts.append(
-                f"{row['label']} {_value(row, loss)} ({seeds} {'seed' if by_loss.num_seeds == 1 else 'seeds'})"
-            )
-    if not parts:
-        return []
-    return [
-        f"Test loss tells another story than {IN_WORDS[measure.name]}: FLEx has {_value(main, loss)}; {_join(parts)}."
-    ]
+            seeds = "1 seed" if by_loss.num_seeds == 1 else f"{by_loss.num_seeds} seeds"
+            parts.append(f"{row.label} {_value(row, loss)} (lower in {by_loss.num_seeds - by_loss.ahead} of {seeds})")
+    name = measure.kind.in_words
+    text = f"Test loss tells another story than {name}: {LABEL} has"
+    return [f"{text} {_value(main, loss)}; {_join(parts)}."] if parts else []
 
 
 def _forgetting(summary: list[Row], like: Measure) -> list[str]:
     """The general set, by the measure of the verdict where it was taken there."""
-    names = [like.name, "exact_match", "loss"]
-    names = [name for name in names if any(("general", "", name) in row[AFTER] for row in summary)]
-    if not names:
+    likely = [Measure("general", "", name) for name in (like.name, *KINDS)]
+    measure = next((m for m in likely if any(m in row.after for row in summary)), None)
+    scored = [row for row in summary if measure in row.after]
+    base = next((row for row in scored if not row.declared.trains), None)
+    trained = [row for row in scored if row.declared.trains]
+    if measure is None or not trained:
         return []
-    measure = Measure("general", "", names[0])
-    scored = [row for row in summary if measure in row[AFTER]]
-    base = next((row for row in scored if row["method"] == "base"), None)
-    trained = [row for row in scored if row["method"] != "base"]
-    parts = [f"{row['label']} {_value(row, measure)}" for row in trained]
     start = f"the base model has {_value(base, measure)}, after training " if base else ""
-    if not trained:
-        return []
+    values = _join([f"{row.label} {_value(row, measure)}" for row in trained])
     sign = 1 if measure.higher_is_better else -1
-    lost = base is not None and all(
-        sign * (base[AFTER][measure]["mean"] - r[AFTER][measure]["mean"]) > 0 for r in trained
-    )
-    ending = " Every method forgets." if lost else ""
-    return [f"General questions ({IN_WORDS[measure.name]}): {start}{_join(parts)}.{ending}"]
+    means = [sign * measure.kind.printed(row.after[measure].mean) for row in ([base, *trained] if base else [])]
+    ending = " Every method forgets." if means and all(mean < means[0] for mean in means[1:]) else ""
+    return [f"General questions ({measure.kind.in_words}): {start}{values}.{ending}"]
 
 
 def _aggregation(summary: list[Row], measure: Measure) -> list[str]:
     """Where a client's own weights and the averaged ones differ by more than the noise, the reader must know."""
     parts = []
     for row in summary:
-        if row["method"] in ("base", "local") or measure not in row[BEFORE] or measure not in row[AFTER]:
-            continue
-        both = difference({AFTER: row[AFTER]}, {AFTER: row[BEFORE]}, measure)
+        both = difference(row, row, measure, (AFTER, BEFORE)) if row.declared.averages else None
         if both and both.verdict not in ("level", "open"):
-            parts.append(f"{row['label']} {both}")
-    if not parts:
-        return []
-    return [f"Averaging changes the scores ({IN_WORDS[measure.name]} after minus before aggregation): {_join(parts)}."]
+            parts.append(f"{row.label} {both}")
+    name = measure.kind.in_words
+    return [f"Averaging changes the scores ({name} after minus before aggregation): {_join(parts)}."] if parts else []
 
 
-def _budget(rows: dict[str, Row]) -> list[str]:
-    main, fedavg = rows["flex"], rows.get("fedavg")
-    parameters, sent = main["trained_parameters"], main["bytes_per_round"]
-    if not parameters:
+def _size(main: Row, others: list[Row]) -> list[str]:
+    private = (main.trained_parameters or {}).get("personal")
+    smaller = [r.label for r in others if r.method in METHODS and r.declared.trains and not r.declared.private]
+    if not smaller or not private:
         return []
-    text = (f"Each client trains {format_count(parameters.get('personal'))} private parameters beside the "
-            f"{format_count(parameters.get('shared'))} that are averaged")  # fmt: skip
-    if sent:
-        other = fedavg["bytes_per_round"] if fedavg else None
-        same = (
-            " (as with FedAvg)"
-            if other and other == sent
-            else f" (FedAvg {format_bytes(other['up'])})"
-            if other
-            else ""
-        )
-        text += f" and all clients together send {format_bytes(sent['up'])} a round{same}"
-    text += "."
-    smaller = [rows[method]["label"] for method in ("local", "fedavg") if method in rows]
-    if smaller and parameters.get("personal"):
-        verb = "train" if len(smaller) > 1 else "trains"
-        text += f" {_join(smaller)} {verb} no such module: part of the distance to FLEx may be its mere size."
-    return [text]
+    verb = "train" if len(smaller) > 1 else "trains"
+    module = f"no private module such as {LABEL}'s of {format_count(private)} parameters"
+    return [f"{_join(smaller)} {verb} {module}: part of the distance to {LABEL} may be its mere size."]
 
 
 def _choices(main: Row) -> list[str]:
-    counts = main["grafts"]
-    if not counts or not (counts["worse_than_zero"] or counts["little_used"]):
-        return []
+    worse, unused = sum(map(worse_than_zero, main.grafts)), sum(map(little_used, main.grafts))
     parts = []
-    if counts["worse_than_zero"]:
-        parts.append(
-            f"in {counts['worse_than_zero']} the chosen expert reconstructs its layer worse than no expert at all would"
-        )
-    if counts["little_used"]:
-        parts.append(f"in {counts['little_used']} the client's router hardly uses it")
-    return [f"Warning about the choice: of {counts['choices']} grafts, {_join(parts)}."]
+    if worse:
+        parts.append(f"in {worse} the chosen expert reconstructs its layer worse than no expert at all would")
+    if unused:
+        parts.append(f"in {unused} the client's router hardly uses it")
+    return [f"Warning about the choice: of {len(main.grafts)} grafts, {_join(parts)}."] if parts else []
 
 
 def _seeds(summary: list[Row]) -> list[str]:
-    fewest = min((len(row["seeds"]) for row in summary if row["method"] != "base"), default=0)
+    fewest = min((len(row.seeds) for row in summary if row.declared.trains), default=0)
     if fewest == 1:
         return ["There is one seed only: nothing here says how much another seed would differ."]
     return [f"{fewest} seeds are few: small differences need more of them."] if 1 < fewest < 5 else []
@@ -305,19 +258,15 @@ def _standing(main: Row, others: list[Row], measure: Measure) -> str:
     found = [(row, difference(main, row, measure)) for row in others]
     clauses = []
     for verdict, word in words.items():
-        parts = [f"{_named(row)} ({diff})" for row, diff in found if diff and diff.verdict == verdict]
+        parts = [f"{row.declared.sentence_name} ({diff})" for row, diff in found if diff and diff.verdict == verdict]
         if parts:
             clauses.append(word.format(_join(parts)))
     return "; ".join(clauses)
 
 
-def _named(row: Row) -> str:
-    return {"base": "the untrained base", "local": "local training"}.get(row["method"], row["label"])
-
-
 def _value(row: Row, measure: Measure) -> str:
-    stat = row[AFTER][measure]
-    return measure.format(stat["mean"], stat["spread"]) + (" %" if measure.name == "exact_match" else "")
+    stat = row.after[measure]
+    return measure.format(stat.mean, stat.spread) + measure.kind.unit
 
 
 def _join(parts: list[str], word: str = "and") -> str:

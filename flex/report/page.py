@@ -1,236 +1,386 @@
-"""The report as one HTML page. First what came out (verdict, table, picture, differences), then what the run was; the
-evidence behind the numbers follows from report_evidence.py."""
+"""The report as one HTML page: what its sections show, where that takes more than reading a number. The words and the
+order of the page are in `report.html.j2`, which escapes whatever is put into it; only drawings enter as markup."""
 
 from __future__ import annotations
 
+import json
 import math
-from html import escape
+import statistics
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from flex.report import figures
-from flex.report.evidence import evidence
-from flex.report.findings import Difference, difference, findings
-from flex.report.html import Row, Run, cell, figure, folded, method_cell, panels, section, stat_cell, table, table_row
-from flex.report.numbers import AFTER, BEFORE, Measure, format_bytes, format_count, measures
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-STYLE = Path(__file__).with_name("report.css")
-SENTENCES_IN_VERDICT = (
-    4  # the other findings stand below the picture, so that table and picture are on the first screen
-)
+from flex.methods import AVERAGED, MAIN, METHODS
+from flex.report import figures, numbers
+from flex.report.findings import difference, findings
+from flex.report.numbers import JobLog, Measure, Row
+from flex.store.events import AFTER, BEFORE, Event, Grafted, RunStarted, Truncated
 
-VERDICT_WORDS = {
-    "better": "better",
-    "ahead": "not settled",
-    "level": "level",
-    "behind": "not settled",
-    "worse": "worse",
-    "open": "not judged",
-}
+FOLDER = Path(__file__).parent
+STYLE = FOLDER / "report.css"
+SENTENCES_IN_VERDICT = 4  # the others stand below the picture, so that table and picture are on the first screen
+MAX_PANELS = 16  # small multiples beyond this are left out, and the page says how many
+MAX_OPEN_CELLS = 80  # a longer table of choices is folded
+OTHER_MARKS = 3  # the last colours, for methods that METHODS does not know
+VARIANTS = [method for method, row in METHODS.items() if row.control_of or row.strategy]
+TARGETS = {"output": "the layer's output", "correction": "the correction that the loss asks of the layer's output"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the sections are made from."""
+
+    events: list[Event]
+    config_text: str = ""
+
+    @cached_property
+    def summary(self) -> list[Row]:
+        return numbers.summarise(self.events)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        return {row.method: row for row in self.summary}
+
+    @property
+    def main(self) -> Row | None:
+        return self.rows.get(MAIN)
+
+    @cached_property
+    def jobs(self) -> list[JobLog]:
+        return [job for row in self.summary for job in row.jobs]
+
+    @cached_property
+    def measures(self) -> list[Measure]:
+        return numbers.measures(self.summary)
+
+    @cached_property
+    def header(self) -> RunStarted:
+        """What the trainer wrote first (the last such event, if it was resumed)."""
+        return next((event for event in reversed(self.events) if isinstance(event, RunStarted)), RunStarted())
+
+    @cached_property
+    def clients(self) -> list[str]:
+        """In the order of the `run` event, then those that occur only in the events of the jobs."""
+        known = [str(client["client_id"]) for client in self.header.clients]
+        seen = sorted({client for event in self.events if (client := getattr(event, "client_id", None)) is not None})
+        return list(dict.fromkeys(known + seen))
+
+    @cached_property
+    def strategy(self) -> str:
+        """How the server aggregates, by the configuration; empty if that is not known."""
+        try:
+            config = tomllib.loads(self.config_text)
+            return str(config.get("strategy", {}).get("name") or config.get("train", {}).get("strategy", ""))
+        except (tomllib.TOMLDecodeError, AttributeError):
+            return ""
+
+    @cached_property
+    def marks(self) -> dict[str, int]:
+        """The colour of every method, the same in every run."""
+        known, own = list(METHODS), figures.MARKS - OTHER_MARKS
+        others = [method for method in self.rows if method not in METHODS]
+        return {m: known.index(m) % own if m in METHODS else own + others.index(m) % OTHER_MARKS for m in self.rows}
+
+
+class Panel(NamedTuple):
+    svg: Markup
+    caption: str
+    remark: str = ""
 
 
 def page(run: Run) -> str:
     """The whole document."""
-    title = str(run.header.get("title") or "FLEx run")
-    said = findings(run.summary)
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="sub">{_subtitle(run)}</p>',
-        _verdict(said[:SENTENCES_IN_VERDICT]),
-        _comparison(run),
-        _more_findings(run, said[SENTENCES_IN_VERDICT:]),
-        _before_and_after(run),
-        _what_this_was(run),
-        *evidence(run),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: FLEx report</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        "<body><main>" + "\n".join(part for part in body if part) + "</main></body></html>\n"
+    env = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"size": numbers.format_bytes, "count": numbers.format_count, "prose": _prose}
+    env.tests |= {"worse_than_zero": numbers.worse_than_zero, "little_used": numbers.little_used}
+    env.globals |= {
+        "averaged": METHODS[AVERAGED].label,
+        "best_methods": numbers.best_methods,
+        "client_mean": client_mean,
+        "dash": dash,
+        "difference": difference,
+        "figures": figures,
+    }
+    said, primary = findings(run.summary), numbers.primary_measure(run.summary)
+    sent = [row for row in run.summary if row.bytes_per_round]
+    return env.get_template("report.html.j2").render(
+        run=run,
+        style=Markup(STYLE.read_text(encoding="utf-8")),
+        verdict=said[:SENTENCES_IN_VERDICT],
+        more=said[SENTENCES_IN_VERDICT:],
+        strategy="" if run.strategy == AVERAGED else run.strategy,
+        before=numbers.measures(run.summary, BEFORE),
+        per_client=sorted((m for m in run.measures if m.split == "test"), key=lambda m: m != primary),
+        compared=_compared(run),
+        bars=[_bars(run, measure) for measure in _compared(run)],
+        clients=_clients(run),
+        losses=_losses(run),
+        neurons=[_neuron_job(run, job) for job in run.jobs if any(map(_mixed, job.grafts.values()))],
+        choices=_choices(run),
+        openings=_openings(run),
+        sent=[(row, _total_bytes(row)) for row in sent],
+        widest=max((max(row.bytes_per_round.values()) for row in sent), default=0) or 1,
+        arrays=_arrays(run),
+        truncated=_truncated(run),
     )
 
 
-def _subtitle(run: Run) -> str:
-    rounds = max((job.num_rounds or 0 for job in run.jobs), default=0)
-    seeds = {job.seed for job in run.jobs}
-    parts = [
-        _count(len(run.clients), "client"),
-        _count(rounds, "round") if rounds else "",
-        _count(len(seeds), "seed"),
-        f"aggregated by {run.strategy} wherever FedAvg is named" if run.strategy not in ("", "fedavg") else "",
-        "" if all(row["finished"] for row in run.summary) else "not finished",
-    ]
-    what = "Clients fine-tune one Mixture-of-Experts model together; their data and their private experts stay at home."
-    return f"{what} {escape(' · '.join(part for part in parts if part))}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _verdict(sentences: list[str]) -> str:
-    return '<section class="verdict">' + "".join(f"<p>{_prose(text)}</p>" for text in sentences) + "</section>"
+def dash(method: str) -> int:
+    """Line style, so that no reading depends on colour alone: 1, 2, 3 in turn for variants, 0 for the others."""
+    return VARIANTS.index(method) % 3 + 1 if method in VARIANTS else 0
 
 
 def _prose(text: str) -> str:
-    """Escaped, and a number is not torn from its spread or its unit at the end of a line."""
-    return escape(text).replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
+    """A number is not torn from its spread or its unit at the end of a line."""
+    return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def _comparison(run: Run) -> str:
-    found = measures(run.summary)
-    if not found:
-        return ""
-    forgetting = [m for m in found if m.split == "general"]
-    found = [m for m in found if m not in forgetting[1:]]  # one measure of forgetting is enough here
-    head = ["Method", *(escape(m.title) for m in found)]
-    head += ["sent up<br>per round", "trained: shared<br>+ private"]
-    rows = []
-    for row in run.summary:
-        sent, trained = row["bytes_per_round"], row["trained_parameters"]
-        cells = [method_cell(run, row), *(stat_cell(m, row[AFTER].get(m)) for m in found)]
-        cells.append(cell(format_bytes(sent["up"]) if sent else "–"))
-        both = [format_count(trained.get(part) or 0) for part in ("shared", "personal")] if trained else []
-        cells.append(cell(" + ".join(both) or "–"))
-        rows.append(table_row(cells, emphasised=row["method"] == "flex"))
-    several = any(len(row["seeds"]) > 1 for row in run.summary)
-    spread = " ± is the standard deviation over seeds." if several else " One seed: no spread."
-    note = (
-        "Scores of the last round, after aggregation (the averaged weights plus what a client keeps to itself), each "
-        f"client on its own test questions, plain mean over clients.{spread} EM: share of answers that are right to "
-        "the last token. "
-        "General: questions that belong to no client; what is lost there against the base model was forgotten."
-    )
-    pictures = panels(_bars(run, m) for m in found)
-    methods = "".join(f"<dt>{escape(r['label'])}</dt><dd>{escape(r['about'])}</dd>" for r in run.summary if r["about"])
-    explained = f"<h3>The methods</h3><dl>{methods}</dl>" if methods else ""
-    return section("Comparison", "", table(head, rows), pictures, f'<p class="note">{escape(note)}</p>', explained)
+def client_mean(row: Row, measure: Measure, client: str) -> str:
+    """One client's score after aggregation, mean over seeds."""
+    by_seed = [job.scores(AFTER).get(measure, {}) for job in row.counted]
+    values = [by_client[client][0] for by_client in by_seed if client in by_client]
+    return measure.format(statistics.fmean(values) if values else None)
 
 
-def _bars(run: Run, measure: Measure) -> str:
-    rows = [row for row in run.summary if measure in row[AFTER]]
-    scale = 1 if measure.name == "loss" else 100
-    stats = [row[AFTER][measure] for row in rows]
-    values = [[scale * value for value in stat["values"].values()] for stat in stats]
+def _panels(clients: Sequence[str], draw: Callable[[str], str]) -> dict[str, Any]:
+    """One picture per client, as many as are drawn."""
+    return {
+        "panels": [Panel(Markup(draw(client)), client) for client in clients[:MAX_PANELS]],
+        "left_out": max(0, len(clients) - MAX_PANELS),
+    }
+
+
+def _compared(run: Run) -> list[Measure]:
+    """The measures of the first table: one of forgetting is enough there."""
+    forgetting = [m for m in run.measures if m.split == "general"]
+    return [m for m in run.measures if m not in forgetting[1:]]
+
+
+def _bars(run: Run, measure: Measure) -> Panel:
+    rows = [row for row in run.summary if measure in row.after]
+    stats = [row.after[measure] for row in rows]
+    values = [[measure.kind.scale * value for value in stat.values.values()] for stat in stats]
     finite = [value for seeds in values for value in seeds if math.isfinite(value)]
     longest = sorted((max(seeds, default=0.0) for seeds in values if all(map(math.isfinite, seeds))), reverse=True)
     limit = max(finite, default=0.0) or 1.0
     # The loss of one method, mostly the base, would make the others' bars too short to compare.
-    cut = measure.name == "loss" and len(longest) > 2 and longest[0] > 3 * longest[1] > 0
+    cut = not measure.kind.is_share and len(longest) > 2 and longest[0] > 3 * longest[1] > 0
     if cut:
         limit = 1.3 * longest[1]
-    svg = figures.comparison_panel(
-        [row["label"] for row in rows],
-        [run.marks[row["method"]] for row in rows],
-        values,
-        [measure.format(stat["mean"]) for stat in stats],
-        limit,
-        f"{measure.title} by method: "
-        + ", ".join(f"{row['label']} {measure.format(stat['mean'])}" for row, stat in zip(rows, stats, strict=True)),
-    )
-    direction = "higher is better" if measure.higher_is_better else "lower is better"
+    labels, texts = [row.label for row in rows], [measure.format(stat.mean) for stat in stats]
+    named = ", ".join(f"{label} {text}" for label, text in zip(labels, texts, strict=True))
+    marks = [run.marks[row.method] for row in rows]
+    svg = figures.comparison_panel(labels, marks, values, texts, limit, f"{measure.title} by method: {named}")
     dots = ", a dot is a seed" if any(len(seeds) > 1 for seeds in values) else ""
-    return figure(svg, measure.title, direction + (", longest bar cut" if cut else dots))
+    direction = "higher is better" if measure.higher_is_better else "lower is better"
+    return Panel(Markup(svg), measure.title, direction + (", longest bar cut" if cut else dots))
 
 
-def _more_findings(run: Run, sentences: list[str]) -> str:
-    items = "".join(f"<li>{_prose(text)}</li>" for text in sentences)
-    differences = _differences(run)
-    if not items and not differences:
-        return ""
-    return section("What else the numbers say", "", f"<ul>{items}</ul>" if items else "", differences)
+def _clients(run: Run) -> list[dict[str, Any]]:
+    """What the header says of each client; sizes by the events where it says none, as while a run goes on."""
+    known = {str(client["client_id"]): client for client in run.header.clients}
+    sizes: dict[str, dict[str, int | None]] = {client: {} for client in run.clients}
+    for job in run.jobs:
+        for (_, client), trained in job.trains.items():
+            sizes[client]["num_train"] = trained.num_examples
+        for (_, client, _, split), scored in job.evaluations.items():
+            if split == "test":
+                sizes[client]["num_test"] = scored.num_examples
+    empty = {"num_train": None, "num_test": None, "description": ""}
+    return [empty | sizes[client] | known.get(client, {}) | {"client_id": client} for client in run.clients]
 
 
-def _differences(run: Run) -> str:
-    """FLEx minus every other method, seed by seed."""
-    main = run.rows.get("flex")
-    others = [row for row in run.summary if row["method"] != "flex"]
-    if main is None or not others:
-        return ""
-    found = [measure for measure in measures(run.summary) if measure in main[AFTER]]
-    rows = [
-        table_row([method_cell(run, row), *(_difference_cell(difference(main, row, m)) for m in found)])
-        for row in others
-    ]
-    note = (
-        "Mean and standard deviation of the differences over the seeds that both have; after the word, in how many of "
-        "these seeds FLEx is ahead. The noise is the larger of that deviation and the sampling error of the test set. "
-        "Up to once the noise two methods are level; beyond twice the noise, with the same sign in every seed, FLEx is "
-        "better or worse; between them it is not settled. A loss has no sampling error here: with two seeds, do not "
-        "lean on its verdict."
-    )
-    body = table(["FLEx minus …", *(escape(m.title) for m in found)], rows)
-    return f'<h3>Paired differences</h3>{body}<p class="note">{note}</p>'
+def _losses(run: Run) -> dict[str, Any] | None:
+    """One panel per client, one colour per method."""
+    by_client: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
+    for job in run.jobs:
+        for client in run.clients:
+            line = [(at, e.loss) for (at, owner), e in sorted(job.trains.items()) if owner == client]
+            line = [(at, loss) for at, loss in line if loss is not None and math.isfinite(loss)]
+            if line:
+                by_client.setdefault(client, {}).setdefault(job.method, []).append(line)
+    losses = [loss for lines in by_client.values() for seeds in lines.values() for line in seeds for _, loss in line]
+    if not losses:
+        return None
+    low, high = min(losses), max(losses)
+    log = low > 0 and high / low > 12
+    limits = (low / 1.15, high * 1.15) if log else (0.0, high * 1.06 or 1.0)
+
+    def draw(client: str) -> str:
+        series = [(run.marks[method], dash(method), seeds) for method, seeds in by_client[client].items()]
+        return figures.loss_panel(series, limits, log, f"Training loss per round of client {client}")
+
+    methods = [method for method in run.rows if any(method in lines for lines in by_client.values())]
+    several = any(len(run.rows[method].jobs) > 1 for method in methods)
+    drawn = _panels([client for client in run.clients if client in by_client], draw)
+    return drawn | {"methods": methods, "several": several, "log": log}
 
 
-def _difference_cell(found: Difference | None) -> str:
-    if found is None:
-        return "<td>–</td>"
-    kind = found.verdict if found.verdict in ("better", "worse") else ""
-    word = f"<small class={kind or 'plain'}>{VERDICT_WORDS[found.verdict]} · {found.ahead}/{found.num_seeds}</small>"
-    return f"<td>{escape(str(found))}<br>{word}</td>"
+def _mixed(event: Grafted) -> bool:
+    """Whether a graft is made of neurons of several experts (or of several whole ones)."""
+    return event.chosen is None and any(event.neurons)
 
 
-def _before_and_after(run: Run) -> str:
-    """Both sets of weights that a client can be scored with, for the methods that were scored with both."""
-    found = [m for m in measures(run.summary) if any(m in row[BEFORE] for row in run.summary)]
-    rows = []
-    for row in run.summary:
-        if row["method"] == "base" or not row[BEFORE] or not row[AFTER]:
-            continue
-        for when, words in ((BEFORE, "before"), (AFTER, "after")):
-            name = method_cell(run, row) if when == BEFORE else "<th></th>"
-            rows.append(table_row([name, cell(words, "text"), *(stat_cell(m, row[when].get(m)) for m in found)]))
-    intro = (
-        "Before: the client's own weights after its last local steps. After: the averaged weights together with what "
-        "the client keeps private. They can differ much, so a score means little without saying which of the two it is."
-    )
-    if not rows:
-        return ""
-    head = ["Method", "aggregation", *(escape(m.title) for m in found)]
-    return section("Before and after aggregation", intro, table(head, rows, text_columns=(1,)))
+def _title(run: Run, job: JobLog) -> str:
+    return f"{run.rows[job.method].label}, seed {job.seed}"
 
 
-def _what_this_was(run: Run) -> str:
-    header = run.header
-    versions = ", ".join(f"{name} {version}" for name, version in (header.get("versions") or {}).items())
-    rounds = sorted({job.num_rounds for job in run.jobs if job.num_rounds})
-    facts = {
-        "Base model": header.get("base_model"),
-        "Prompt template": header.get("template"),
-        "Aggregation": run.strategy,
-        "Rounds": ", ".join(map(str, rounds)),
-        "Seeds": ", ".join(map(str, sorted({job.seed for job in run.jobs}))),
-        "Started": min((job.info["started"] for job in run.jobs if job.info and job.info.get("started")), default=None),
-        "Threads": header.get("threads"),
-        "Versions": versions,
+def _owners(run: Run, events: Iterable[Grafted]) -> list[str]:
+    having = {event.client_id for event in events}
+    return [client for client in run.clients if client in having]
+
+
+def _neuron_job(run: Run, job: JobLog) -> dict[str, Any]:
+    """What is left of the target, and a heat map of neuron counts per client on one scale."""
+    events = [event for _, event in sorted(job.grafts.items()) if _mixed(event)]
+    most = max(max(event.neurons) for event in events)
+    widths = sorted({event.width for event in events if event.width})
+
+    def draw(client: str) -> str:
+        own = [event for event in events if event.client_id == client]
+        alt = f"Neurons taken from every expert for client {client}, by layer"
+        return figures.count_panel([e.neurons for e in own], most, [e.layer for e in own], alt)
+
+    return {
+        "title": _title(run, job),
+        "target": TARGETS.get(events[0].target, "the target"),
+        "criterion": events[0].criterion,
+        "is_correction": events[0].target == "correction",
+        "left": _left_of_target(events),
+        "most": most,
+        "widths": " or ".join(map(str, widths)) if len(widths) < 3 else "",
+        **_panels(_owners(run, events), draw),
     }
-    items = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
-    return section(
-        "What this run was",
-        "",
-        f"<dl>{items}</dl>" if items else "",
-        _clients(run),
-        folded("Configuration (config.toml)", f"<pre>{escape(run.config_text)}</pre>" if run.config_text else ""),
-    )
 
 
-def _clients(run: Run) -> str:
-    declared: dict[str, Row] = {str(client["client_id"]): client for client in run.header.get("clients") or []}
-    trained = {client: event.get("num_examples") for job in run.jobs for (_, client), event in job.trains.items()}
-    tested = {
-        client: event.get("num_examples")
+def _left_of_target(events: list[Grafted]) -> dict[str, str]:
+    """Before and after the refit, on sequences that nothing was fitted to if some were held out."""
+    held_out = any(event.unexplained.get("held_out_before") is not None for event in events)
+    left = {"where": "nothing was fitted to" if held_out else "the graft was fitted to"}
+    for when in ("before", "after"):
+        found = (event.unexplained.get(f"held_out_{when}" if held_out else when) for event in events)
+        shares = sorted(100 * value for value in found if value is not None)
+        some = f"{statistics.median(shares):.1f} % ({shares[0]:.1f} to {shares[-1]:.1f})" if shares else ""
+        left[when] = some
+    return left
+
+
+def _choices(run: Run) -> dict[str, Any] | None:
+    """Grafts that are one expert as a whole. Only the first method is drawn: a control measured the same."""
+    jobs = [
+        job
         for job in run.jobs
-        for (_, client, _, split), event in job.evaluations.items()
-        if split == "test"
+        if any(event.candidates for event in job.grafts.values())
+        and any(event.chosen is not None for event in job.grafts.values())
+    ]
+    if not jobs:
+        return None
+    first = list(jobs[0].grafts.values())
+    chosen = [event for event in first if event.chosen is not None]
+    return {
+        "target": TARGETS.get(first[0].target, "the target"),
+        "criteria": ", ".join(sorted({event.criterion for event in first if event.criterion})),
+        "count": len(chosen),
+        "worse": sum(map(numbers.worse_than_zero, chosen)),
+        "unused": sum(map(numbers.little_used, chosen)),
+        "jobs": [_choice_job(run, job, drawn=job.method == jobs[0].method) for job in jobs],
     }
-    rows = []
-    for client in run.clients:
-        known = declared.get(client, {})
-        sizes = (known.get("num_train", trained.get(client)), known.get("num_test", tested.get(client)))
-        numbers = [cell("–" if size is None else f"{size:,}".replace(",", " ")) for size in sizes]
-        rows.append(
-            table_row([f"<th scope=row>{escape(client)}</th>", *numbers, cell(known.get("description") or "", "text")])
-        )
-    head = ["Client", "training<br>examples", "test<br>examples", "what it holds"]
-    return f"<h3>Clients</h3>{table(head, rows, text_columns=(3,))}" if rows else ""
+
+
+def _choice_job(run: Run, job: JobLog, drawn: bool) -> dict[str, Any]:
+    layers = sorted({layer for _, layer in job.grafts})
+    clients = _owners(run, job.grafts.values())
+
+    def measured(client: str) -> list[Grafted]:
+        events = (job.grafts.get((client, layer)) for layer in layers)
+        return [event for event in events if event and event.candidates]
+
+    def draw(client: str) -> str:
+        own = measured(client)
+        alt = f"Residual of every expert for client {client}, by layer"
+        return figures.heat_panel([e.candidates for e in own], [e.chosen for e in own], [e.layer for e in own], alt)
+
+    return {
+        "title": _title(run, job),
+        "clients": clients,
+        "rows": [(layer, [job.grafts.get((client, layer)) for client in clients]) for layer in layers],
+        "folded": len(layers) * len(clients) > MAX_OPEN_CELLS,
+        **_panels([client for client in clients if drawn and measured(client)], draw),
+    }
+
+
+def _openings(run: Run) -> list[Panel]:
+    """One panel per method with a gate: mean opening over clients and seeds, a line per layer."""
+    series: dict[str, dict[int, list[list[float]]]] = {}
+    for job in run.jobs:
+        for (at, _), event in job.trains.items():
+            if event.opening:
+                series.setdefault(job.method, {}).setdefault(at, []).append(event.opening)
+    means: dict[str, list[list[float]]] = {}
+    for method, by_round in series.items():
+        layers = range(min(len(values) for lists in by_round.values() for values in lists))
+        means[method] = [[statistics.fmean(v[i] for v in by_round[at]) for at in sorted(by_round)] for i in layers]
+    highest = max((v for lines in means.values() for line in lines for v in line if math.isfinite(v)), default=0.0)
+    panels = []
+    for method, lines in means.items():
+        label = run.rows[method].label
+        alt = f"Mean opening of the gates of {label}, by layer and round"
+        svg = figures.openness_panel(sorted(series[method]), lines, min(1.0, highest * 1.25) or 1.0, alt)
+        panels.append(Panel(Markup(svg), label))
+    return panels
+
+
+def _total_bytes(row: Row) -> float:
+    """Both ways in a whole run, mean over seeds."""
+    trains = [event for job in row.jobs for event in job.trains.values()]
+    return sum((event.bytes_up or 0) + (event.bytes_down or 0) for event in trains) / len(row.jobs)
+
+
+def _arrays(run: Run) -> list[dict[str, Any]]:
+    """The arrays of the messages by name. What is the same for several methods, seeds or directions is listed once."""
+    words = {"up": "from a client to the server", "down": "from the server to a client"}
+    by_content: dict[tuple[str, str], list[str]] = {}
+    for method, row in run.rows.items():
+        directions: dict[str, set[str]] = {}
+        for job in row.jobs:
+            for direction, tensors in job.sent.items():
+                directions.setdefault(json.dumps(tensors), set()).add(direction)
+        for content, ways in directions.items():
+            where = "in both directions" if len(ways) == 2 else words[next(iter(ways))]
+            by_content.setdefault((content, where), []).append(method)
+    lists = []
+    for (content, where), methods in by_content.items():
+        tensors = json.loads(content)
+        total = sum(tensor.get("bytes") or 0 for tensor in tensors)
+        counted = {
+            event.bytes_up if direction == "up" else event.bytes_down
+            for method in methods
+            for job in run.rows[method].jobs
+            for direction, sent in job.sent.items()
+            if json.dumps(sent) == content
+            for event in job.trains.values()
+        }
+        other = sorted(counted - {None, total})
+        lists.append({"methods": methods, "where": where, "tensors": tensors, "total": total, "counted": other})
+    return lists
+
+
+def _truncated(run: Run) -> list[Truncated]:
+    most: dict[tuple[str, str], Truncated] = {}
+    for event in run.events:  # counted once for the whole run, or once per seed
+        if isinstance(event, Truncated) and event.count:
+            key = (event.client_id, event.part)
+            most[key] = max(event, most.get(key, event), key=lambda e: e.count)
+    return [event for _, event in sorted(most.items())]

@@ -1,17 +1,9 @@
-"""What came out of a run, for people: a table in the terminal, the findings in sentences, and RUN/report.html.
-
-events = read_events(run_dir)          every event of RUN/metrics.jsonl
-summary = summarise(events)            one dict per method: means and spreads over seeds, and every seed's value
-terminal_table(summary)                a rich table, at most 100 columns wide
-findings(summary)                      sentences, the most important first; a control that is as good is named
-write_report(run_dir)                  RUN/report.html: one file, no scripts, nothing fetched from anywhere
-"""
+"""The table of a run in the terminal, and the writing of its page."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,62 +11,59 @@ from rich.table import Table
 from rich.text import Text
 
 from flex.errors import FlexError
+from flex.report import numbers
 from flex.report.findings import findings
-from flex.report.numbers import AFTER, Measure, format_bytes, measures, read_events, summarise
+from flex.report.numbers import Measure, Row, read_events, summarise
 
 __all__ = ["findings", "read_events", "summarise", "terminal_table", "write_report"]
 
 TABLE_WIDTH = 100
 
 
-def terminal_table(summary: list[dict[str, Any]], columns: int = TABLE_WIDTH) -> Table:
+def terminal_table(summary: list[Row], columns: int = TABLE_WIDTH) -> Table:
     """Methods x measures after aggregation; what does not fit into `columns` (at most 100) stays for the report."""
     columns = min(columns, TABLE_WIDTH)
-    shown = measures(summary)
+    shown, primary = numbers.measures(summary), numbers.primary_measure(summary)
+
+    def dispensable(measure: Measure) -> int:
+        """The highest is dropped first, the last of several; the headline score is dropped last."""
+        if measure == primary:
+            return 0
+        if measure.split == "general":
+            return 5 if not measure.kind.is_share else 4 if measure.group else 1
+        return 3 if not measure.kind.is_share else 2 if measure.group else 1
+
     while True:
-        table = _table(summary, shown, left_out=len(measures(summary)) - len(shown))
+        table = _table(summary, shown, left_out=len(numbers.measures(summary)) - len(shown))
         width = Console(width=10_000).measure(table).maximum
         if width <= columns or len(shown) <= 1:
             table.width = min(width, columns)
             return table
-        shown.remove(max(reversed(shown), key=_dispensable))
+        shown.remove(max(reversed(shown), key=dispensable))
 
 
-def _table(summary: list[dict[str, Any]], shown: list[Measure], left_out: int) -> Table:
+def _table(summary: list[Row], shown: list[Measure], left_out: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left", caption_style="dim")
     table.add_column("Method", no_wrap=True)
     for measure in shown:
-        table.add_column(Text(_heading(measure)), justify="right", no_wrap=True)
+        # Each word on its own line: headings are never wider than their numbers need.
+        heading = measure.title.replace(" %", "\u00a0%").replace(" ", "\n")
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column("sent per\nround", justify="right", no_wrap=True)
+    best = {measure: numbers.best_methods(summary, measure) for measure in shown}
     for row in summary:
         cells = []
         for measure in shown:
-            stat = row[AFTER].get(measure)
-            cells.append(measure.format(stat["mean"], stat["spread"]) if stat else "–")
-        sent = format_bytes(row["bytes_per_round"]["up"]) if row["bytes_per_round"] else "–"
-        unfinished = "" if row["finished"] else " (unfinished)"
-        style = "bold" if row["method"] == "flex" else None
-        table.add_row(Text(row["label"] + unfinished), *cells, sent, style=style)
-    seeds = max((len(row["seeds"]) for row in summary), default=0)
-    notes = [
-        "after aggregation, mean over clients" + (f" ± deviation over {seeds} seeds" if seeds > 1 else ", one seed")
-    ]
-    if left_out:
-        notes.append(f"{left_out} more in the report")
-    table.caption = "; ".join(notes)
+            stat = row.after.get(measure)
+            text = measure.format(stat.mean, stat.spread) if stat else "–"
+            cells.append(Text(text, style="bold" if row.method in best[measure] else ""))
+        sent = numbers.format_bytes(row.bytes_per_round["up"]) if row.bytes_per_round else "–"
+        table.add_row(Text(row.label + ("" if row.finished else " (unfinished)")), *cells, sent)
+    seeds = max((len(row.seeds) for row in summary), default=0)
+    over = f" ± deviation over {seeds} seeds" if seeds > 1 else ", one seed"
+    more = f"; {left_out} more in the report" if left_out else ""
+    table.caption = f"after aggregation, mean over clients{over}{more}"
     return table
-
-
-def _dispensable(measure: Measure) -> int:
-    """What a narrow table can do without first: losses, general groups, ROUGE-L (exact match says most of it)."""
-    general = measure.split == "general"
-    secondary = measure.name != "exact_match"
-    return 4 * (general and measure.name == "loss") or 3 * (general and bool(measure.group)) or 2 * secondary
-
-
-def _heading(measure: Measure) -> str:
-    """Each word of a title on its own line: headings are never wider than their numbers need."""
-    return "\n".join(measure.title.replace("EM %", "EM\u00a0%").split(" "))
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -83,8 +72,7 @@ def write_report(run_dir: Path | str) -> Path:
     Raises:
         FlexError: `run_dir` holds no metrics, or the report cannot be written.
     """
-    from flex.report.html import Run
-    from flex.report.page import page
+    from flex.report.page import Run, page
 
     run_dir = Path(run_dir)
     events = read_events(run_dir)

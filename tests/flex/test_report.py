@@ -5,23 +5,24 @@ from __future__ import annotations
 import io
 import math
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic_run import CLIENTS, DEMO, Event, scored, synthetic_events, write_run
+from synthetic_run import CLIENTS, DEMO, Event, scored, summarised, synthetic_events, typed, write_run
 
 from flex.cli import main
 from flex.errors import FlexError
-from flex.methods import METHODS as TRAINED
+from flex.methods import METHODS
 from flex.report import figures as report_figures
 from flex.report import page as report_page
-from flex.report.numbers import AFTER, METHODS, Measure
-from flex.report.terminal import findings, summarise, terminal_table, write_report
-from flex.store.events import METRICS, read_events
+from flex.report.numbers import Measure, Row, measures
+from flex.report.terminal import findings, terminal_table, write_report
+from flex.store.events import AFTER, METRICS, Done, read_events
 
 TEST = Measure("test", "", "exact_match")
 GROUP = Measure("test", "own conventions", "exact_match")
@@ -72,9 +73,9 @@ def read_page(path: Path) -> _Reader:
     return reader
 
 
-def render(summary: list[dict[str, Any]]) -> list[str]:
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(terminal_table(summary))
+def render(summary: list[Row], columns: int = 100) -> list[str]:
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(terminal_table(summary, columns))
     return console.export_text().splitlines()
 
 
@@ -129,8 +130,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_run_gives_table_findings_and_page(case: str, tmp_path: Path) -> None:
     events = synthetic_events(**CASES[case])
-    summary = summarise(events)
-    assert [row["method"] for row in summary] == list(dict.fromkeys(e["method"] for e in events if "method" in e))
+    summary = summarised(events)
+    assert [row.method for row in summary] == list(dict.fromkeys(e["method"] for e in events if "method" in e))
     assert max(map(len, render(summary))) <= 100
     said = findings(summary)
     assert all(sentence.endswith(".") for sentence in said)
@@ -146,14 +147,14 @@ def test_every_kind_of_run_gives_table_findings_and_page(case: str, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["job", "evaluate", "train", "graft", "sent", "truncated", "done", "run"])
 def test_a_missing_kind_of_event_is_no_obstacle(kind: str, tmp_path: Path) -> None:
     events = without(synthetic_events(methods=("base", "fedavg", "flex"), seeds=(0,), clients=("a",)), kind)
-    render(summarise(events))
+    render(summarised(events))
     read_page(write_report(write_run(tmp_path, events)))
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     assert "no evaluation yet" in read_page(write_report(write_run(tmp_path, []))).text
-    assert render(summarise([]))
+    assert render(summarised([]))
 
 
 def test_the_command_says_that_there_is_nothing_to_report_yet(
@@ -161,7 +162,9 @@ def test_the_command_says_that_there_is_nothing_to_report_yet(
 ) -> None:
     run = write_run(tmp_path, [])
     assert main(["report", "--run", str(run)]) == 2
-    assert capsys.readouterr().err == f"flex: {run} has nothing to report yet; wanted a run with events in {METRICS}\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"flex: {run} has nothing to report yet; ")
+    assert said.endswith(f" a run with events in {METRICS}\n")
     assert not (run / "report.html").exists()
 
 
@@ -169,13 +172,13 @@ def test_only_a_cut_last_line_is_forgiven(tmp_path: Path) -> None:
     path, whole = tmp_path / METRICS, '{"event": "done"}\n'
     for cut in ('{"event": "tr', '{"event": "\udce6', "\x00\x00", ""):
         path.write_text(whole * 2 + cut, encoding="utf-8", errors="surrogateescape")
-        assert read_events(path) == [{"event": "done"}] * 2
+        assert read_events(path) == [Done()] * 2
     path.write_text(whole + whole.strip())  # all of it but the end of the line
-    assert read_events(path) == [{"event": "done"}] * 2
+    assert read_events(path) == [Done()] * 2
     for damaged in ('{"event": "tr\n', '{"event": "\udce6"}\n', "\x00\x00\n", "7\n"):
         for rest in (whole, ""):
             path.write_text(whole + damaged + rest, encoding="utf-8", errors="surrogateescape")
-            with pytest.raises(FlexError, match=rf"{METRICS}, line 2 is damaged: it begins with .*; wanted a JSON"):
+            with pytest.raises(FlexError, match=rf"{METRICS}, line 2 is damaged: it begins with .*; expected a JSON"):
                 read_events(path)
     with pytest.raises(FlexError, match="cannot read"):
         read_events(tmp_path)
@@ -192,11 +195,11 @@ def test_unfinished_jobs_are_named_and_not_mixed_in(small: list[Event], tmp_path
     early = {"event": "evaluate", "method": "flex", "seed": 1, "round": 2, "when": AFTER, "split": "test"}
     early |= {"num_examples": 150, "loss": 9.0, "exact_match": 0.0, "groups": {}}
     events = [event for event in small if keep(event)] + [{**early, "client_id": client} for client in CLIENTS[:2]]
-    flex = next(row for row in summarise(events) if row["method"] == "flex")
-    assert flex["seeds"] == [0]
-    assert not flex["finished"]
-    assert "FLEx (seed 1 at round 2 of 3)" in findings(summarise(events))[0]
-    assert "unfinished" in "".join(render(summarise(events)))
+    flex = next(row for row in summarised(events) if row.method == "flex")
+    assert flex.seeds == [0]
+    assert not flex.finished
+    assert "FLEx (seed 1 at round 2 of 3)" in findings(summarised(events))[0]
+    assert "unfinished" in "".join(render(summarised(events)))
     assert "not finished" in read_page(write_report(write_run(tmp_path, events))).text
 
 
@@ -205,7 +208,7 @@ def test_choices_worse_than_nothing_are_warned_of(tmp_path: Path, small: list[Ev
     paper = [{**e, "method": "flex"} for e in small if e.get("method") == "flex-paper"]  # a run configured so
     others = [e for e in small if e.get("method") not in ("flex", "flex-paper")]
     events = [{**e, "residual": 1.25, "routed_mass": 0.5} if e["event"] == "graft" else e for e in [*others, *paper]]
-    assert any("8 grafts, in 8 the chosen expert" in sentence for sentence in findings(summarise(events)))
+    assert any("8 grafts, in 8 the chosen expert" in sentence for sentence in findings(summarised(events)))
     text = read_page(write_report(write_run(tmp_path, events))).text
     assert "in 4 of 4 places even the chosen expert is worse than none" in text
     assert "1.25" in text
@@ -220,8 +223,9 @@ def test_what_neurons_a_graft_is_made_of_is_drawn_and_said(tmp_path: Path, small
         for layer, neurons in enumerate(layers):
             before = next(shares)
             left = {"before": 0.5, "after": 0.4, "held_out_before": before, "held_out_after": before - 0.1}
-            event = {"event": "graft", "method": "flex", "seed": 0, "client_id": client, "layer": layer, "width": 96}
+            event = {"event": "graft", "method": "flex", "seed": 0, "client_id": client, "layer": layer, "round": 0}
             event |= {"criterion": "neurons", "target": "correction", "chosen": None, "candidates": [1.0] * 3}
+            event["width"] = 96
             events.append(event | {"neurons": neurons, "unexplained": left})
     path = write_report(write_run(tmp_path, events))
     text = read_page(path).text
@@ -244,14 +248,25 @@ def test_what_neurons_a_graft_is_made_of_is_drawn_and_said(tmp_path: Path, small
     assert "FLEx, seed 0" in both.text.partition("Which expert each layer grafted")[0]
 
 
-@pytest.mark.parametrize("colours", ["light", "dark", "print"])
-def test_every_method_has_a_colour_of_its_own(colours: str) -> None:
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_every_colour_is_another(colours: str) -> None:
     style = report_page.STYLE.read_text(encoding="utf-8")
-    part = {"light": 0, "dark": 1, "print": 2}[colours]
-    palette = dict(re.findall(r"--(mark-\d+): (#\w+)", style.split(":root {")[part + 1]))
+    light, dark, paper = style.split(":root {")[1:4]
+    palette = dict(re.findall(r"--(mark-\d+): (#\w+)", {"light": light, "dark": dark}[colours]))
     assert set(palette) == {f"mark-{i}" for i in range(report_figures.MARKS)}
-    assert len(set(palette.values())) == report_figures.MARKS == len(METHODS) + 3
-    assert set(METHODS) == set(TRAINED)
+    assert len(set(palette.values())) == report_figures.MARKS
+    assert "@media screen and (prefers-color-scheme: dark)" in style  # paper takes the light colours
+    assert "--mark" not in paper
+
+
+def test_every_method_is_drawn_in_a_way_of_its_own() -> None:
+    """By colour and dash together, however many methods the table has; methods that it does not know have theirs."""
+    run = report_page.Run(typed([event for method in (*METHODS, "zeta") for event in scored(method, [0.5])]))
+    ways = {(run.marks[method], report_page.dash(method)) for method in run.rows}
+    assert len(ways) == len(METHODS) + 1
+    assert run.marks["zeta"] >= report_figures.MARKS - report_page.OTHER_MARKS
+    for method, row in METHODS.items():
+        assert bool(report_page.dash(method)) == bool(row.control_of or row.strategy)
 
 
 def test_stand_in_colours_become_those_of_the_page(tmp_path: Path, small: list[Event]) -> None:
@@ -262,15 +277,58 @@ def test_stand_in_colours_become_those_of_the_page(tmp_path: Path, small: list[E
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_tables_have_captions_and_are_reached_by_keyboard(tmp_path: Path, small: list[Event]) -> None:
+    page = write_report(write_run(tmp_path, small)).read_text(encoding="utf-8")
+    tables = page.count("<table>")
+    assert tables > 8
+    regions = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label="([^"]+)"><table>', page)
+    captions = re.findall(r"<caption>([^<]+)</caption>", page)
+    assert len(regions) == tables
+    assert captions == regions
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_best_of_a_column_is_bold_whoever_it_is(tmp_path: Path) -> None:
+    events = scored("fedavg", [0.6], loss=2.0) + scored("flex", [0.3], loss=1.0) + scored("flex-fresh", [0.6], loss=2.0)
+    page = write_report(write_run(tmp_path, events)).read_text(encoding="utf-8")
+    comparison = page.partition("<h2>Comparison</h2>")[2].partition("</table>")[0]
+    bold = [re.findall(r'<td class="best">([^<]+)', row) for row in comparison.split("<tr")[2:]]
+    assert bold == [["60.0"], ["1.000"], ["60.0"]]
+
+
+def test_a_narrow_terminal_keeps_the_headline_score() -> None:
+    summary = summarised(synthetic_events(rouge=True))
+    for columns in (100, 80, 60, 40):
+        lines = render(summary, columns)
+        assert max(map(len, lines)) <= columns
+        assert "ROUGE-L" in "".join(lines)
+    assert measures(summary)[0].name == "rouge_l"
+
+
+def test_the_room_is_cheap_to_enter() -> None:
+    """Nor does `flex report` need torch at any time."""
+    code = (
+        "import sys, flex.report; heavy = {'matplotlib', 'torch', 'jinja2'} & set(sys.modules); "
+        "assert not heavy, heavy; import flex.report.page; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_what_was_sent_is_listed_by_name_and_checked_against_the_counters(tmp_path: Path, small: list[Event]) -> None:
     text = read_page(write_report(write_run(tmp_path, small))).text
-    assert "model.layers.1.self_attn.v_proj.lora_B.weight" in text
-    assert "FLEx, in both directions: 8 arrays, 32.8 kB a message" in text
+    assert text.count("model.layers.1.self_attn.v_proj.lora_B.weight") == 1  # the same for all methods
+    same = "FedAvg, FLEx, Paper's rule, Random expert, Fresh module"
+    assert f"{same}, in both directions: 8 arrays, 32.8 kB a message" in text
     assert "Local: no array, in neither direction" in text
     assert "messages of" not in text
     wrong = [{**e, "bytes_up": 5} if e["event"] == "train" else e for e in small]
     text = read_page(write_report(write_run(tmp_path, wrong))).text
     assert "sums to 32.8 kB, but messages of 5 B were counted" in text
+    others = [e | {"tensors": e["tensors"][:1]} if e["event"] == "sent" and e["method"] == "flex" else e for e in small]
+    text = read_page(write_report(write_run(tmp_path, others))).text
+    assert "FedAvg, Paper's rule, Random expert, Fresh module, in both directions: 8 arrays" in text
+    assert "FLEx, in both directions: 1 array, 4.10 kB a message" in text
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -283,20 +341,30 @@ def test_truncation_is_reported_with_and_without_a_method(tmp_path: Path) -> Non
 
 
 def test_names_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
+    """Whatever a user names comes out as text: clients, groups, titles, methods, arrays, descriptions, settings."""
     nasty = "<script>alert('$x^$')</script>\"&amp; 東京"
-    events = synthetic_events(methods=("base", "flex", "<i>$x^$"), seeds=(0,), clients=(nasty, "_b$_$"))
-    events[0] |= {"title": nasty, "base_model": nasty, "versions": {nasty: nasty}}
+    events = synthetic_events(methods=("base", "flex", "flex-paper", "<i>$x^$"), seeds=(0,), clients=(nasty, "_b$_$"))
+    events[0] |= {"title": nasty, "base_model": nasty, "versions": {nasty: nasty}, "template": nasty}
+    events[0]["clients"][0]["description"] = nasty
     for event in events:
         if event.get("groups"):
             event["groups"] = {nasty: event["groups"]["shared skill"]}
         if event["event"] == "sent":
             event["tensors"] = [{"name": nasty, "shape": [1], "dtype": nasty, "bytes": 4}]
+        if event["event"] == "graft":
+            event["criterion"] = nasty
     folder = write_run(tmp_path, events)
-    (folder / "config.toml").write_text(f'name = "{nasty}"', encoding="utf-8")
+    (folder / "config.toml").write_text(f"[strategy]\nname = '{nasty.replace(chr(39), '')}'", encoding="utf-8")
     path = write_report(folder)
-    assert "<script" not in path.read_text(encoding="utf-8")
-    assert nasty in read_page(path).text
-    render(summarise(events))
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<i>$" not in page
+    assert page.count("<i ") == page.count("</i>")  # the colour scales alone
+    assert not re.search(r"&(?!amp;|lt;|gt;|#34;|#39;|quot;|#x27;)", page)
+    reader = read_page(path)
+    assert reader.text.count(nasty) > 10
+    assert f"{nasty} EM\u00a0%" in reader.text
+    render(summarised(events))
 
 
 def test_diverged_values_are_shown_as_such(tmp_path: Path) -> None:
@@ -305,7 +373,7 @@ def test_diverged_values_are_shown_as_such(tmp_path: Path) -> None:
         if event.get("method") == "flex" and event["event"] in ("evaluate", "train"):
             event["loss"] = math.nan
             event["opening"] = [math.nan] * 4
-    assert "diverged" in "".join(render(summarise(events)))
+    assert "diverged" in "".join(render(summarised(events)))
     assert "diverged" in read_page(write_report(write_run(tmp_path, events))).text
 
 

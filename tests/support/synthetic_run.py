@@ -1,4 +1,5 @@
-"""The events of a run like the demo's, with plausible numbers, for the tests of the report."""
+"""The events of a run like the demo's, with plausible numbers, for the tests of the report: as the JSON objects of its
+log, which tests change freely, and read back as the events that the report takes."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flex.report.numbers import AFTER
+from flex.report import summarise
+from flex.report.numbers import Row
+from flex.store import events as log
+from flex.store.events import AFTER, BEFORE
 
-Event = dict[str, Any]
+Event = dict[str, Any]  # a line of the log
 
 METHODS = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")
 CLIENTS = ("aurora", "birch", "cedar", "dune", "ember")
@@ -77,7 +81,7 @@ def _job(
     level = LEVELS.get(method, LEVELS["fedavg"])
     shift = dice.gauss(0, 0.015)
     if method == "base":
-        return [e for c in clients for e in _evaluate(dice, level, 0.0, 0, c, "after_aggregation", groups, rouge)]
+        return [e for c in clients for e in _evaluate(dice, level, 0.0, 0, c, AFTER, groups, rouge)]
     sends, grafted = method != "local", method.startswith("flex")
     events: list[Event] = [
         {
@@ -124,8 +128,8 @@ def _job(
             )
     for client in clients:
         worse = (level[0], level[1], level[2], level[3] * 0.7)
-        events += _evaluate(dice, worse, shift, rounds, client, "before_aggregation", groups, rouge)
-        events += _evaluate(dice, level, shift, rounds, client, "after_aggregation", groups, rouge)
+        events += _evaluate(dice, worse, shift, rounds, client, BEFORE, groups, rouge)
+        events += _evaluate(dice, level, shift, rounds, client, AFTER, groups, rouge)
     return [*events, {"event": "done", "seconds": 28.0, "tokens": 180_000}]
 
 
@@ -135,6 +139,7 @@ def _graft(dice: random.Random, method: str, client: str, layer: int, experts: i
     common = {
         "event": "graft",
         "client_id": client,
+        "round": 0,
         "layer": layer,
         "module": f"model.layers.{layer}.mlp.experts",
         "candidates": candidates,
@@ -201,6 +206,14 @@ def _evaluate(
         },
         {**common, "split": "general", **general, "rouge_l": None, "groups": {}},
     ]
+
+
+def typed(events: list[Event]) -> list[log.Event]:
+    return [event for line in events if (event := log.from_json(json.loads(json.dumps(line)))) is not None]
+
+
+def summarised(events: list[Event]) -> list[Row]:
+    return summarise(typed(events))
 
 
 def write_run(folder: Path, events: list[Event]) -> Path:
