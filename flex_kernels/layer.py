@@ -220,7 +220,8 @@ class GraftedMoE(nn.Module):
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
         graft_width: I_g, or None for a layer without a graft. A graft starts fresh (`Graft.reset_parameters`).
-        renormalize: divide the kept routing weights by their sum.
+        renormalize: divide the kept routing weights by their sum. None does so for two experts per token and more: of
+            one expert the weight would be w / w = 1 whatever the router says, and the router could not learn.
         combine, activation, logit_bias: as in `Graft`.
         recompute: as in `grafted_experts`.
 
@@ -238,7 +239,7 @@ class GraftedMoE(nn.Module):
         top_k: int,
         *,
         graft_width: int | None = None,
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         combine: str = "additive",
         activation: str = "silu",
         logit_bias: float = -4.0,
@@ -257,6 +258,7 @@ class GraftedMoE(nn.Module):
             raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
         factory = {"device": device, "dtype": dtype}
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        renormalize = top_k > 1 if renormalize is None else renormalize
         self.renormalize, self.combine, self.activation, self.recompute = renormalize, combine, activation, recompute
         self.router = nn.Linear(hidden_size, num_experts, bias=False, **factory)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))

@@ -42,6 +42,8 @@ def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | Non
         if CUDA_ROUTING_PLAN not in planners:
             raise ValueError(f"FLEX_ROUTING_PLAN is {CUDA_ROUTING_PLAN!r}, expected triton, cuda or torch")
         return planners[CUDA_ROUTING_PLAN]
+    if INTERPRET and dtype == torch.bfloat16 and not _interprets_bfloat16():
+        return pytorch
     same_dtype = weight_dtype in (None, dtype)
     if stage in TRITON_STAGES and dtype in TRITON_DTYPES and same_dtype and _has_triton():
         return triton_backend()
@@ -68,6 +70,15 @@ def triton_backend() -> ModuleType:
 
     tiles.measure_with(tuning.tune)
     return stages
+
+
+def _interprets_bfloat16() -> bool:
+    """Triton's interpreter takes bf16 for integers, silently; `tests/support/interp_shim.py` mends it."""
+    if not _has_triton():
+        return False
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return getattr(InterpreterBuilder, "_mended", False)
 
 
 @cache

@@ -90,7 +90,9 @@ class LayerScores:
             if kind == "gram":
                 gram[field] = value
             elif kind == "subsets":
-                old = getattr(self.subsets, field)
+                old = getattr(self.subsets, field, None)
+                if old is None:  # of an earlier version
+                    continue
                 setattr(self.subsets, field, value if isinstance(old, Tensor) else type(old)(value.item()))
             else:
                 setattr(self, name, value)

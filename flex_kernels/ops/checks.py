@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flex_kernels.reference import ACTIVATIONS, COMBINES
 
@@ -30,6 +31,17 @@ def check_integer(name: str, tensor: Tensor) -> None:
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}, where hidden_states is")
+
+
+def check_no_tangents(name: str, *tensors: Tensor | None) -> None:
+    """Forward-mode derivatives of these operations do not exist, and torch would take them for zero, silently."""
+    if forward_ad._current_level < 0:  # nobody differentiates forward
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize); expected reverse mode "
+            "(backward, torch.autograd.grad)"
+        )
 
 
 def check_combine(combine: str) -> None:

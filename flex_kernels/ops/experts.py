@@ -21,6 +21,7 @@ from flex_kernels.ops.checks import (
     check_device,
     check_float,
     check_integer,
+    check_no_tangents,
     check_shape,
     compute_dtype,
     wide_dtype,
@@ -188,7 +189,9 @@ def grafted_experts(
     `E(x) = D (act(G x) * (U x))` and `s_t = sigmoid(graft_logits_t)` (arXiv 2506.00965; twin:
     `reference.grafted_experts`).
 
-    Differentiable in every float argument that requires grad. Frozen expert weights cost nothing in the backward.
+    Differentiable in reverse mode, once, in every float argument that requires grad: forward mode, `torch.func` and a
+    second derivative are refused; `vmap` of the forward is a loop. A frozen weight that is changed in place between forward and backward gives a wrong gradient,
+    and nothing notices: frozen weights are not watched. Frozen expert weights cost nothing in the backward.
     Matrix products run in the dtype of `hidden_states` (under autocast: in autocast's) and everything between them in
     fp32. Expert weights may have another dtype (kept in bf16 beside fp32 activations, say): they are converted one
     expert at a time. Graft weights, usually trained in fp32, are cast as a whole.
@@ -218,6 +221,7 @@ def grafted_experts(
     _check_layer(hidden_states, expert_indices, routing_weights, gate_up_proj, down_proj, graft)
     check_combine(combine)
     check_activation(activation)
+    check_no_tangents("grafted_experts", hidden_states, routing_weights, gate_up_proj, down_proj, *graft)
     dtype = compute_dtype(hidden_states)
     wide = wide_dtype(dtype)
     if dtype != hidden_states.dtype:  # autocast

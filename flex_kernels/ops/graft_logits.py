@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flex_kernels.ops.checks import autocast_off, check_device, check_float, check_shape, wide_dtype
+from flex_kernels.ops.checks import (
+    autocast_off,
+    check_device,
+    check_float,
+    check_no_tangents,
+    check_shape,
+    wide_dtype,
+)
 from flex_kernels.ops.operation import Choose, operation
 
 
@@ -87,6 +94,7 @@ def graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor
     check_shape("hidden_states", hidden_states, ("T", "H"))
     check_shape("logit_weight", logit_weight, (hidden_states.shape[1],))
     check_shape("logit_bias", logit_bias, (1,))
+    check_no_tangents("graft_logits", hidden_states, logit_weight, logit_bias)
     for name, tensor in (("hidden_states", hidden_states), ("logit_weight", logit_weight), ("logit_bias", logit_bias)):
         check_float(name, tensor)
         check_device(name, tensor, hidden_states.device)

@@ -15,6 +15,7 @@ from flex_kernels.ops.checks import (
     check_device,
     check_float,
     check_integer,
+    check_no_tangents,
     check_shape,
     wide_dtype,
 )
@@ -85,6 +86,7 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
         ValueError: `router_logits` is not [T, E] or `top_k` is out of range. TypeError: not floating point.
     """
     check_shape("router_logits", router_logits, ("T", "E"))
+    check_no_tangents("route", router_logits)
     check_float("router_logits", router_logits)
     if not 1 <= top_k <= router_logits.shape[1]:
         raise ValueError(f"top_k is {top_k}, expected 1 to {router_logits.shape[1]}, the number of experts")
@@ -211,6 +213,7 @@ def combine(
         ValueError: a shape, device or name that does not fit. TypeError: a dtype that does not.
     """
     check_shape("expert_out", expert_out, ("T", "K", "H"))
+    check_no_tangents("combine", expert_out, routing_weights, graft_out, graft_logits)
     check_shape("routing_weights", routing_weights, tuple(expert_out.shape[:2]))
     check_combine(combine)
     if (graft_out is None) != (graft_logits is None):

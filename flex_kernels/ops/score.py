@@ -15,6 +15,7 @@ from flex_kernels.ops.checks import (
     check_device,
     check_float,
     check_integer,
+    check_no_tangents,
     check_shape,
 )
 from flex_kernels.ops.operation import Choose, operation
@@ -124,6 +125,7 @@ def score_neurons(
 
 def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
     check_shape("hidden_states", hidden_states, ("T", "H"))
+    check_no_tangents("scoring", hidden_states, target, gate_up_proj, down_proj)
     check_shape("target", target, tuple(hidden_states.shape))
     check_shape("down_proj", down_proj, ("E", hidden_states.shape[1], "I"))
     num_experts, hidden_size, intermediate_size = down_proj.shape
