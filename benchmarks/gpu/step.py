@@ -1,10 +1,10 @@
 """FLEx training steps and rounds on a whole model of Qwen1.5-MoE-A2.7B's dimensions with random weights.
 
-flex's own code does both. `flex.model.wrap` puts peft's LoRA and the grafts on; `ClientRuntime` trains, with its way to
-batch, its loss on the response (half of each sequence), clipping, AdamW and schedule. A step is `ClientRuntime.steps`
-with one step. A round is `ClientRuntime.train` of each client in turn: the shared state goes in, the client's personal
-file of the round before is read, a few steps, its new file (graft and moments) is written to the disk (where TMPDIR
-is), the shared state comes out; then `flex.wire` takes the mean weighted by examples, which is FedAvg. As in every run
+flex's own code does both. `JobModel` puts peft's LoRA and the grafts on; a `Site` trains, with its way to batch, its
+loss on the response (half of each sequence), clipping, AdamW and schedule. A step is `Site.steps` with one batch. A round is
+`Site.train` of each client in turn: the shared state goes in, the client's personal file of the round before is read, a
+few steps, its new file (graft and moments) is written to the disk (where TMPDIR is), the shared state comes out; then
+`weighted_mean` takes the mean weighted by examples, which is FedAvg. As in every run
 of flex on a GPU the frozen model is bf16, while LoRA (peft's choice) and grafts are fp32 with fp32 moments; a graft is
 cast to bf16 in each forward. Its 208 M numbers make a client's file 2.5 GB: what a round takes beyond its ten steps is
 mostly these files, whoever computes the layer.
@@ -36,8 +36,9 @@ import flex_kernels
 from flex.config import RunConfig
 from flex.data.examples import ClientData, Encoder, Example
 from flex.evaluation.score import response_logits
-from flex.federation.client import ClientRuntime
+from flex.federation.client import Held, JobModel, Site, Told
 from flex.federation.messages import Arrays, weighted_mean
+from flex.methods import MAIN
 from flex.model.adapters import unwrap
 from flex.model.base import Base, fingerprint
 from flex.model.partition import snapshot
@@ -47,6 +48,7 @@ from gpu.record import OURS, Key
 from gpu.session import LEAST_SECONDS, Session
 
 MODEL = "Qwen1.5-MoE-A2.7B"
+Sites = list[Site]
 # Its published config.json.
 SIZES = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
@@ -91,7 +93,7 @@ class ByHand(GraftedByHand):
 
 
 def make_base(session: Session) -> Base:
-    """As `flex.model.load_base` leaves it, but with random weights, made on the device."""
+    """As `load_base` leaves it, but with random weights, made on the device."""
     flex_kernels.register()
     torch.manual_seed(SEED)
     with session.on_device():
@@ -110,13 +112,14 @@ def make_clients(num_sequences: int, length: int, vocab_size: int) -> list[Clien
 @contextmanager
 def runtime(
     base: Base, clients: list[ClientData], provider: str, batch_size: int, steps: int = DEFAULTS.train.steps
-) -> Iterator[ClientRuntime]:
+) -> Iterator[Sites]:
     """flex's clients on this provider, always with the same start; everything is taken off the base afterwards."""
     config = DEFAULTS.with_values(train={"batch_size": batch_size, "steps": steps})
     encoder = Encoder(SimpleNamespace(eos_token_id=0, pad_token_id=None), "alpaca", LENGTH)
     with tempfile.TemporaryDirectory() as folder:
-        made = ClientRuntime(base, encoder, clients, [], config, "flex", SEED, Path(folder))
-        fill(made)
+        model = JobModel(base, encoder, config, MAIN, SEED)
+        made = [Site(model, client, [], Path(folder)) for client in clients]
+        fill(model)
         try:
             if provider != OURS:
                 write_by_hand(base, provider)
@@ -128,7 +131,7 @@ def runtime(
 
 
 @torch.no_grad()
-def fill(made: ClientRuntime) -> None:
+def fill(made: JobModel) -> None:
     """Grafts are expert 0 behind a gate that tells tokens apart; LoRA's second matrices are no longer zero."""
     torch.manual_seed(SEED)
     for experts in made.base.layers.values():
@@ -183,7 +186,7 @@ def step_tokens(session: Session) -> list[int]:
 def measure_each(
     session: Session,
     keys: dict[Key, int],
-    measure_one: Callable[[Session, ClientRuntime, Key], None],
+    measure_one: Callable[[Session, Sites, Key], None],
     steps: int,
 ) -> None:
     """`measure_one` at every key (with its batch size) on every provider, ours first; all are checked before."""
@@ -209,12 +212,12 @@ def check_all(session: Session, base: Base, clients: list[ClientData], batch_siz
     truth = None
     for provider in reversed(PROVIDERS):
         with runtime(base, clients, provider, batch_size) as made:
-            found = gradients(made, clients[0].train[:batch_size])
+            found = gradients(made[0].model, clients[0].train[:batch_size])
         truth = truth or found
         check(found, truth, session.dtype, provider)
 
 
-def gradients(made: ClientRuntime, examples: list[Example]) -> list[Tensor]:
+def gradients(made: JobModel, examples: list[Example]) -> list[Tensor]:
     """The loss, and the norms of the gradients of what is shared and of what is personal, tensor by tensor."""
     torch.manual_seed(SEED)  # the same dropout for all
     made.base.model.train()
@@ -231,9 +234,15 @@ def check(ours: Iterable[Tensor], theirs: Iterable[Tensor], dtype: torch.dtype, 
         assert error < limit, f"{name}: loss or gradients differ by {error:.3g} from eager's, limit {limit:.3g}"
 
 
-def measure_step(session: Session, made: ClientRuntime, key: Key) -> None:
-    client = next(iter(made.clients.values()))
-    run = partial(made.steps, client, 1, made.optimizer(1), 0.0, {})
+def step_of(made: Sites) -> Callable[[], None]:
+    """One step of the first client, on the same batch each time it is called."""
+    site = made[0]
+    batch = site.client.train[: site.config.train.batch_size]
+    return partial(site.steps, 1, [batch], site.optimizer(1), site.model.parts.trained(), Held(), Told())
+
+
+def measure_step(session: Session, made: Sites, key: Key) -> None:
+    run = step_of(made)
 
     def measured() -> dict[str, float | int | None]:
         values = session.measure({key.provider: run})[key.provider]
@@ -244,21 +253,22 @@ def measure_step(session: Session, made: ClientRuntime, key: Key) -> None:
         session.record.add(key, **values, tokens_per_s=key.tokens / values["ms"] * 1e3)
 
 
-def measure_round(session: Session, made: ClientRuntime, key: Key) -> None:
+def measure_round(session: Session, made: Sites, key: Key) -> None:
     values = session.attempt(key, lambda: round_times(session, partial(next, federated_rounds(made))))
     if values is not None:
         session.record.add(key, **values, tokens_per_s=key.tokens / values["ms"] * 1e3)
 
 
-def federated_rounds(made: ClientRuntime) -> Iterator[Arrays]:
+def federated_rounds(made: Sites) -> Iterator[Arrays]:
     """One round after another, for ever; yields the shared state after each. All begin with the same personal file."""
-    for store in made.stores.values():
-        store.save(0, PersonalState(snapshot(made.own)))
-    shared = made.shared_arrays()
-    for round_index in itertools.count(1):
-        turns = [made.train(client_id, round_index, shared) for client_id in made.clients]
-        updates = [{name: torch.from_numpy(array) for name, array in update.items()} for update, _ in turns]
-        shared = weighted_mean(updates, [metrics["num_examples"] for _, metrics in turns])
+    model = made[0].model
+    for site in made:
+        site.store.save(1, PersonalState(snapshot(model.own)))
+    shared = model.shared_arrays()
+    for round_index in itertools.count(2):  # before its first round a site forgets what lies in its folder
+        turns = [site.train(round_index, shared) for site in made]
+        updates = [{name: torch.from_numpy(array) for name, array in turn.update.items()} for turn in turns]
+        shared = weighted_mean(updates, [turn.metrics["num_examples"] for turn in turns])
         yield shared
 
 

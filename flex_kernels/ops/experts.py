@@ -190,8 +190,8 @@ def grafted_experts(
     `reference.grafted_experts`).
 
     Differentiable in reverse mode, once, in every float argument that requires grad: forward mode, `torch.func` and a
-    second derivative are refused; `vmap` of the forward is a loop. A frozen weight that is changed in place between forward and backward gives a wrong gradient,
-    and nothing notices: frozen weights are not watched. Frozen expert weights cost nothing in the backward.
+    second derivative are refused; `vmap` of the forward is a loop. Frozen expert weights cost nothing in the backward.
+    One that is changed in place between forward and backward gives a wrong gradient, and nothing notices.
     Matrix products run in the dtype of `hidden_states` (under autocast: in autocast's) and everything between them in
     fp32. Expert weights may have another dtype (kept in bf16 beside fp32 activations, say): they are converted one
     expert at a time. Graft weights, usually trained in fp32, are cast as a whole.

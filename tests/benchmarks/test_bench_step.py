@@ -50,8 +50,8 @@ def two_rounds(step, base, clients, provider: str) -> tuple[list[dict], list[dic
     """The shared states before and after each of two rounds, and each client's last file."""
     with step.runtime(base, clients, provider, BATCH_SIZE) as made:
         rounds = step.federated_rounds(made)
-        shared = [made.shared_arrays(), next(rounds), next(rounds)]
-        files = [load_tensors(store.folder / "round-0002.safetensors")[0] for store in made.stores.values()]
+        shared = [made[0].model.shared_arrays(), next(rounds), next(rounds)]
+        files = [load_tensors(site.store.folder / "round-0003.safetensors")[0] for site in made]
     return [{name: torch.from_numpy(array) for name, array in state.items()} for state in shared], files
 
 
@@ -86,7 +86,7 @@ def test_the_base_is_as_it_was_afterwards(step, base, clients) -> None:
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     for provider in step.PROVIDERS:
         with step.runtime(base, clients, provider, BATCH_SIZE, steps=1) as made:
-            made.steps(clients[0], 1, made.optimizer(1), 0.0, {})
+            step.step_of(made)()
     after = base.model.state_dict()
     assert after.keys() == before.keys()
     for name, tensor in before.items():
@@ -107,8 +107,8 @@ def test_the_model_is_bf16_and_what_trains_is_fp32(step, session, monkeypatch) -
     clients = step.make_clients(BATCH_SIZE, LENGTH, base.model.config.vocab_size)
     step.check_all(session, base, clients, BATCH_SIZE)
     with step.runtime(base, clients, "flex", BATCH_SIZE) as made:
-        assert {parameter.dtype for parameter in made.parts.frozen.values()} == {torch.bfloat16}
-        assert {parameter.dtype for parameter in made.parts.trained().values()} == {torch.float32}
+        assert {parameter.dtype for parameter in made[0].model.parts.frozen.values()} == {torch.bfloat16}
+        assert {parameter.dtype for parameter in made[0].model.parts.trained().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 1), (600.0, 2)])
