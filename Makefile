@@ -38,7 +38,7 @@ bench: $(STAMP)  ## the layer on this CPU beside transformers' own; writes bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q
 
 aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; prints the table
-	$(BIN)/python benchmarks/aot.py
+	$(BIN)/python -m benchmarks.aot
 
 test-gpu:  ## on a machine with a device whose torch, triton, transformers and peft are installed; no network
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
@@ -52,7 +52,7 @@ test-gpu:  ## on a machine with a device whose torch, triton, transformers and p
 MINUTES ?= 8
 bench-gpu:  ## on such a machine: everything measured beside every peer; writes benchmarks/results and RESULTS.md
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	FLEX_TILES= PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) benchmarks/gpu --minutes $(MINUTES) \
+	FLEX_TILES= PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
 		$(if $(PART),--part $(PART)) $(if $(OUTPUT),--output $(OUTPUT)) || test $$? -eq 3
 
 test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own

@@ -6,7 +6,7 @@ shared memory and matrix instructions, and how many programs fit a processor of 
 1 if a default configuration spills a register, asks for more shared memory than the chip has, or is a 16-bit GEMM for
 sm_90 without HGMMA or with one that waits for the one before (ptxas: "serialized").
 
-    python benchmarks/aot.py [--quick] [--targets sm90,gfx942] [--jobs N] [--json FILE]
+    python -m benchmarks.aot [--quick] [--targets sm90,gfx942] [--jobs N] [--json FILE]
 """
 
 import argparse

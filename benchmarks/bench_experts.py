@@ -9,9 +9,10 @@ from functools import lru_cache
 
 import pytest
 import torch
-from layers import CHECKED_TOKENS, PROVIDERS, Layers
-from results import Ceiling, Row, measure_ceiling
-from shapes import Shape
+
+from benchmarks.layers import CHECKED_TOKENS, PROVIDERS, Layers
+from benchmarks.results import Ceiling, Row, measure_ceiling
+from benchmarks.shapes import Shape
 
 MOST_SECONDS = 4.0  # for the rounds of one number
 MOST_ROUNDS = 100

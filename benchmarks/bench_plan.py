@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from gpu.plan_part import sort_and_bincount
-from results import PlanRow
-from shapes import Shape
 
+from benchmarks.gpu.plan_part import sort_and_bincount
+from benchmarks.results import PlanRow
+from benchmarks.shapes import Shape
 from flex_kernels import plan, reference
 from flex_kernels.backends import pytorch
 

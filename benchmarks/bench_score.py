@@ -11,12 +11,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from layers import CHECKED_TOKENS, TOLERANCE
-from results import ScoreRow
-from shapes import Shape
 from torch import Tensor
 
 import flex_kernels
+from benchmarks.layers import CHECKED_TOKENS, TOLERANCE
+from benchmarks.results import ScoreRow
+from benchmarks.shapes import Shape
 from flex_kernels import reference
 
 PROVIDERS = ("flex", "products", "published")

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor, nn
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 import flex_kernels
+from benchmarks.shapes import Shape
 
 PROVIDERS = ("flex", "grouped_mm", "eager")
 # Relative to the whole tensor, between two ways to compute the same in one dtype.

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from shapes import Shape
 
+from benchmarks.shapes import Shape
+from benchmarks.tables import table, write_sections
 from flex_kernels.backends import native
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -120,13 +121,13 @@ def machine() -> str:
 
 
 def section(rows: list[Row], command: str) -> str:
-    lines = [f"## {isa()}", "", machine(), "", f"    {command}", ""]
-    header = ["shape", "dtype", "flex ms", "GFLOP/s", "of dense", *(f"{peer} ms" for peer in PEERS), "gain over best"]
+    peers = [name for name in dict.fromkeys([*PEERS, *(row.provider for row in rows)]) if name != "flex"]
+    header = ["shape", "dtype", "flex ms", "GFLOP/s", "of dense", *(f"{peer} ms" for peer in peers), "gain over best"]
+    lines = [machine(), "", f"    {command}", ""]
     for what, title in (("forward", "Forward, no gradients"), ("training", "Forward and backward, trained graft")):
         columns = [*header, "saved MB", "of grouped_mm"] if what == "training" else header
-        lines += [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         mine = [row for row in rows if row.what == what and row.provider == "flex"]
-        lines += [line_of(row, rows) for row in mine] + [""]
+        lines += table(columns, [cells_of(row, rows, peers) for row in mine], title)
     ceilings = [row.ceiling for row in rows]
     lines += [
         f"Dense: {min(c.float32 for c in ceilings):.0f} to {max(c.float32 for c in ceilings):.0f} GFLOP/s in fp32, "
@@ -136,69 +137,64 @@ def section(rows: list[Row], command: str) -> str:
     return "\n".join(lines)
 
 
-def line_of(row: Row, rows: list[Row]) -> str:
-    peers = {
-        other.provider: other
-        for other in rows
-        if (other.shape, other.dtype, other.what) == (row.shape, row.dtype, row.what) and other.provider != "flex"
-    }
-    best = min(peer.seconds for peer in peers.values())
+def cells_of(row: Row, rows: list[Row], names: list[str]) -> list[str]:
+    """A row of ours beside the peers of these names; one that was not measured at this place has a dash."""
+    place = (row.shape, row.dtype, row.what)
+    peers = {peer.provider: peer for peer in rows if (peer.shape, peer.dtype, peer.what) == place}
+    others = [peer.seconds for name, peer in peers.items() if name != "flex"]
     cells = [
         row.shape.name,
         row.dtype,
         f"{row.seconds * 1e3:.2f}",
         f"{row.gflops:.0f}",
         f"{100 * row.gflops / row.ceiling.float32:.0f} %",
-        *(f"{peers[peer].seconds * 1e3:.2f}" for peer in PEERS),
-        f"{best / row.seconds:.2f}x",
+        *(f"{peers[peer].seconds * 1e3:.2f}" if peer in peers else "–" for peer in names),
+        f"{min(others) / row.seconds:.2f}x" if others else "–",
     ]
     if row.saved_bytes is not None:
-        cells += [f"{row.saved_bytes / 1e6:.1f}", f"{100 * row.saved_bytes / peers['grouped_mm'].saved_bytes:.0f} %"]
-    return f"| {' | '.join(cells)} |"
+        grouped = peers.get("grouped_mm")
+        share = f"{100 * row.saved_bytes / grouped.saved_bytes:.0f} %" if grouped and grouped.saved_bytes else "–"
+        cells += [f"{row.saved_bytes / 1e6:.1f}", share]
+    return cells
 
 
 def scoring_section(rows: list[ScoreRow], command: str) -> str:
     header = ["shape", "dtype", "flex ms", "GFLOP/s", "products ms", "of products", "published ms", "gain"]
-    header.append("[T, E, H] MB")
-    lines = [f"## {isa()}, scoring", "", machine(), "", f"    {command}", "", "### Scoring", ""]
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    cells = []
     for row in rows:
         if row.provider != "flex":
             continue
         peers = {peer.provider: peer for peer in rows if (peer.shape, peer.dtype) == (row.shape, row.dtype)}
         products, published = peers["products"].seconds, peers["published"].seconds
         outputs = row.shape.num_tokens * row.shape.num_experts * row.shape.hidden_size
-        cells = [
-            row.shape.name,
-            row.dtype,
-            f"{row.seconds * 1e3:.2f}",
-            f"{row.gflops:.0f}",
-            f"{products * 1e3:.2f}",
-            f"{row.seconds / products:.2f}x",
-            f"{published * 1e3:.2f}",
-            f"{published / row.seconds:.2f}x",
-            f"{outputs * getattr(torch, row.dtype).itemsize / 1e6:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", '"[T, E, H]" is what the published way keeps and flex never holds.', ""]
-    return "\n".join(lines)
+        cells.append(
+            [
+                row.shape.name,
+                row.dtype,
+                f"{row.seconds * 1e3:.2f}",
+                f"{row.gflops:.0f}",
+                f"{products * 1e3:.2f}",
+                f"{row.seconds / products:.2f}x",
+                f"{published * 1e3:.2f}",
+                f"{published / row.seconds:.2f}x",
+                f"{outputs * getattr(torch, row.dtype).itemsize / 1e6:.1f}",
+            ]
+        )
+    lines = [machine(), "", f"    {command}", "", *table([*header, "[T, E, H] MB"], cells, "Scoring")]
+    return "\n".join([*lines, '"[T, E, H]" is what the published way keeps and flex never holds.', ""])
 
 
 def plan_section(rows: list[PlanRow], command: str) -> str:
     header = ["shape", "pairs", "flex us", "sort + bincount us", "gain", "PyTorch's whole plan us"]
-    lines = ["## routing plan", "", machine(), "", f"    {command}", ""]
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    cells = []
     for shape in dict.fromkeys(row.shape for row in rows):
         seconds = {row.provider: row.seconds for row in rows if row.shape == shape}
         ours, sort, whole = (1e6 * seconds[name] for name in ("flex", "sort + bincount", "torch"))
         pairs = shape.num_tokens * shape.top_k
-        lines.append(f"| {shape.name} | {pairs} | {ours:.1f} | {sort:.1f} | {sort / ours:.1f}x | {whole:.1f} |")
-    return "\n".join([*lines, ""])
+        cells.append([shape.name, pairs, f"{ours:.1f}", f"{sort:.1f}", f"{sort / ours:.1f}x", f"{whole:.1f}"])
+    return "\n".join([machine(), "", f"    {command}", "", *table(header, cells)])
 
 
 def write(measured: dict[str, str]) -> None:
     """Title -> section; replaces the sections of these titles and leaves the others."""
-    old = RESULTS.read_text() if RESULTS.exists() else ""
-    sections = {part.partition("\n")[0]: f"## {part}" for part in re.split(r"^## ", old, flags=re.MULTILINE)[1:]}
-    sections |= measured
-    RESULTS.write_text("\n".join([INTRODUCTION, *(text.rstrip() + "\n" for _, text in sorted(sections.items()))]))
+    write_sections(RESULTS, measured, INTRODUCTION)

@@ -41,3 +41,14 @@ SMALL = (
     Shape("small", 70, 32, 6, 2, 24, "every path in no time"),
     Shape("small-odd", 9, 40, 4, 3, 24, "fewer rows than a tile; grouped_mm wants rows of 16 bytes"),
 )
+# The five models of the design: H, E, K, I. The tokens are put in where one is measured.
+MODELS = (
+    Shape("Qwen1.5-MoE-A2.7B", 0, 2048, 60, 4, 1408, "60 narrow experts and a shared one"),
+    Shape("DeepSeek-MoE-16B", 0, 2048, 64, 6, 1408, "more rows an expert"),
+    Shape("OLMoE-1B-7B", 0, 2048, 64, 8, 1024, "top-8, narrower"),
+    Shape("Mixtral-8x7B", 0, 4096, 8, 2, 14336, "few wide experts: near the dense matmul"),
+    Shape("Qwen3-30B-A3B", 0, 2048, 128, 8, 768, "many narrow experts: rows an expert are few"),
+)
+TOKENS = (8192, 2048, 32768)  # the most telling first
+SMALL_TOKENS = (1, 16, 128)
+TINY_MODELS = (Shape("tiny", 0, 32, 6, 2, 24, "every line of the bench in no time"),)

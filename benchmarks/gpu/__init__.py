@@ -1,0 +1,1 @@
+"""Everything measured on one GPU machine, beside every peer: `python -m benchmarks.gpu`."""

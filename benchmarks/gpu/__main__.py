@@ -1,12 +1,8 @@
-"""`python benchmarks/gpu`: see `command.py`."""
+"""`python -m benchmarks.gpu`: see `command.py`."""
 
 import sys
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path[:] = [str(FOLDER.parent), str(FOLDER.parents[1]), *(path for path in sys.path if path != str(FOLDER))]
+from benchmarks.gpu.command import main
 
 if __name__ == "__main__":
-    from gpu.command import main
-
     sys.exit(main())

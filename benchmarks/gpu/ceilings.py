@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.record import OURS, Key
-from gpu.session import Session
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
 
 COPY_BYTES = 4 << 30
 # (M, N, K): square, and the products of the models' layers as if all rows went to one expert.

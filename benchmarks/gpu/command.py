@@ -1,6 +1,7 @@
 """The layer, its parts and a whole training step on a GPU, beside every peer (`make bench-gpu`).
 
-    python benchmarks/gpu [--part ceilings|layers|plan|scoring|small|step|sanitize|round|tiles|sweep ...] [--minutes N]
+    python -m benchmarks.gpu [--part ceilings|layers|plan|scoring|small|step|sanitize|round|tiles|sweep ...]
+        [--minutes N]
 
 Every measurement is written at once; a call that ran out of minutes, or was killed, is gone on with by the next one.
 Nothing is measured before it was held against transformers' `eager` in the same process. Figures go to
@@ -23,11 +24,23 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import (
+    ceilings,
+    layer_part,
+    pictures,
+    plan_part,
+    predict,
+    scoring,
+    small,
+    step,
+    sweep,
+    table,
+    tile_part,
+)
+from benchmarks.gpu.device import Cpu, Device
+from benchmarks.gpu.record import OURS, Key, Record
+from benchmarks.gpu.session import DeviceLost, OutOfTime, Session
 from flex_kernels.backends import native
-from gpu import ceilings, layer_part, pictures, plan_part, predict, scoring, small, step, sweep, table, tile_part
-from gpu.device import Cpu, Device
-from gpu.record import OURS, Key, Record
-from gpu.session import DeviceLost, OutOfTime, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,7 +100,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = [part for part in PARTS if part not in ("tiles", "sweep")]
     parser.add_argument("--part", nargs="+", choices=PARTS, default=default, help="default: all but the last two")
@@ -107,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(predict.lines()))
         return 0
     table_file = given.table or ROOT / "benchmarks" / "RESULTS.md"
-    command = "python benchmarks/gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = "python -m benchmarks.gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     if given.report:
         record = Record.open(given.report, json.loads(given.report.read_text())["machine"])
         table.write(record, table_file, record.command)

@@ -5,14 +5,14 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from layers import CHECKED_TOKENS, PROVIDERS, TOLERANCE, GraftedByHand, Layers
-from shapes import Shape
 from torch import Tensor, nn
 
-from gpu.device import Run
-from gpu.peers import LIGER, BalancedProducts, Liger, RawGroupedMM, bare_layer, plain_layer
-from gpu.record import OURS, Key
-from gpu.session import Session
+from benchmarks.gpu.device import Run
+from benchmarks.gpu.peers import LIGER, BalancedProducts, Liger, RawGroupedMM, bare_layer, plain_layer
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
+from benchmarks.layers import CHECKED_TOKENS, PROVIDERS, TOLERANCE, GraftedByHand, Layers
+from benchmarks.shapes import Shape
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 

@@ -7,9 +7,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from layers import GraftedByHand, Layers
 from torch import Tensor, nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+from benchmarks.layers import GraftedByHand, Layers
 
 LIGER = "liger"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gpu.record import Record
-from gpu.session import MODELS, TINY_MODELS
+from benchmarks.gpu.record import Record
+from benchmarks.shapes import MODELS, TINY_MODELS
 
 BARS_PASS = "fwd+bwd"
 

@@ -6,13 +6,13 @@ Shape names are the models'; ours is the one that `plan.py` chooses.
 from collections.abc import Callable
 
 import torch
-from shapes import Shape
 from torch import Tensor
 
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
+from benchmarks.shapes import Shape
 from flex_kernels import plan, reference
 from flex_kernels.backends import native, pytorch
-from gpu.record import OURS, Key
-from gpu.session import Session
 
 
 def sort_and_bincount(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, ...]:

@@ -8,12 +8,11 @@ operations at the dense rate.
 from dataclasses import dataclass, replace
 
 import torch
-from shapes import Shape
 
+from benchmarks.gpu.layer_part import useful_flops
+from benchmarks.shapes import MODELS, TOKENS, Shape
+from benchmarks.tables import table
 from flex_kernels.backends.triton import launch, tiles
-from gpu.layer_part import useful_flops
-from gpu.session import MODELS, TOKENS
-from gpu.table import markdown
 
 # One H200, from the design: dense bf16 products of random matrices, and copies.
 DENSE_FLOP_S = 788e12
@@ -81,4 +80,4 @@ def lines() -> list[str]:
             ]
             cells += [f"{found.ms[what]:.2f}" for what in ("fwd", "bwd", "fwd+bwd")]
             rows.append([*cells, f"{100 * found.floor_ms['fwd+bwd'] / found.ms['fwd+bwd']:.0f} %"])
-    return markdown("Predictions, in milliseconds", columns, rows)
+    return table(columns, rows, "Predictions, in milliseconds")

@@ -3,14 +3,14 @@
 from functools import partial
 
 import torch
-from shapes import Shape
 from torch import Tensor
 
 import flex_kernels
+from benchmarks.gpu.layer_part import check
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
+from benchmarks.shapes import Shape
 from flex_kernels import reference
-from gpu.layer_part import check
-from gpu.record import OURS, Key
-from gpu.session import Session
 
 NUM_BATCHES = 32
 PUBLISHED = "one by one"

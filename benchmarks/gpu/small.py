@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from shapes import Shape
 
-from gpu.layer_part import Passes, providers
-from gpu.record import OURS, Key
-from gpu.session import Session
+from benchmarks.gpu.layer_part import Passes, providers
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
+from benchmarks.shapes import Shape
 
 REPEATS = 10
 
@@ -62,9 +62,10 @@ def measure_bits(session: Session, model: Shape, tokens: int) -> None:
 def measure_first_call(session: Session, key: Key, cache: str | None) -> None:
     """Seconds, in a new process: to import, to the first result with gradients (compiling), to the second."""
     environment = {**os.environ, **({} if cache is None else {"TRITON_CACHE_DIR": cache})}
-    command = [sys.executable, str(Path(__file__).parent), "--first-call", "--device", session.device.kind]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--first-call", "--device", session.device.kind]
     command += ["--tiny"] if session.tiny else []
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         session.record.skip(key, (result.stderr.strip().splitlines() or ["no output"])[-1])
         return

@@ -1,13 +1,13 @@
 """FLEx training steps and rounds on a whole model of Qwen1.5-MoE-A2.7B's dimensions with random weights.
 
 flex's own code does both. `JobModel` puts peft's LoRA and the grafts on; a `Site` trains, with its way to batch, its
-loss on the response (half of each sequence), clipping, AdamW and schedule. A step is `Site.steps` with one batch. A round is
-`Site.train` of each client in turn: the shared state goes in, the client's personal file of the round before is read, a
-few steps, its new file (graft and moments) is written to the disk (where TMPDIR is), the shared state comes out; then
-`weighted_mean` takes the mean weighted by examples, which is FedAvg. As in every run
-of flex on a GPU the frozen model is bf16, while LoRA (peft's choice) and grafts are fp32 with fp32 moments; a graft is
-cast to bf16 in each forward. Its 208 M numbers make a client's file 2.5 GB: what a round takes beyond its ten steps is
-mostly these files, whoever computes the layer.
+loss on the response (half of each sequence), clipping, AdamW and schedule. A step is `Site.steps` with one batch. A
+round is `Site.train` of each client in turn: the shared state goes in, the client's personal file of the round before
+is read, a few steps, its new file (graft and moments) is written to the disk (where TMPDIR is), the shared state comes
+out; then `weighted_mean` takes the mean weighted by examples, which is FedAvg. As in every run of flex on a GPU the
+frozen model is bf16, while LoRA (peft's choice) and grafts are fp32 with fp32 moments; a graft is cast to bf16 in each
+forward. Its 208 M numbers make a client's file 2.5 GB: what a round takes beyond its ten steps is mostly these files,
+whoever computes the layer.
 
 Not flex's own: weights and tokens are random, no text is encoded; every graft starts as expert 0 and lies in a file
 before the first round, since choosing it happens once in a run (see the part `scoring`); nothing is evaluated; and the
@@ -28,11 +28,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from layers import PROVIDERS, TOLERANCE, GraftedByHand
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import flex_kernels
+from benchmarks.gpu.device import summary
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import LEAST_SECONDS, Session
+from benchmarks.layers import PROVIDERS, TOLERANCE, GraftedByHand
 from flex.config import RunConfig
 from flex.data.examples import ClientData, Encoder, Example
 from flex.evaluation.score import response_logits
@@ -43,9 +46,6 @@ from flex.model.adapters import unwrap
 from flex.model.base import Base, fingerprint
 from flex.model.partition import snapshot
 from flex.store.personal import PersonalState
-from gpu.device import summary
-from gpu.record import OURS, Key
-from gpu.session import LEAST_SECONDS, Session
 
 MODEL = "Qwen1.5-MoE-A2.7B"
 Sites = list[Site]

@@ -12,16 +12,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
-from shapes import Shape
 from torch import Tensor
 
+from benchmarks.gpu import tile_part
+from benchmarks.gpu.layer_part import check
+from benchmarks.gpu.record import OURS, Key
+from benchmarks.gpu.session import Session
+from benchmarks.shapes import Shape
 from flex_kernels.backends.triton import launch, tiles
 from flex_kernels.backends.triton.tile_file import KERNELS, Tile
 from flex_kernels.tuning import Gemm, all_candidates, gemms, name_of
-from gpu import tile_part
-from gpu.layer_part import check
-from gpu.record import OURS, Key
-from gpu.session import Session
 
 SECONDS_A_CANDIDATE, LEAST_SECONDS = 0.15, 10.0
 

@@ -1,23 +1,17 @@
 """The record as tables: a section of RESULTS.md for each device, the others left as they are (see `results.py`)."""
 
-import re
 from pathlib import Path
 
-from results import INTRODUCTION
-
-from gpu.record import OURS, Key, Record
+from benchmarks.gpu.record import OURS, Key, Record
+from benchmarks.results import INTRODUCTION
+from benchmarks.tables import table, write_sections
 
 PEERS = ("grouped_mm", "eager", "raw grouped_mm", "liger")
 BARE, BOUND = "flex bare", "bmm"
 
 
 def write(record: Record, path: Path, command: str) -> None:
-    old = path.read_text() if path.exists() else INTRODUCTION
-    head, *parts = re.split(r"^## ", old, flags=re.MULTILINE)
-    sections = {part.partition("\n")[0]: part for part in parts}
-    name = record.machine["device"]
-    sections[name] = f"{name}\n\n{section(record, command)}"
-    path.write_text("\n".join([head.rstrip() + "\n", *(f"## {sections[key].rstrip()}\n" for key in sorted(sections))]))
+    write_sections(path, {record.machine["device"]: section(record, command)}, INTRODUCTION)
 
 
 def section(record: Record, command: str) -> str:
@@ -60,7 +54,7 @@ def layer_table(record: Record) -> list[str]:
         cells += [number(row["peak_bytes"] and row["peak_bytes"] / 1e6), number(row["launches"], 0)]
         rows.append(cells)
     title = "The layer with one graft (x: that provider's time over flex's; bmm is a bound, not a layer)"
-    return markdown(title, columns, rows)
+    return table(columns, rows, title)
 
 
 def graft_table(record: Record) -> list[str]:
@@ -72,7 +66,7 @@ def graft_table(record: Record) -> list[str]:
             operations = row["tflop_s"] * row["ms"] / (bare["tflop_s"] * bare["ms"])
             cells = [key.shape, key.tokens, key.what, number(bare["ms"], 3), number(row["ms"], 3)]
             rows.append([*cells, number(row["ms"] / bare["ms"], 3), number(operations, 3)])
-    return markdown("What the graft costs", ["shape", "T", "pass", "bare ms", "ms", "time x", "operations x"], rows)
+    return table(["shape", "T", "pass", "bare ms", "ms", "time x", "operations x"], rows, "What the graft costs")
 
 
 def simple_table(record: Record, part: str, title: str) -> list[str]:
@@ -87,7 +81,7 @@ def simple_table(record: Record, part: str, title: str) -> list[str]:
             cells += [number(peak and peak / 1e6), number(row.get("launches"), 0)]
             cells += [number(row.get("wall_ms"), 3), number(row.get("tokens_per_s"), 0)]
             rows.append(cells)
-    return markdown(title, columns, rows)
+    return table(columns, rows, title)
 
 
 def fact_lines(record: Record) -> list[str]:
@@ -122,10 +116,3 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} %"
-
-
-def markdown(title: str, columns: list[str], rows: list[list]) -> list[str]:
-    if not rows:
-        return []
-    lines = [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]

@@ -11,13 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 
 import torch
-from shapes import Shape
 
+from benchmarks.gpu.record import Key
+from benchmarks.gpu.session import OutOfTime, Session
+from benchmarks.shapes import MODELS, Shape
 from flex_kernels.backends.triton import launch, tiles
 from flex_kernels.backends.triton.tile_file import KERNELS, ExpertTiles, Tile
 from flex_kernels.tuning import Sizes, all_candidates, gemms, name_of
-from gpu.record import Key
-from gpu.session import MODELS, OutOfTime, Session
 
 GEMM_OF = {
     "gate_up": "_gate_up_fwd_kernel",
@@ -45,7 +45,7 @@ def default_tiles(target: launch.Target, dtype: torch.dtype, shape: Shape) -> Ex
 
 def compile_one(chip: str, kernel: str, tile: Tile, model: Shape) -> dict[str, object]:
     """Registers, spills and the like of one candidate; {"error"} where the compiler refuses it."""
-    import aot
+    from benchmarks import aot
 
     found: dict[str, aot.Compiled] = {}
     with aot.compiling_for(chip, found):
@@ -59,7 +59,7 @@ def compile_one(chip: str, kernel: str, tile: Tile, model: Shape) -> dict[str, o
 
 
 def jobs(chip: str, tiny: bool) -> Iterator[tuple[Key, tuple[str, str, Tile, Shape]]]:
-    import aot
+    from benchmarks import aot
 
     target = aot.CHIPS[chip].target
     for (name, model), kernel in ((pair, kernel) for pair in CLASSES.items() for kernel in KERNELS):

@@ -44,12 +44,11 @@ pytestmark = [
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
-    result = run("benchmarks/aot.py", "--quick", "--jobs", "1", "--json", str(tmp_path / "aot.json"))
+    result = run("-m", "benchmarks.aot", "--quick", "--jobs", "1", "--json", str(tmp_path / "aot.json"))
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "aot.json").read_text())["kernels"]
     for chip in CHIPS:
@@ -64,7 +63,7 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
 
 def test_another_number_of_tokens_compiles_nothing() -> None:
     script = """
-import aot
+from benchmarks import aot
 found = {}
 with aot.compiling_for("sm90", found):
     aot.layer_case(num_tokens=8192)
@@ -81,7 +80,7 @@ print(first, len(found))
 
 def test_faults_are_found() -> None:
     script = """
-import aot
+from benchmarks import aot
 good = aot.Compiled("_grouped_rows_kernel", "sm90", "bf16", "", 128, 0, 1000, 8, 8, 2, 4, 0, 2, 2, 0.1)
 bad = {"spills": 2, "hgmma": 0, "hgmma_waits": 9, "shared_bytes": 1 << 20}
 print(good.faults(), aot.dataclasses.replace(good, **bad).faults())

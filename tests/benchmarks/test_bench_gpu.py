@@ -19,9 +19,11 @@ pytestmark = [
 
 
 def bench(*arguments: str, expect: int = 0, **environment: str) -> str:
-    program = [str(ROOT / "benchmarks" / "gpu")]
+    program = ["-m", "benchmarks.gpu"]
     if "TRITON_INTERPRET" in environment:  # some pairs of Triton and NumPy need the tests' shim to interpret at all
-        code = f"import interp_shim, runpy; interp_shim.install(); runpy.run_path({program[0]!r}, run_name='__main__')"
+        code = (
+            "import interp_shim, runpy; interp_shim.install(); runpy.run_module('benchmarks.gpu', run_name='__main__')"
+        )
         program = ["-c", code]
         environment["PYTHONPATH"] = str(ROOT / "tests" / "support")
     result = subprocess.run(
@@ -169,10 +171,9 @@ class LosesTheDevice:
         raise RuntimeError("an illegal memory access was encountered")
 
 
-def test_what_fails_with_the_device_is_not_skipped_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu.record import Key, Record
-    from gpu.session import DeviceLost, Session
+def test_what_fails_with_the_device_is_not_skipped_for_good(tmp_path: Path) -> None:
+    from benchmarks.gpu.record import Key, Record
+    from benchmarks.gpu.session import DeviceLost, Session
 
     record = Record(tmp_path / "cpu.json", {"device": "cpu", "driver": "none"})
     session = Session(LosesTheDevice(), record, True, 60.0)
@@ -205,11 +206,10 @@ def test_the_sweep_ranks_tiles(tmp_path: Path) -> None:
         assert place["best_sum_by_block_m"]["32"]["ms"] == pytest.approx(sum(row["ms"] for row in best))
 
 
-def test_a_table_loses_least_over_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from gpu import sweep
-    from gpu.record import Key
-    from shapes import Shape
+def test_a_table_loses_least_over_all_shapes() -> None:
+    from benchmarks.gpu import sweep
+    from benchmarks.gpu.record import Key
+    from benchmarks.shapes import Shape
 
     times = {
         "a": {"64x64x64": 1.0, "64x128x64": 1.2, "128x64x64": 2.0},

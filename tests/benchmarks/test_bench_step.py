@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,19 +19,18 @@ pytestmark = pytest.mark.skipif(plan.INTERPRET, reason="transformers' own expert
 
 
 @pytest.fixture
-def step(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """The module, imported as `python benchmarks/gpu` does."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from gpu import step
+def step() -> ModuleType:
+    """Imported late: it needs transformers' Qwen2-MoE."""
+    from benchmarks.gpu import step
 
     return step
 
 
 @pytest.fixture
 def session(step, tmp_path: Path):
-    from gpu.device import Cpu
-    from gpu.record import Record
-    from gpu.session import Session
+    from benchmarks.gpu.device import Cpu
+    from benchmarks.gpu.record import Record
+    from benchmarks.gpu.session import Session
 
     return Session(Cpu(), Record(tmp_path / "cpu.json", {}), tiny=True, seconds=60.0)
 
@@ -127,9 +126,9 @@ def test_neither_flower_nor_rouge_is_needed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     blocked = subprocess.run([sys.executable, "-c", "import flwr"], env=environment, capture_output=True, check=False)
     assert b"flwr is blocked" in blocked.stderr
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu"), "--device", "cpu", "--tiny", "--part", "step", "round"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--part", "step", "round"]
     command += ["--output", str(tmp_path / "cpu.json")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     content = json.loads((tmp_path / "cpu.json").read_text())
     assert content["skipped"] == []

@@ -1,0 +1,1 @@
+"""Measurements beside the strongest peers: `pytest benchmarks`, `python -m benchmarks.{aot,gpu,study}`."""
