@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   flex train configs/paper.toml --model Qwen/Qwen1.5-MoE-A2.7B --data train.jsonl --test test.jsonl
   flex graft --model Qwen/Qwen1.5-MoE-A2.7B --data train.jsonl --clients-by category
                                  what each layer would graft (by default neurons), and how much that explains
-  flex eval --run runs/demo      score what was trained, anew, from the files
+  flex eval --run runs/demo      score what was trained, from its files
   flex generate --run runs/demo --client harbour --prompt "which is larger, 3 or 14?"
 """
 # The settings that have an option of their own. What it is given is the setting's text as it stands, never TOML.
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--context", default="", help="what the instruction speaks about, if anything")
     generate.add_argument("--max-new-tokens", type=int, default=128, help="at most this many (default: %(default)s)")
 
-    report = commands.add_parser("report", help="write report.html of a run anew from its metrics.jsonl")
+    report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
 
     return parser

@@ -27,7 +27,7 @@ with warnings.catch_warnings():
         RecordDict,
     )
     from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp import Grid
     from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
     from flwr.serverapp.strategy import FedProx as FlowerFedProx
     from flwr.serverapp.strategy import Strategy
@@ -47,7 +47,6 @@ __all__ = [
     "MessageType",
     "MetricRecord",
     "RecordDict",
-    "ServerApp",
     "Strategy",
     "become_server",
     "empty_run",
