@@ -19,14 +19,7 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 CHAPTERS = {
     "The layer": ["grafted_experts", "GraftedMoE", "Graft", "LoraGraft"],
     "transformers": ["register", "explain", "moe_layers", "expert_weights", "ExpertWeights", "LayerPath"],
-    "Grafts on a transformers model": [
-        "attach_graft",
-        "detach_graft",
-        "train_grafts",
-        "save_grafts",
-        "load_grafts",
-        "graft_callback",
-    ],
+    "Grafts on a transformers model": ["attach_graft", "detach_graft"],
     "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],

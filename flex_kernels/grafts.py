@@ -74,7 +74,7 @@ def attach_graft(
     grafts = {}
     for (name, experts), own_width in zip(chosen, widths, strict=True):
         pretrained = experts.down_proj
-        hidden_size, intermediate_size = sizes_of(experts)
+        hidden_size, intermediate_size = _sizes(experts)
         width_and_rank = (intermediate_size if own_width is None else own_width,)
         options: dict[str, Any] = {"combine": combine, "activation": activation_name(experts) or "silu"}
         options["device"] = pretrained.device if device is None else device
@@ -108,19 +108,8 @@ def detach_graft(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return states
 
 
-def sizes_of(experts: nn.Module) -> tuple[int, int]:
-    """(H, I) of an experts module.
-
-    Raises:
-        ValueError: the weights are in parts on several devices, so that no graft can be sized.
-    """
-    weight = experts.down_proj
-    if hasattr(weight, "ds_id") or weight.dim() != 3:
-        raise ValueError(
-            f"down_proj has shape {list(weight.shape)}: DeepSpeed's ZeRO-3 keeps these weights in parts, which a graft "
-            "cannot be made from; expected ZeRO-2, DDP or FSDP2"
-        )
-    _, rows, columns = weight.shape
+def _sizes(experts: nn.Module) -> tuple[int, int]:
+    _, rows, columns = experts.down_proj.shape
     return (columns, rows) if experts.is_transposed else (rows, columns)
 
 

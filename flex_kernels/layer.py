@@ -20,9 +20,6 @@ from flex_kernels.ops.router import route
 Device = torch.device | str | None
 
 
-TRAINED, FROZEN, NOT_STARTED = "trained", "frozen", "not started"
-
-
 class Graft(nn.Module):
     """One trained expert that is always on, behind a sigmoid gate: adds `sigmoid(g.x + b) D (act(G x) * (U x))`.
 
@@ -69,16 +66,6 @@ class Graft(nn.Module):
         self.logit_weight = nn.Parameter(torch.zeros(hidden_size, **factory))
         self.logit_bias = nn.Parameter(torch.full((1,), logit_bias, **factory))  # FSDP takes no scalars
         self._last_logits: Tensor | None = None
-
-    @property
-    def status(self) -> str:
-        """`TRAINED`, `FROZEN` (nothing of it requires a gradient) or `NOT_STARTED` (all zero, so it never gets one)."""
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            return FROZEN
-        weight = getattr(
-            self.gate_up_proj, "_local_tensor", self.gate_up_proj
-        )  # FSDP's part here: nobody else is asked
-        return NOT_STARTED if weight.numel() and not weight.is_meta and not weight.any() else TRAINED
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -166,13 +166,6 @@ def explain(model: nn.Module) -> list[LayerPath]:
     return paths
 
 
-def trainer_callback_class() -> type:
-    """transformers' `TrainerCallback`; ImportError where transformers is not installed."""
-    from transformers import TrainerCallback
-
-    return TrainerCallback
-
-
 def is_split(experts: nn.Module) -> bool:
     """Whether every rank holds a part of these experts and the parts' outputs are summed (tensor, expert parallelism).
 

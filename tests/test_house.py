@@ -22,7 +22,6 @@ FLOORS = (
     ("flex_kernels.selection", "flex_kernels.layer"),
     ("flex_kernels.transformers_plug",),
     ("flex_kernels.grafts",),
-    ("flex_kernels.graft_files",),
     ("flex_kernels",),
     ("flex.errors",),
     ("flex.settings",),
@@ -67,7 +66,7 @@ def tops(path: Path) -> set[str]:
 def test_flex_kernels_knows_nothing_above_it(path: Path) -> None:
     assert "flex" not in tops(path)
     assert not tops(path) & {"peft", "flwr", "rich", "matplotlib"}
-    assert tops(path) <= {*sys.stdlib_module_names, "torch", "triton", "transformers", "safetensors", "flex_kernels"}
+    assert tops(path) <= {*sys.stdlib_module_names, "torch", "triton", "transformers", "flex_kernels"}
     for name, at_top in imports(path).items():
         if name.partition(".")[0] == "transformers":
             assert path.name == "transformers_plug.py", f"{path.name} imports {name}"
