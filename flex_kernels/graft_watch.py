@@ -38,9 +38,9 @@ class GraftWatch:
             self.told_training = True
             name, state = next(iter(wrong.items()))
             warnings.warn(
-                f"{len(wrong)} of {len(states)} grafts will not train; {name} is {state}. A frozen graft is trained by "
-                "flex_kernels.train_grafts(model), one that was not started needs reset_parameters() or a copy of "
-                "pretrained weights.",
+                f"{len(wrong)} of {len(states)} grafts will not train; that of {name or 'the experts'} is {state}. "
+                "flex_kernels.train_grafts(model) unfreezes grafts; one that is not started needs reset_parameters() "
+                "or a copy of pretrained weights.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -70,7 +70,7 @@ def graft_state(graft: Graft) -> str:
 def _is_dead(graft: Graft) -> bool:
     """Each gradient of `D (act(G x) * (U x))` has the other two matrices as factors: with two of them zero all are."""
     lora = isinstance(graft, LoraGraft) and not graft.merged
-    tensors = [graft.gate_up_proj, graft.down_proj] + [graft.gate_up_lora_b, graft.down_lora_b] * lora
+    tensors = [graft.gate_up_proj, graft.down_proj, *((graft.gate_up_lora_b, graft.down_lora_b) if lora else ())]
     if any(is_sharded(tensor) or is_partitioned(tensor) or tensor.is_meta for tensor in tensors):
         return False
     parts = [(*tensors[0].chunk(2), tensors[1])]
