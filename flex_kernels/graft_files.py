@@ -242,10 +242,6 @@ def _attached(model: nn.Module, names: list[str], layers: dict[str, dict[str, An
     except Exception:
         detach_graft(model)
         raise
-    watches = [graft.watch for graft in grafts.values()]
-    for graft in grafts.values():  # one model, one warning
-        graft.watch = watches[0]
-    watches[0].grafts = dict(grafts)
     return grafts
 
 

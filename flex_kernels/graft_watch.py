@@ -21,7 +21,7 @@ ZERO_3 += "by its experts' forward; ZeRO-2, DDP and FSDP2 work"
 
 
 class GraftWatch:
-    """What the grafts of one `attach_graft` have in common: who they are and what was said about them already."""
+    """What the grafts of one model have in common: who they are and what was said about them already."""
 
     def __init__(self) -> None:
         self.grafts: dict[str, Graft] = {}

@@ -68,7 +68,9 @@ def attach_graft(
         if is_split(experts):
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
     _switch_on(model, [experts for _, experts in chosen])
-    grafts, watch = {}, GraftWatch()
+    grafts: dict[str, Graft] = {}
+    watches = (getattr(getattr(experts, "graft", None), "watch", None) for _, experts in found)
+    watch = next(filter(None, watches), None) or GraftWatch()  # one for the model, however often this is called
     for name, experts in chosen:
         pretrained = experts.down_proj
         hidden_size, intermediate_size = _sizes(experts)
@@ -84,7 +86,8 @@ def attach_graft(
         grafts[name].watch = watch
         grafts[name].register_state_dict_pre_hook(before_state_dict)
         experts._graft_guard = experts.register_forward_pre_hook(_before_forward)
-    watch.grafts = dict(grafts)
+    watch.grafts |= grafts
+    watch.looked = False
     if "_graft_finder" not in vars(model):
         model._graft_finder = model.register_load_state_dict_pre_hook(_find_renamed_grafts)
     return grafts

@@ -42,7 +42,7 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
         low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
         for index, layer in enumerate(base.layers.values()):
             # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
-            flex_kernels.attach_graft(
+            grafts = flex_kernels.attach_graft(
                 base.model,
                 graft.graft_width(layer.down_proj.shape[-1]),
                 graft.combine,
@@ -51,6 +51,8 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
                 dtype=torch.float32,
                 **low_rank,
             )
+            for attached in grafts.values():
+                attached.watch.told_training = True  # a run knows when its grafts start and which of them are frozen
 
 
 def unwrap(base: Base) -> None:

@@ -486,6 +486,12 @@ def test_a_frozen_or_unstarted_graft_is_said_once_when_training_begins(capsys: p
     grafts[0].reset_parameters()
     with pytest.warns(UserWarning, match=r"1 of 2 grafts will not train; that of model\.layers\.1\..* is not started"):
         step(fresh)
+    fresh = tiny()
+    for layer in (0, 1):  # one warning for the model, however its grafts were attached
+        flex_kernels.attach_graft(fresh, layers=[layer])
+    with pytest.warns(UserWarning, match="2 of 2 grafts will not train") as said:
+        step(fresh)
+    assert len(said) == 1
     started = tiny()
     for graft in flex_kernels.attach_graft(started).values():
         graft.reset_parameters()
