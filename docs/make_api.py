@@ -19,7 +19,9 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 CHAPTERS = {
     "The layer": ["grafted_experts", "GraftedMoE", "Graft", "LoraGraft"],
     "transformers": ["register", "explain", "moe_layers", "expert_weights", "ExpertWeights", "LayerPath"],
-    "Grafts on a transformers model": ["attach_graft", "detach_graft"],
+    "Grafts on a transformers model": [
+        *("attach_graft", "detach_graft", "train_grafts", "save_grafts", "load_grafts", "graft_callback"),
+    ],
     "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],

@@ -4,7 +4,8 @@
 
 LoRA on experts (`target_parameters`) is peft's own: it adds `B A` of all experts to the weights in every forward, so
 the experts count as trained and the layer computes their gradients. It works, but it is not where flex saves memory.
-Grafts are attached after `get_peft_model`, which freezes all it finds.
+Grafts are attached after `get_peft_model`, which freezes all it finds; `flex_kernels.train_grafts(model)` trains those
+that were there before. `save_graft.py` saves both.
 """
 
 import peft

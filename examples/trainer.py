@@ -38,7 +38,9 @@ def train(folder: str, resume_from: str | None = None) -> Trainer:
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = Trainer(grafted_model(), settings, train_dataset=data)
+    # It saves the grafts in files of their own: the Trainer keeps them where it keeps the whole model, not with peft.
+    callbacks = [flex_kernels.graft_callback()]
+    trainer = Trainer(grafted_model(), settings, train_dataset=data, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer
 

@@ -1,5 +1,7 @@
 """Kernels for Mixture-of-Experts layers whose experts are frozen and that carry one extra, trained, gated expert."""
 
+from flex_kernels.graft_callback import graft_callback
+from flex_kernels.graft_files import load_grafts, save_grafts, train_grafts
 from flex_kernels.grafts import attach_graft, detach_graft
 from flex_kernels.layer import Graft, GraftedMoE, LoraGraft
 from flex_kernels.ops.experts import grafted_experts
@@ -50,9 +52,11 @@ __all__ = [
     "expert_weights",
     "explain",
     "gather_neurons",
+    "graft_callback",
     "graft_logits",
     "grafted_experts",
     "greedy_neurons",
+    "load_grafts",
     "merged",
     "moe_layers",
     "neuron_sums",
@@ -65,10 +69,12 @@ __all__ = [
     "route",
     "routed_mass",
     "routing_plan",
+    "save_grafts",
     "scaled",
     "score_experts",
     "score_neurons",
     "target_energy",
+    "train_grafts",
     "unexplained",
     "zero",
 ]

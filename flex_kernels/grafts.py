@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flex_kernels.graft_watch import GraftWatch, before_state_dict, refuse_partitioned
 from flex_kernels.layer import Device, Graft, LoraGraft
 from flex_kernels.transformers_plug import NAME, activation_name, is_split, moe_layers, register
 
@@ -68,10 +69,13 @@ def attach_graft(
     for name, experts in chosen:
         if getattr(experts, "graft", None) is not None:
             raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
+        refuse_partitioned(name, experts)
         if is_split(experts):
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
     _switch_on(model, [experts for _, experts in chosen])
-    grafts = {}
+    grafts: dict[str, Graft] = {}
+    watches = (getattr(getattr(experts, "graft", None), "watch", None) for _, experts in found)
+    watch = next(filter(None, watches), None) or GraftWatch()  # one for the model, however often this is called
     for (name, experts), own_width in zip(chosen, widths, strict=True):
         pretrained = experts.down_proj
         hidden_size, intermediate_size = _sizes(experts)
@@ -84,7 +88,11 @@ def attach_graft(
             options["copy_dtype"] = pretrained.dtype
         make = Graft if rank is None else LoraGraft
         experts.graft = grafts[name] = make(hidden_size, *width_and_rank, logit_bias=logit_bias, **options)
-        experts._graft_guard = experts.register_forward_pre_hook(_refuse_other_implementations)
+        grafts[name].watch = watch
+        grafts[name].register_state_dict_pre_hook(before_state_dict)
+        experts._graft_guard = experts.register_forward_pre_hook(_before_forward)
+    watch.grafts |= grafts
+    watch.looked = False
     if "_graft_finder" not in vars(model):
         model._graft_finder = model.register_load_state_dict_pre_hook(_find_renamed_grafts)
     return grafts
@@ -122,7 +130,18 @@ def _switch_on(model: nn.Module, chosen: list[nn.Module]) -> None:
     model.set_experts_implementation(NAME)
 
 
-def _refuse_other_implementations(experts: nn.Module, _: Any) -> None:
+def _before_forward(experts: nn.Module, _: Any) -> None:
+    _refuse_other_implementations(experts)
+    graft = getattr(experts, "graft", None)
+    if graft is None or torch.compiler.is_compiling():
+        return
+    refuse_partitioned("the graft", graft)
+    watch: GraftWatch | None = getattr(graft, "watch", None)  # None where somebody hung up a graft by hand
+    if watch is not None and experts.training:
+        watch.before_forward(graft)
+
+
+def _refuse_other_implementations(experts: nn.Module) -> None:
     implementation = experts.config._experts_implementation
     if getattr(experts, "graft", None) is not None and implementation != NAME:
         raise RuntimeError(f"a graft hangs on these experts, but the model runs on {implementation!r}, expected 'flex'")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flex_kernels import plan
+from flex_kernels.graft_watch import ZERO_3, graft_state, is_partitioned
 from flex_kernels.layer import Graft
 from flex_kernels.ops.experts import grafted_experts
 from flex_kernels.ops.router import combine as combine_op
@@ -93,6 +94,8 @@ def why_not_fused(experts: nn.Module, gathered: bool = False) -> str | None:
         return f"its activation {type(getattr(experts, 'act_fn', None)).__name__} is unknown"
     gate_up_proj, down_proj = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if isinstance(weight, Tensor) and is_partitioned(weight) and weight.dim() != 3:
+            return ZERO_3.format(name)
         if not isinstance(weight, Tensor) or weight.dim() != 3 or weight.dtype not in DTYPES:
             return f"{name} is not a [E, ., .] tensor of an ordinary float dtype"
         if _is_distributed(weight) and not (gathered and not is_split(experts)):
@@ -145,12 +148,17 @@ def expert_weights(experts: nn.Module) -> ExpertWeights:
 
 
 def explain(model: nn.Module) -> list[LayerPath]:
-    """Prints, layer by layer, which path its experts take and why. Returns the same as a list."""
+    """Prints, layer by layer, which path its experts take and why. Returns the same as a list.
+
+    Of a graft it says whether it is trained, frozen (`train_grafts` unfreezes it) or not started (it is zero and gets
+    no gradient until it is filled).
+    """
     paths = []
     for name, experts in moe_layers(model).items():
         implementation = str(getattr(experts.config, "_experts_implementation", None))
         reason = why_not_fused(experts, gathered=True)
-        grafted = ", with a graft" if getattr(experts, "graft", None) is not None else ""
+        graft = getattr(experts, "graft", None)
+        grafted = "" if graft is None else f", with a graft: {graft_state(graft)}"
         if implementation != NAME:
             path, why = "not flex", f"the model runs on {implementation!r}: model.set_experts_implementation('flex')"
         elif reason is not None:

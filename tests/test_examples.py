@@ -40,6 +40,12 @@ def test_peft_lora(example: ModuleType) -> None:
         assert losses[-1] < 0.8 * losses[0]
 
 
+def test_save_graft(example: ModuleType) -> None:
+    result = example.main()
+    assert result["difference"] == 0
+    assert result["without"] > 0.1
+
+
 def test_gradient_checkpointing(example: ModuleType) -> None:
     result = example.main()
     assert result["difference"] <= 1e-6

@@ -79,7 +79,11 @@ class GraftOn(Private):
         low_rank = {"rank": graft.rank, "alpha": graft.alpha} if graft.training == "lora" else {}
         widths = [graft.graft_width(experts_sizes(layer)[1]) for layer in base.layers.values()]
         # fp32, whatever the base's dtype: a step of 4e-5 is lost in bf16.
-        flex_kernels.attach_graft(base.model, widths, graft.combine, graft.logit_bias, dtype=torch.float32, **low_rank)
+        grafts = flex_kernels.attach_graft(
+            base.model, widths, graft.combine, graft.logit_bias, dtype=torch.float32, **low_rank
+        )
+        for attached in grafts.values():
+            attached.watch.told_training = True  # a run knows when its grafts start, and saves them itself
 
     def take_off(self, base: Base) -> None:
         flex_kernels.detach_graft(base.model)

@@ -207,7 +207,7 @@ def test_expert_parallel_slots_are_skipped(name: str) -> None:
     with pytest.raises(ValueError, match="split over ranks"):
         flex_kernels.attach_graft(experts)
     experts._is_expert_parallel = False
-    flex_kernels.attach_graft(experts)
+    flex_kernels.attach_graft(experts)[""].reset_parameters()
     experts._is_expert_parallel = True
     with pytest.raises(ValueError, match="would count its graft several times"):
         experts(*inputs)
@@ -220,7 +220,7 @@ def test_explain_names_path_and_reason(capsys: pytest.CaptureFixture[str], backe
     paths = flex_kernels.explain(model)
     name = plan.backend_name(plan.cpu_backend("experts", torch.float32, torch.float32))  # the model is on the CPU
     assert [path.path for path in paths] == ["fused", "fused"]
-    assert paths[0].why == f"{name} on cpu, float32, with a graft"
+    assert paths[0].why == f"{name} on cpu, float32, with a graft: not started"
     assert capsys.readouterr().out.splitlines()[1] == f"model.layers.1.mlp.experts: fused ({name} on cpu, float32)"
     odd = tiny("gpt_oss")
     odd.set_experts_implementation("flex")
