@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flex_kernels.graft_watch import GraftWatch, before_state_dict, refuse_partitioned
+from flex_kernels.graft_watch import GraftWatch, before_state_dict, is_partitioned, refuse_partitioned
 from flex_kernels.layer import Device, Graft, LoraGraft
 from flex_kernels.transformers_plug import NAME, activation_name, is_split, moe_layers, register
 
@@ -53,7 +53,7 @@ def attach_graft(
 
     Raises:
         ValueError: no MoE layers, a position that is not there, widths that are not one per layer, a graft already
-            there, experts split over ranks.
+            there, experts split over ranks or partitioned by DeepSpeed ZeRO-3.
     """
     found = list(moe_layers(model).items())
     if not found:
@@ -135,7 +135,8 @@ def _before_forward(experts: nn.Module, _: Any) -> None:
     graft = getattr(experts, "graft", None)
     if graft is None or torch.compiler.is_compiling():
         return
-    refuse_partitioned("the graft", graft)
+    if is_partitioned(graft.down_proj):
+        refuse_partitioned("the graft", graft)
     watch: GraftWatch | None = getattr(graft, "watch", None)  # None where somebody hung up a graft by hand
     if watch is not None and experts.training:
         watch.before_forward(graft)
