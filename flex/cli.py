@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   flex graft --model Qwen/Qwen1.5-MoE-A2.7B --data train.jsonl --clients-by category
                                  what each layer would graft (by default neurons), and how much that explains
   flex eval --run runs/demo      score what was trained, from its files
+  flex export --run runs/demo --client harbour --to harbour
+                                 a folder that peft and flex_kernels load
   flex generate --run runs/demo --client harbour --prompt "which is larger, 3 or 14?"
 """
 # The settings that have an option of their own. What it is given is the setting's text as it stands, never TOML.
@@ -66,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--context", default="", help="what the instruction speaks about, if anything")
     generate.add_argument("--max-new-tokens", type=int, default=128, help="at most this many (default: %(default)s)")
 
+    export = commands.add_parser("export", help="write what was trained as a folder for transformers and peft")
+    _add_run(export)
+    export.add_argument("--client", help="with what this client keeps to itself (default: the shared half alone)")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    export.add_argument("--merge", action="store_true", help="merge the LoRA into the base; grafts stay files")
+
     report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
 
@@ -109,6 +117,8 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         f"flex {arguments.command} {last} --clients ...",
     )
     given = {key: getattr(arguments, name, None) for name, key in NAMED.items()}
+    if arguments.clients_by is not None and arguments.clients is None:
+        given["data.clients"] = []  # a configuration's clients are values of its own column
     return [f"{key}={to_toml(value)}" for key, value in given.items() if value is not None] + arguments.overrides
 
 
@@ -146,6 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from flex.commands import graft
 
                 return graft.graft(given.config, overrides, given.client)
+            case "export":
+                from flex.commands import export
+
+                return export.export(given.run, given.method, given.seed, given.client, given.to, given.merge)
             case "eval":
                 from flex.commands import saved
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flex.config import read_config
+from flex.config import RunConfig, read_config
 from flex.errors import FlexError, require
 from flex.evaluation.score import generate as greedy
 from flex.federation.client import Site
@@ -25,8 +25,10 @@ console = Console()
 
 @dataclass(frozen=True)
 class Saved:
-    """A job as its files have it: its clients, and the shared state after `round_index`."""
+    """A job as its files in `folder` have it: its clients, and the shared state after `round_index`."""
 
+    folder: Path
+    config: RunConfig
     world: World
     sites: dict[str, Site]
     round_index: int
@@ -37,10 +39,22 @@ class Saved:
             raise no_client(client_id, self.world)
         return self.sites[client_id]
 
+    def attach(self, client_id: str) -> None:
+        """That client's model: the shared state, and what it keeps to itself.
+
+        Raises:
+            FlexError: no such client, or it has not taken part yet.
+        """
+        site = self.site(client_id)
+        if site.model.own and site.store.load(self.round_index) is None:
+            method = site.model.method_name
+            raise FlexError(f"client {client_id!r} has not taken part in a round of {method} yet: it has no model")
+        site.attach(self.round_index, self.shared)
+
 
 def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None) -> int:
     """Scores on the test part from the files of the last round."""
-    saved = _load(folder, method, seed)
+    saved = load_saved(folder, method, seed)
     table = Table(title=Text(f"{folder}, {method}, after round {saved.round_index}", "table.title"))
     for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
         table.add_column(column, justify="left" if column == "client" else "right")
@@ -58,19 +72,14 @@ def generate(
 ) -> int:
     """The answer of one client's model: shared LoRA of the last round, that client's own graft."""
     require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
-    saved = _load(folder, method, seed, with_data=False)
-    site = saved.site(client_id)
-    if site.model.own and site.store.load(saved.round_index) is None:
-        raise FlexError(
-            f"client {client_id!r} has not taken part in a round of {method} yet, so it has no model of its own"
-        )
-    site.attach(saved.round_index, saved.shared)
+    saved = load_saved(folder, method, seed, with_data=False)
+    saved.attach(client_id)
     encoder = saved.world.encoder
     print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens)[0])
     return 0
 
 
-def _load(folder: Path, method: str, seed: int | None, with_data: bool = True) -> Saved:
+def load_saved(folder: Path, method: str, seed: int | None, with_data: bool = True) -> Saved:
     """A job of a run; without data its clients are those that the run names, and nothing but their files is read.
 
     Raises:
@@ -94,7 +103,7 @@ def _load(folder: Path, method: str, seed: int | None, with_data: bool = True) -
     sites = world.sites(config, method, seed, job)
     start = next(iter(sites.values())).model.shared_arrays()
     round_index, shared = latest_shared(job, world.base.fingerprint, start)
-    return Saved(world, sites, round_index, shared)
+    return Saved(job, config, world, sites, round_index, shared)
 
 
 def no_client(client_id: str, world: World) -> FlexError:

@@ -8,6 +8,7 @@ compared seed by seed. The scores of a job are those of its last completely eval
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -216,10 +217,15 @@ def read_events(run_dir: Path | str) -> list[Event]:
     """
     run_dir = Path(run_dir)
     path = run_dir / METRICS
-    paths = [path] if path.is_file() else sorted(run_dir.glob(f"*/{METRICS}"))
+    paths = [path] if path.is_file() else _of_jobs(run_dir)
     if not paths:
         raise FlexError(f"no {METRICS} in {str(run_dir)!r}; expected the folder of a run of `flex train`")
     return [event for path in paths for event in events.read_events(path)]
+
+
+def _of_jobs(run_dir: Path) -> list[Path]:
+    """The logs of the jobs in a run's folder; a copy beside a job (`flex-seed0.bak`) is none."""
+    return sorted(path for path in run_dir.glob(f"*/{METRICS}") if re.fullmatch(r".+-seed\d+", path.parent.name))
 
 
 def collect_jobs(all_events: Iterable[Event]) -> list[JobLog]:
