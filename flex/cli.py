@@ -28,7 +28,10 @@ NAMED = {
     "clients_by": "data.clients_by",
     "clients": "data.clients",
     "output": "output",
+    "strategy": "strategy.name",
 }
+LISTS = {"methods": "train.methods", "seeds": "train.seeds", "rounds": "train.rounds"}  # with blanks or commas between
+NUMBERS = {"seeds", "rounds"}
 RESUMED = {"demo", "train"}  # commands that go on where they were stopped
 
 
@@ -50,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a configuration from data to report; called again, it resumes")
     _add_configuration(train)
     train.add_argument("--output", help="folder of the run (default: the configuration's `output`)")
+    train.add_argument("--methods", nargs="+", help="which methods to compare, e.g. --methods fedavg flex")
+    train.add_argument("--seeds", nargs="+", help="which seeds, e.g. --seeds 0,1,2")
+    train.add_argument("--rounds", nargs=1, help="how many rounds")
+    train.add_argument("--strategy", help="how the server aggregates (strategy.name)")
 
     graft = commands.add_parser(
         "graft", help="choose the grafts; show per layer what is taken and how much it explains"
@@ -117,9 +124,19 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         f"flex {arguments.command} {last} --clients ...",
     )
     given = {key: getattr(arguments, name, None) for name, key in NAMED.items()}
+    for name, key in LISTS.items():
+        words = [word for text in getattr(arguments, name, None) or () for word in text.split(",") if word]
+        if words:
+            values = [_number(f"--{name}", word) for word in words] if name in NUMBERS else words
+            given[key] = values[0] if name == "rounds" else values
     if arguments.clients_by is not None and arguments.clients is None:
         given["data.clients"] = []  # a configuration's clients are values of its own column
     return [f"{key}={to_toml(value)}" for key, value in given.items() if value is not None] + arguments.overrides
+
+
+def _number(option: str, text: str) -> int:
+    require(text.lstrip("-").isdecimal(), f"{option} got {text!r}; expected whole numbers")
+    return int(text)
 
 
 def _version() -> str:

@@ -45,6 +45,27 @@ def test_set_has_the_last_word(trained: list[RunConfig]) -> None:
     assert (trained[0].model.path, trained[0].train.rounds) == ("two", 3)
 
 
+def test_lists_may_be_written_with_commas(trained: list[RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--methods", "fedavg,flex", "base", "--seeds", "0,1", "2", "--rounds", "7", "--strategy", "fedadam"]
+    assert main(["train", *words]) == 0
+    config = trained[0]
+    assert config.train.methods == ("fedavg", "flex", "base")
+    assert (config.train.seeds, config.train.rounds, config.strategy.name) == ((0, 1, 2), 7, "fedadam")
+    assert main(["train", "--seeds", "0,x"]) == 2
+    assert capsys.readouterr().err == "flex: --seeds got 'x'; expected whole numbers\n"
+
+
+def test_another_column_frees_a_configurations_clients(trained: list[RunConfig], tmp_path: Path) -> None:
+    write_config(RunConfig().with_values(data={"clients_by": "category", "clients": ("x", "y")}), tmp_path / "c.toml")
+    for words, clients in (
+        ([], ("x", "y")),
+        (["--clients-by", "site"], ()),
+        (["--clients-by", "site", "--clients", "z"], ("z",)),
+    ):
+        assert main(["train", str(tmp_path / "c.toml"), *words]) == 0
+        assert trained.pop().data.clients == clients
+
+
 def test_a_configuration_after_the_clients_is_told_where_to_stand(
     trained: list[RunConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
