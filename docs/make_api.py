@@ -20,7 +20,7 @@ CHAPTERS = {
     "The layer": ["grafted_experts", "GraftedMoE", "Graft", "LoraGraft"],
     "transformers": ["register", "explain", "moe_layers", "expert_weights", "ExpertWeights", "LayerPath"],
     "Grafts on a transformers model": ["attach_graft", "detach_graft"],
-    "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
+    "Router, gate and sum": ["grafted_route", "route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],
     "Several experts": ["*subsets"],

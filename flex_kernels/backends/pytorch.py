@@ -328,7 +328,7 @@ def grafted_route_fwd(
     """The results of `reference.grafted_route`, then the router's logits [T, E] if they are to be kept, else [0, E]."""
     router_logits = F.linear(hidden_states, router_weight)
     weights, indices = route_fwd(router_logits, top_k, renormalize)
-    tokens_per_expert = torch.bincount(indices.view(-1), minlength=len(router_weight)).to(torch.int32)
+    _, tokens_per_expert, _ = routing_plan(indices, len(router_weight))
     logits = weights.new_empty(0)
     if graft_logit_weight is not None:
         logits = graft_logits_fwd(hidden_states, graft_logit_weight, graft_logit_bias)

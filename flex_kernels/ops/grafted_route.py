@@ -79,7 +79,7 @@ def _gradients(
 
 
 def _gradients_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    router_weight, graft_logit_weight, router_logits, expert_indices, _, hidden, router, gate = args[3:]
+    router_weight, graft_logit_weight, _, expert_indices, _, hidden, router, gate = args[3:]
     new, (num_experts, hidden_size) = router_weight.new_empty, router_weight.shape
     return (
         new((expert_indices.shape[0], hidden_size) if hidden else 0),
@@ -148,13 +148,13 @@ def grafted_route(
     """The router from the hidden states on, and the graft's gate, in one pass; twin: `reference.grafted_route`.
 
     `l_t = W x_t`, `p_t = softmax(l_t)`, `w_tk` the `top_k` largest of `p_t`, divided by their sum where `renormalize`
-    says so, and `graft_logits_t = g . x_t + b`. The same as `route` of `F.linear` and `graft_logits`, and the counts that
+    says so, and `graft_logits_t = g . x_t + b`: the same as `F.linear` and `route`, `graft_logits`, and the counts that
     a plan begins with.
 
     The router's logits are rounded to the dtype of `hidden_states`, as a model's own router rounds them before its
-    softmax in fp32; the sum behind them may be taken in another order, so that a logit at the edge of two numbers may be
-    its neighbour. The gate is computed in fp32 from start to end. Under autocast hidden states and router weight are
-    cast to its dtype first, as `F.linear` would cast them.
+    softmax in fp32. The sum behind a logit may be taken in another order than there: near the middle between two
+    numbers it may then be rounded to the other one. The gate is computed in fp32 from start to end. Under autocast
+    hidden states and router weight are cast to its dtype first, as `F.linear` would cast them.
 
     Differentiable, once, in hidden_states, router_weight and the gate's weight and bias; of a frozen router weight no
     gradient is computed.
@@ -190,7 +190,7 @@ def grafted_route_with_logits(
     renormalize: bool,
     keep_logits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`grafted_route`, and the router's logits as they were rounded, [T, E], without a gradient; else [0, E] or [T, E]."""
+    """`grafted_route`, then the router's rounded logits [T, E], without a gradient; [0, E] where nobody needs them."""
     check_shape("hidden_states", hidden_states, ("T", "H"))
     check_shape("router_weight", router_weight, ("E", hidden_states.shape[1]))
     named = {"hidden_states": hidden_states, "router_weight": router_weight}
