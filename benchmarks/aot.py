@@ -268,7 +268,7 @@ def combine_case(dtype: torch.dtype, has_graft: bool, form: str) -> None:
 
 
 def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renormalize: bool = True) -> None:
-    """The router, its plan, and the graft's gate, forward and backward."""
+    """The router, its plan, and the graft's gate, forward and backward; router and gate as one, too."""
     logits, hidden_states = empty(512, num_experts, dtype=dtype), empty(512, 2048, dtype=dtype)
     weight, bias = empty(2048, dtype=torch.float32), empty(1, dtype=torch.float32)
     weights, indices = stages.route_fwd(logits, top_k, renormalize)
@@ -276,6 +276,9 @@ def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renorm
     d_logits = stages.graft_logits_fwd(hidden_states, weight, bias)
     stages.graft_logits_bwd(d_logits, hidden_states, weight, True, True)
     stages.routing_plan(indices, num_experts)
+    router_weight = empty(num_experts, 2048, dtype=dtype)
+    for gate, keep_logits in (((weight, bias), True), ((weight, bias), False), ((None, None), False)):
+        stages.grafted_route_fwd(hidden_states, router_weight, *gate, top_k, renormalize, keep_logits)
 
 
 def score_case(dtype: torch.dtype, hidden_size: int = 2048, intermediate_size: int = 1408) -> None:
@@ -322,7 +325,9 @@ def all_cases() -> Iterator[Callable[[], None]]:
     for dtype in (*wide, torch.float16):
         for has_graft, form in ((False, "additive"), (True, "additive"), (True, "convex")):
             yield partial(combine_case, dtype, has_graft, form)
-        for (num_experts, top_k), renormalize in itertools.product(((60, 4), (128, 8), (8, 2)), (True, False)):
+        for (num_experts, top_k), renormalize in itertools.product(
+            ((60, 4), (128, 8), (8, 2), (512, 10)), (True, False)
+        ):
             yield partial(route_case, dtype, num_experts, top_k, renormalize)
         for size in sizes:
             yield partial(score_case, dtype, **size)

@@ -5,6 +5,7 @@
 
 #include "cpu_features.h"
 #include "experts.h"
+#include "grafted_route.h"
 #include "routing_plan.h"
 #include "score.h"
 
@@ -30,6 +31,28 @@ PYBIND11_MODULE(_native, m) {
   py::enum_<flex::Scalar>(m, "Scalar")
       .value("float32", flex::Scalar::kFloat32)
       .value("bfloat16", flex::Scalar::kBfloat16);
+  m.def(
+      "grafted_route",
+      [](int64_t num_tokens, int64_t hidden_size, int64_t num_experts, int64_t top_k, flex::Scalar scalar,
+         bool renormalize, uintptr_t hidden_states, uintptr_t router_weight, uintptr_t graft_logit_weight,
+         float graft_logit_bias, uintptr_t routing_weights, uintptr_t expert_indices, uintptr_t graft_logits,
+         uintptr_t tokens_per_expert, uintptr_t router_logits, int threads) {
+        const flex::Router router{num_tokens,
+                                  hidden_size,
+                                  num_experts,
+                                  top_k,
+                                  scalar,
+                                  renormalize,
+                                  at<const void>(hidden_states),
+                                  at<const void>(router_weight),
+                                  at<const float>(graft_logit_weight),
+                                  graft_logit_bias};
+        const flex::Routes routes{at<float>(routing_weights), at<int64_t>(expert_indices), at<float>(graft_logits),
+                                  at<int32_t>(tokens_per_expert), at<void>(router_logits)};
+        flex::grafted_route(router, routes, threads);
+      },
+      no_gil);
+
   py::enum_<flex::Activation>(m, "Activation")
       .value("silu", flex::Activation::kSilu)
       .value("gelu", flex::Activation::kGelu)

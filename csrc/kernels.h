@@ -61,6 +61,15 @@ struct Kernels {
   void (*multiply_in_place[2])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
                                float* c, int64_t c_stride);
 
+  // Rows against rows, both read where they lie: out[i, j] = sum_k x[i, k] w[j, k], by the scalar type of x and w, to which
+  // the sum is rounded. An element's bits depend on the depth alone.
+  void (*row_products[2])(int64_t rows, int64_t columns, int64_t depth, const void* x, int64_t x_stride, const void* w,
+                          int64_t w_stride, float* out, int64_t out_stride);
+  // out[i] = sum_k x[i, k] w[k], by the scalar type of x; in fp32 throughout.
+  void (*row_dots[2])(int64_t rows, int64_t depth, const void* x, int64_t x_stride, const float* w, float* out);
+  // row = exp(row - max) / sum, in place.
+  void (*softmax)(int64_t n, float* row);
+
   // One row of `n` elements each, by the scalar type of the untyped pointers.
   // activations = act(gate) * up; the pre-activations are kept where d_* are not null.
   void (*glu[2])(Activation activation, int64_t n, const float* gate, const float* up, void* kept_gate, void* kept_up,

@@ -22,7 +22,7 @@ CHAPTERS = {
     "Grafts on a transformers model": [
         *("attach_graft", "detach_graft", "train_grafts", "save_grafts", "load_grafts", "graft_callback"),
     ],
-    "Router, gate and sum": ["route", "routing_plan", "graft_logits", "combine"],
+    "Router, gate and sum": ["grafted_route", "route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],
     "Several experts": ["*subsets"],

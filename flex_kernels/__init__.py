@@ -6,6 +6,7 @@ from flex_kernels.grafts import attach_graft, detach_graft
 from flex_kernels.layer import Graft, GraftedMoE, LoraGraft
 from flex_kernels.ops.experts import grafted_experts
 from flex_kernels.ops.graft_logits import graft_logits
+from flex_kernels.ops.grafted_route import grafted_route
 from flex_kernels.ops.router import combine, route, routing_plan
 from flex_kernels.ops.score import score_experts, score_neurons
 from flex_kernels.selection.neurons import (
@@ -55,6 +56,7 @@ __all__ = [
     "graft_callback",
     "graft_logits",
     "grafted_experts",
+    "grafted_route",
     "greedy_neurons",
     "load_grafts",
     "merged",

@@ -8,14 +8,13 @@ a parameter that no module declares is frozen.
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flex_kernels import reference
 from flex_kernels.ops.checks import autocast_off, check_activation, check_combine, wide_dtype
 from flex_kernels.ops.experts import grafted_experts
 from flex_kernels.ops.graft_logits import graft_logits
-from flex_kernels.ops.router import route
+from flex_kernels.ops.grafted_route import grafted_route
 
 Device = torch.device | str | None
 
@@ -79,7 +78,10 @@ class Graft(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The gate before the sigmoid, `g.x + b`: [T, H] -> [T], in fp32 also under autocast."""
-        logits = graft_logits(hidden_states, self.logit_weight, self.logit_bias)
+        return self.remember(graft_logits(hidden_states, self.logit_weight, self.logit_bias))
+
+    def remember(self, logits: Tensor) -> Tensor:
+        """The same logits, of which `last_opening` tells: for who computes them elsewhere (`grafted_route`)."""
         if not torch.compiler.is_exporting():  # an exported program has no place for it
             self._last_logits = logits.detach()
         return logits
@@ -283,10 +285,13 @@ class GraftedMoE(nn.Module):
         if hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [..., {self.hidden_size}]")
         flat = hidden_states.reshape(-1, self.hidden_size)  # [T, H]
-        routing_weights, expert_indices = route(F.linear(flat, self.router.weight), self.top_k, self.renormalize)
+        gate = (None, None) if self.graft is None else (self.graft.logit_weight, self.graft.logit_bias)
+        routing_weights, expert_indices, logits, _ = grafted_route(
+            flat, self.router.weight, *gate, self.top_k, self.renormalize
+        )
         graft = ()
         if self.graft is not None:
-            graft = (*self.graft.weights(), self.graft.logits(flat))
+            graft = (*self.graft.weights(), self.graft.remember(logits))
         out = grafted_experts(
             flat,
             expert_indices,

@@ -1,13 +1,14 @@
 """Who computes what: the one place where a backend is chosen.
 
-| stage        | CUDA                 | CPU                        | CPU, `TRITON_INTERPRET=1` |
-|--------------|----------------------|----------------------------|---------------------------|
-| routing_plan | triton, else torch   | native (C++), else torch   | native, else torch        |
-| experts      | triton, else torch   | native, else torch         | triton, else torch        |
-| score        | triton, else torch   | native, else torch         | triton, else torch        |
-| route        | triton, else torch   | torch                      | triton, else torch        |
-| graft_logits | triton, else torch   | torch                      | triton, else torch        |
-| combine      | triton, else torch   | torch                      | triton, else torch        |
+| stage         | CUDA                 | CPU                        | CPU, `TRITON_INTERPRET=1` |
+|---------------|----------------------|----------------------------|---------------------------|
+| routing_plan  | triton, else torch   | native (C++), else torch   | native, else torch        |
+| experts       | triton, else torch   | native, else torch         | triton, else torch        |
+| score         | triton, else torch   | native, else torch         | triton, else torch        |
+| grafted_route | triton, else torch   | native, else torch         | triton, else torch        |
+| route         | triton, else torch   | torch                      | triton, else torch        |
+| graft_logits  | triton, else torch   | torch                      | triton, else torch        |
+| combine       | triton, else torch   | torch                      | triton, else torch        |
 
 A backend is a module of `backends/`: `pytorch` (plain PyTorch), `native` (csrc) or `triton.stages`; for the same stage
 all of them offer functions of the same names and signatures, those of `pytorch`.
@@ -30,7 +31,7 @@ import torch
 from flex_kernels.backends import native, pytorch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_STAGES = ("routing_plan", "experts", "score", "route", "graft_logits", "combine")
+TRITON_STAGES = ("routing_plan", "experts", "score", "grafted_route", "route", "graft_logits", "combine")
 CUDA_ROUTING_PLAN = os.environ.get("FLEX_ROUTING_PLAN", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -41,6 +41,32 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
     return weights, indices
 
 
+def grafted_route(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The router from the hidden states on, the graft's gate before its sigmoid, and how many tokens each expert gets.
+
+    The router's logits are rounded to the dtype of `hidden_states`, as a model's own router rounds them.
+
+    Args:
+        hidden_states: [T, H]; router_weight: [E, H], of the same dtype.
+        graft_logit_weight: [H]; graft_logit_bias: [1]; both or, without a graft, none.
+    Returns:
+        routing_weights [T, K] fp32, expert_indices [T, K] int64, graft_logits [T] fp32 ([0] without a graft),
+        tokens_per_expert [E] int32.
+    """
+    weights, indices = route(F.linear(hidden_states, router_weight), top_k, renormalize)
+    tokens_per_expert = torch.bincount(indices.reshape(-1), minlength=router_weight.shape[0]).to(torch.int32)
+    if graft_logit_weight is None:
+        return weights, indices, weights.new_empty(0), tokens_per_expert
+    return weights, indices, graft_logits(hidden_states, graft_logit_weight, graft_logit_bias), tokens_per_expert
+
+
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable counting sort of the (token, slot) pairs by expert.
 

@@ -12,6 +12,7 @@
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"        // the same, where it is sure
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #include "isa/simd_avx512.h"
 // After its simd header:

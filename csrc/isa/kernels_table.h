@@ -1,6 +1,7 @@
 // The row functions, and the table of one instruction set. Last header of a kernels_<isa>.cpp, after one multiply_*.h.
 #pragma once
 #include "isa/kernels_pack.h"
+#include "isa/row_products.h"
 
 namespace flex {
 namespace {
@@ -108,6 +109,7 @@ constexpr Kernels kernel_table(const char* name) {
     table.pack_b_depth[0] = pack_b_depth<false, float>;
     table.pack_few[0] = pack_few<false, float>;
     table.multiply_in_place[0] = multiply_in_place<false, float>;
+    table.row_products[0] = row_products<false, float>;
   }
   table.pack_a_rows[1] = pack_a_rows<kPairs, Bfloat16>;
   table.pack_a_depth[1] = pack_a_depth<kPairs, Bfloat16>;
@@ -117,6 +119,9 @@ constexpr Kernels kernel_table(const char* name) {
   table.pack_few[1] = pack_few<kPairs, Bfloat16>;
   table.multiply_in_place[1] = multiply_in_place<kPairs, Bfloat16>;
   table.multiply = multiply<kPairs>;
+  table.row_products[1] = row_products<kPairs, Bfloat16>;
+  table.row_dots[0] = row_dots<float>, table.row_dots[1] = row_dots<Bfloat16>;
+  table.softmax = softmax;
   table.glu[0] = glu<float>, table.glu[1] = glu<Bfloat16>;
   table.d_glu[0] = d_glu<float>, table.d_glu[1] = d_glu<Bfloat16>;
   table.sum_rows[0] = sum_rows<float>, table.sum_rows[1] = sum_rows<Bfloat16>;

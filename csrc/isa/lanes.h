@@ -59,6 +59,15 @@ FLEX_INLINE void store(T* target, Float value, int64_t count) {
   std::memcpy(target, padded, count * sizeof(T));
 }
 
+// c + a b; of pairs of bf16, both of their products.
+template <bool kPairs>
+FLEX_INLINE Float multiply_add(Float a, Float b, Float c) {
+#if defined(FLEX_BF16_PAIRS)
+  if constexpr (kPairs) return Simd::dot_pairs(a, b, c);
+#endif
+  return Simd::fma(a, b, c);
+}
+
 // body(i, count) for i = 0, kLanes, ...; count is kLanes but perhaps at the end. A count the compiler knows costs no
 // branch, which is why the body appears twice.
 template <class Body>

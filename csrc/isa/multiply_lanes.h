@@ -7,14 +7,6 @@
 namespace flex {
 namespace {
 
-template <bool kPairs>
-FLEX_INLINE Float multiply_add(Float a, Float b, Float c) {
-#if defined(FLEX_BF16_PAIRS)
-  if constexpr (kPairs) return Simd::dot_pairs(a, b, c);
-#endif
-  return Simd::fma(a, b, c);
-}
-
 // One depth step of a tile. The rows are spelled out by the pack expansion: GCC 12 keeps an array of sums in registers
 // only where every index is a constant when it first looks (a plain loop stored all of them in every step, 2.3x slower).
 template <bool kPairs, int... kRow>

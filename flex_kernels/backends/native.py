@@ -22,7 +22,12 @@ from flex_kernels.backends.call import LayerCall
 MAX_PAIRS = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16)
 # stage -> dtypes of hidden states and weights, None: any
-STAGES: dict[str, tuple[torch.dtype, ...] | None] = {"routing_plan": None, "experts": DTYPES, "score": DTYPES}
+STAGES: dict[str, tuple[torch.dtype, ...] | None] = {
+    "routing_plan": None,
+    "experts": DTYPES,
+    "score": DTYPES,
+    "grafted_route": DTYPES,
+}
 
 
 @cache
@@ -102,6 +107,49 @@ def _plan_on_cuda(ids: Tensor, num_experts: int, addresses: list[int]) -> None:
             ids.device.index,
             torch.cuda.current_stream(ids.device).cuda_stream,
         )
+
+
+def grafted_route_fwd(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    top_k: int,
+    renormalize: bool,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pytorch.grafted_route_fwd`: one pass over the hidden states, no copies of them or of the weights."""
+    dtype, (num_tokens, hidden_size), num_experts = hidden_states.dtype, hidden_states.shape, len(router_weight)
+    hidden_states = _checked("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
+    router_weight = _checked("router_weight", router_weight, dtype, (num_experts, hidden_size))
+    gate, bias = 0, 0.0
+    if graft_logit_weight is not None:
+        graft_logit_weight = _checked("graft_logit_weight", graft_logit_weight, torch.float32, (hidden_size,))
+        gate, bias = graft_logit_weight.data_ptr(), float(graft_logit_bias)
+    weights = torch.empty(num_tokens, top_k)
+    indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    logits = torch.empty(num_tokens if gate else 0)
+    tokens_per_expert = torch.empty(num_experts, dtype=torch.int32)
+    router_logits = torch.empty(num_tokens if keep_logits else 0, num_experts, dtype=dtype)
+    module().grafted_route(
+        num_tokens,
+        hidden_size,
+        num_experts,
+        top_k,
+        _scalar(dtype),
+        renormalize,
+        hidden_states.data_ptr(),
+        router_weight.data_ptr(),
+        gate,
+        bias,
+        weights.data_ptr(),
+        indices.data_ptr(),
+        logits.data_ptr(),
+        tokens_per_expert.data_ptr(),
+        router_logits.data_ptr() if keep_logits else 0,
+        torch.get_num_threads(),
+    )
+    return weights, indices, logits, tokens_per_expert, router_logits
 
 
 def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,9 +299,9 @@ def _scoring(
 
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor, contiguous: from here on only its address is known."""
-    if tensor.device.type != "cpu" or tensor.dtype != dtype:
+    if not tensor.is_cpu or tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on the CPU")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor.contiguous()
 

@@ -314,3 +314,22 @@ def route_bwd(d_routing_weights: Tensor, router_logits: Tensor, expert_indices: 
     d_probabilities = torch.zeros_like(probabilities).scatter_(1, expert_indices, d_kept)
     inner = (d_probabilities * probabilities).sum(-1, keepdim=True)
     return (probabilities * (d_probabilities - inner)).to(router_logits.dtype)
+
+
+def grafted_route_fwd(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    top_k: int,
+    renormalize: bool,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of `reference.grafted_route`, then the router's logits [T, E] if they are to be kept, else [0, E]."""
+    router_logits = F.linear(hidden_states, router_weight)
+    weights, indices = route_fwd(router_logits, top_k, renormalize)
+    _, tokens_per_expert, _ = routing_plan(indices, len(router_weight))
+    logits = weights.new_empty(0)
+    if graft_logit_weight is not None:
+        logits = graft_logits_fwd(hidden_states, graft_logit_weight, graft_logit_bias)
+    return weights, indices, logits, tokens_per_expert, router_logits if keep_logits else router_logits[:0].clone()

@@ -29,6 +29,7 @@ OTHERS = {
     "_count_pairs_kernel",
     "_graft_logits_bwd_kernel",
     "_graft_logits_fwd_kernel",
+    "_grafted_route_fwd_kernel",
     "_place_pairs_kernel",
     "_reduce_products_kernel",
     "_route_bwd_kernel",

@@ -15,6 +15,7 @@ STAGES = {
     "routing_plan": ("routing_plan",),
     "experts": ("experts_fwd", "preactivations_fwd", "experts_bwd"),
     "score": ("score_experts", "score_neurons"),
+    "grafted_route": ("grafted_route_fwd",),
     "route": ("route_fwd", "route_bwd"),
     "graft_logits": ("graft_logits_fwd", "graft_logits_bwd"),
     "combine": ("combine_fwd", "combine_bwd"),

@@ -26,12 +26,55 @@ def _probabilities(router_logits_ptr, tokens, token_mask, experts, num_experts):
     """Softmax of a block of rows, fp32 [T, E]; zero in columns that are no expert."""
     offsets = tokens[:, None] * num_experts + experts[None, :]
     mask = token_mask[:, None] & (experts < num_experts)[None, :]
-    logits = tl.load(router_logits_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+    return softmax(tl.load(router_logits_ptr + offsets, mask=mask, other=-float("inf")).to(tl.float32), token_mask)
+
+
+@triton.jit
+def softmax(logits, token_mask):
+    """Of rows in fp32; -inf in columns that are no expert."""
     # Rows past the end are all -inf: their maximum is taken as 0 so that no NaN arises.
     largest = tl.where(token_mask, tl.max(logits, axis=1), 0.0)
     exponentials = tl.exp(logits - largest[:, None])
     total = tl.where(token_mask, tl.sum(exponentials, axis=1), 1.0)
     return exponentials / total[:, None]
+
+
+@triton.jit
+def choose_top_k(
+    probabilities, experts, num_experts,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """weights [T, K], indices [T, K], and how often a token chose an expert, [T, E]."""
+    candidates = tl.where((experts < num_experts)[None, :], probabilities, NOT_AN_EXPERT)
+    slots = tl.arange(0, BLOCK_K)
+    weights = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
+    times_chosen = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
+    for slot in range(TOP_K):
+        largest = tl.max(candidates, axis=1)
+        # A row of NaN has no largest entry: it takes the last expert, so that an index is never out of range.
+        matches = tl.where(candidates == largest[:, None], experts[None, :], num_experts - 1)
+        chosen = tl.min(matches, axis=1)
+        is_chosen = experts[None, :] == chosen[:, None]
+        candidates = tl.where(is_chosen, TAKEN, candidates)
+        times_chosen += is_chosen.to(tl.int32)
+        weights = tl.where((slots == slot)[None, :], largest[:, None], weights)
+        indices = tl.where((slots == slot)[None, :], chosen[:, None], indices)
+    if RENORMALIZE:
+        weights /= tl.sum(weights, axis=1)[:, None]
+    return weights, indices, times_chosen
+
+
+@triton.jit
+def store_routes(
+    routing_weights_ptr, expert_indices_ptr, weights, indices, tokens, token_mask,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    slots = tl.arange(0, BLOCK_K)
+    kept = token_mask[:, None] & (slots < TOP_K)[None, :]
+    offsets = tokens[:, None] * TOP_K + slots[None, :]
+    tl.store(routing_weights_ptr + offsets, weights, mask=kept)
+    tl.store(expert_indices_ptr + offsets, indices.to(tl.int64), mask=kept)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -47,24 +90,10 @@ def _route_fwd_kernel(
     token_mask = tokens < num_tokens
 
     probabilities = _probabilities(router_logits_ptr, tokens, token_mask, experts, num_experts)
-    candidates = tl.where((experts < num_experts)[None, :], probabilities, NOT_AN_EXPERT)
-    slots = tl.arange(0, BLOCK_K)
-    weights = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
-    indices = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
-    for slot in range(TOP_K):
-        largest = tl.max(candidates, axis=1)
-        # A row of NaN has no largest entry: it takes the last expert, so that an index is never out of range.
-        matches = tl.where(candidates == largest[:, None], experts[None, :], num_experts - 1)
-        chosen = tl.min(matches, axis=1)
-        candidates = tl.where(experts[None, :] == chosen[:, None], TAKEN, candidates)
-        weights = tl.where((slots == slot)[None, :], largest[:, None], weights)
-        indices = tl.where((slots == slot)[None, :], chosen[:, None], indices)
-    if RENORMALIZE:
-        weights /= tl.sum(weights, axis=1)[:, None]
-    kept = token_mask[:, None] & (slots < TOP_K)[None, :]
-    out_offsets = tokens[:, None] * TOP_K + slots[None, :]
-    tl.store(routing_weights_ptr + out_offsets, weights, mask=kept)
-    tl.store(expert_indices_ptr + out_offsets, indices.to(tl.int64), mask=kept)
+    weights, indices, _ = choose_top_k(
+        probabilities, experts, num_experts, TOP_K, RENORMALIZE, BLOCK_T, BLOCK_E, BLOCK_K
+    )
+    store_routes(routing_weights_ptr, expert_indices_ptr, weights, indices, tokens, token_mask, TOP_K, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
