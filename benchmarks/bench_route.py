@@ -9,12 +9,13 @@ Before anything is measured, both are held against the specification.
 from collections.abc import Callable, Iterator
 
 import pytest
-import results
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import flex_kernels
+from benchmarks import results
+from benchmarks.tables import table
 from flex_kernels import plan, reference
 
 HIDDEN_SIZE = 2048
@@ -114,12 +115,11 @@ def test_route(
 
 def section(rows: list[Row], command: str) -> str:
     header = ["E", "K", "T", "dtype", "flex us", "stage us", "torch us", "gain", "gain of the stage"]
-    lines = [f"## {results.isa()}, router", "", results.machine(), "", f"    {command}", ""]
-    lines += [f"H = {HIDDEN_SIZE}, with a graft's gate, without gradients (`bench_route.py`).", ""]
-    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    cells = []
     for place in dict.fromkeys(row[:4] for row in rows):
         seconds = {row[4]: row[5] for row in rows if row[:4] == place}
         ours, stage, peer = (seconds[provider] * 1e6 for provider in PROVIDERS)
-        cells = [*map(str, place), *(f"{x:.1f}" for x in (ours, stage, peer))]
-        lines.append(f"| {' | '.join(cells)} | {peer / ours:.2f}x | {peer / stage:.2f}x |")
-    return "\n".join([*lines, ""])
+        times = [f"{x:.1f}" for x in (ours, stage, peer)]
+        cells.append([*place, *times, f"{peer / ours:.2f}x", f"{peer / stage:.2f}x"])
+    said = f"H = {HIDDEN_SIZE}, with a graft's gate, without gradients (`bench_route.py`)."
+    return "\n".join([results.machine(), "", f"    {command}", "", said, "", *table(header, cells)])
