@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flex_kernels.fused_router import fuse, refuse_router_logits, router_of, unfuse
 from flex_kernels.layer import Device, Graft, LoraGraft
 from flex_kernels.transformers_plug import NAME, activation_name, is_split, moe_layers, register
 
@@ -33,6 +34,7 @@ def attach_graft(
     alpha: float | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
+    fuse_router: bool = False,
 ) -> dict[str, Graft]:
     """Puts a graft and its gate on the experts modules of a transformers model, and switches it to "flex".
 
@@ -45,12 +47,16 @@ def attach_graft(
         layers: positions in `moe_layers(model)`; None takes all.
         rank, alpha: as in `LoraGraft`; without a rank all of the graft trains.
         device, dtype: of what trains; None takes those of the layer's experts, as a LoRA's frozen copy always does.
+        fuse_router: compute each layer's router together with its graft's gate (`grafted_route`). At a tie of two
+            experts the lower index then wins, where `torch.topk` promises nothing.
 
     Returns:
         The grafts by the name of the experts module they hang on.
 
     Raises:
-        ValueError: no MoE layers, a position that is not there, a graft already there, experts split over ranks.
+        ValueError: no MoE layers, a position that is not there, a graft already there, experts split over ranks; with
+            fuse_router, a router that is not softmax and top-k, or `output_router_logits`, which is refused at each
+            forward as well.
     """
     found = list(moe_layers(model).items())
     if not found:
@@ -65,7 +71,12 @@ def attach_graft(
             raise ValueError(f"{name} already carries a graft; detach_graft(model) takes it off")
         if is_split(experts):
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
+    routers = {name: router_of(model, name) for name, _ in chosen} if fuse_router else {}
+    if fuse_router:
+        refuse_router_logits(model, (), {})
     _switch_on(model, [experts for _, experts in chosen])
+    if fuse_router and "_router_guard" not in vars(model):
+        model._router_guard = model.register_forward_pre_hook(refuse_router_logits, with_kwargs=True)
     grafts = {}
     for name, experts in chosen:
         pretrained = experts.down_proj
@@ -79,6 +90,8 @@ def attach_graft(
             options["copy_dtype"] = pretrained.dtype
         make = Graft if rank is None else LoraGraft
         experts.graft = grafts[name] = make(hidden_size, *width_and_rank, logit_bias=logit_bias, **options)
+        if fuse_router:
+            fuse(routers[name], experts)
         experts._graft_guard = experts.register_forward_pre_hook(_refuse_other_implementations)
     if "_graft_finder" not in vars(model):
         model._graft_finder = model.register_load_state_dict_pre_hook(_find_renamed_grafts)
@@ -86,8 +99,12 @@ def attach_graft(
 
 
 def detach_graft(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Takes every graft off again. Returns their state dicts by the name of the experts module."""
+    """Takes every graft off again, with a fused router. Returns their state dicts by the name of the experts module."""
     states = {}
+    unfuse(model)
+    if "_router_guard" in vars(model):
+        model._router_guard.remove()
+        del model._router_guard
     for name, experts in moe_layers(model).items():
         graft = getattr(experts, "graft", None)
         if hasattr(experts, "_graft_guard"):
