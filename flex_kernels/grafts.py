@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flex_kernels.fused_router import fuse, refuse_router_logits, router_of, unfuse
 from flex_kernels.graft_watch import GraftWatch, before_state_dict, is_partitioned, refuse_partitioned
 from flex_kernels.layer import Device, Graft, LoraGraft
 from flex_kernels.transformers_plug import NAME, activation_name, is_split, moe_layers, register
@@ -35,6 +36,7 @@ def attach_graft(
     alpha: float | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
+    fuse_router: bool = False,
 ) -> dict[str, Graft]:
     """Puts a graft and its gate on the experts modules of a transformers model, and switches it to "flex".
 
@@ -47,13 +49,16 @@ def attach_graft(
         layers: positions in `moe_layers(model)`; None takes all.
         rank, alpha: as in `LoraGraft`; without a rank all of the graft trains.
         device, dtype: of what trains; None takes those of the layer's experts, as a LoRA's frozen copy always does.
+        fuse_router: compute each layer's router together with its graft's gate (`grafted_route`). At a tie of two
+            experts the lower index then wins, where `torch.topk` promises nothing.
 
     Returns:
         The grafts by the name of the experts module they hang on.
 
     Raises:
         ValueError: no MoE layers, a position that is not there, widths that are not one per layer, a graft already
-            there, experts split over ranks or partitioned by DeepSpeed ZeRO-3.
+            there, experts split over ranks or partitioned by DeepSpeed ZeRO-3; with fuse_router, a router that is not
+            softmax and top-k, or `output_router_logits`, which is refused at each forward as well.
     """
     found = list(moe_layers(model).items())
     if not found:
@@ -72,7 +77,12 @@ def attach_graft(
         refuse_partitioned(name, experts)
         if is_split(experts):
             raise ValueError(f"{name} is split over ranks, whose sum would count its graft several times")
+    routers = {name: router_of(model, name) for name, _ in chosen} if fuse_router else {}
+    if fuse_router:
+        refuse_router_logits(model, (), {})
     _switch_on(model, [experts for _, experts in chosen])
+    if fuse_router and "_router_guard" not in vars(model):
+        model._router_guard = model.register_forward_pre_hook(refuse_router_logits, with_kwargs=True)
     grafts: dict[str, Graft] = {}
     watches = (getattr(getattr(experts, "graft", None), "watch", None) for _, experts in found)
     watch = next(filter(None, watches), None) or GraftWatch()  # one for the model, however often this is called
@@ -88,6 +98,8 @@ def attach_graft(
             options["copy_dtype"] = pretrained.dtype
         make = Graft if rank is None else LoraGraft
         experts.graft = grafts[name] = make(hidden_size, *width_and_rank, logit_bias=logit_bias, **options)
+        if fuse_router:
+            fuse(routers[name], experts)
         grafts[name].watch = watch
         grafts[name].register_state_dict_pre_hook(before_state_dict)
         experts._graft_guard = experts.register_forward_pre_hook(_before_forward)
@@ -99,8 +111,12 @@ def attach_graft(
 
 
 def detach_graft(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Takes every graft off again. Returns their state dicts by the name of the experts module."""
+    """Takes every graft off again, with a fused router. Returns their state dicts by the name of the experts module."""
     states = {}
+    unfuse(model)
+    if "_router_guard" in vars(model):
+        model._router_guard.remove()
+        del model._router_guard
     for name, experts in moe_layers(model).items():
         graft = getattr(experts, "graft", None)
         if hasattr(experts, "_graft_guard"):

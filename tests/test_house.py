@@ -20,7 +20,7 @@ FLOORS = (
     ("flex_kernels.plan",),
     ("flex_kernels.ops",),
     ("flex_kernels.selection", "flex_kernels.layer"),
-    ("flex_kernels.graft_watch",),
+    ("flex_kernels.graft_watch", "flex_kernels.fused_router"),
     ("flex_kernels.transformers_plug",),
     ("flex_kernels.grafts",),
     ("flex_kernels.graft_files",),

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,7 @@
 
 #include "cpu_features.h"
 #include "experts.h"
+#include "grafted_route.h"
 #include "routing_plan.h"
 #include "score.h"
 
@@ -102,6 +104,21 @@ std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, 
   const int64_t batches[] = {0, s.tokens / 3, s.tokens};
   score_experts(scoring, batches, 2, results[8].floats(), threads);
   score_neurons(scoring, results[9].floats(), results[10].floats(), threads);
+  // The router's weights are those of the experts' first rows.
+  if (scalar == weight_scalar) {
+    results.emplace_back(pairs, Scalar::kFloat32);             // 11 routing weights
+    results.emplace_back(2 * pairs, Scalar::kFloat32);         // 12 expert indices, of 8 bytes each
+    results.emplace_back(s.tokens, Scalar::kFloat32);          // 13 the gate's logits
+    results.emplace_back(s.experts, Scalar::kFloat32);         // 14 tokens per expert
+    results.emplace_back(s.tokens * s.experts, scalar);        // 15 the router's logits
+    Array gate = random_array(s.hidden, Scalar::kFloat32, random);
+    const Router router{s.tokens, s.hidden, s.experts, s.top_k, scalar, convex, x.data(), gate_up.data(), gate.floats(), 0.5f};
+    const Routes routes{results[11].floats(), static_cast<int64_t*>(results[12].data()), results[13].floats(),
+                        static_cast<int32_t*>(results[14].data()), results[15].data()};
+    grafted_route(router, routes, threads);
+    const int32_t* const counts = static_cast<const int32_t*>(results[14].data());
+    require(std::accumulate(counts, counts + s.experts, int64_t{0}) == pairs, "the counts do not add up");
+  }
   for (float value : std::vector<float>(results[8].floats(), results[8].floats() + 2 * s.experts * 3))
     require(std::isfinite(value), "a score is not finite");
   return results;
