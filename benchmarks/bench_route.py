@@ -3,9 +3,11 @@
 `torch` is what a model's router and a graft's gate do: `F.linear`, `softmax` in fp32, `topk`, the division by the sum,
 and `x.float() @ g + b`; the counts, which `flex` gives as well, are not asked of it. `flex` is the public function with
 its checks and the dispatcher, `stage` what the dispatcher calls (csrc): for one token most of `flex` is the way there.
-Before anything is measured, both are held against the specification.
+Before anything is measured, all are held against the specification; then they are measured in turns, so that what else
+the machine does meets all of them.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -88,7 +90,6 @@ def check(runs: dict[str, Callable[[], object]], inputs: list[Tensor], top_k: in
             assert torch.equal(run()[3], torch.bincount(indices.flatten(), minlength=len(inputs[1])).int())
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @torch.no_grad()
 def test_route(
     num_experts: int,
@@ -96,21 +97,28 @@ def test_route(
     num_tokens: int,
     hidden_size: int,
     dtype: torch.dtype,
-    provider: str,
     benchmark,
     route_rows: list[Row],
 ) -> None:
     inputs = inputs_of(num_tokens, hidden_size, num_experts, dtype)
     runs = runs_of(inputs, top_k)
-    check({provider: runs[provider]}, inputs, top_k)
+    check(runs, inputs, top_k)
     if not benchmark.enabled:
-        benchmark(runs[provider])
+        benchmark(runs["flex"])
         return
+    best = dict.fromkeys(runs, float("inf"))
+
+    def turn() -> None:
+        for provider, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[provider] = min(best[provider], time.perf_counter() - start)
+
     benchmark.group = f"router E={num_experts} T={num_tokens} {dtype}"
-    rounds = max(5, min(MOST_ROUNDS, int(MOST_SECONDS * 1e9 / (num_tokens * num_experts * hidden_size))))
-    benchmark.pedantic(runs[provider], rounds=rounds, warmup_rounds=3)
+    rounds = max(7, min(MOST_ROUNDS, int(MOST_SECONDS * 1e9 / (num_tokens * num_experts * hidden_size))))
+    benchmark.pedantic(turn, rounds=rounds, warmup_rounds=3)
     short = str(dtype).removeprefix("torch.")
-    route_rows.append((num_experts, top_k, num_tokens, short, provider, benchmark.stats.stats.min))
+    route_rows += [(num_experts, top_k, num_tokens, short, provider, seconds) for provider, seconds in best.items()]
 
 
 def section(rows: list[Row], command: str) -> str:

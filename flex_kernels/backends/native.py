@@ -119,7 +119,7 @@ def grafted_route_fwd(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pytorch.grafted_route_fwd`: one pass over the hidden states, no copies of them or of the weights."""
-    dtype, (num_tokens, hidden_size), num_experts = hidden_states.dtype, hidden_states.shape, len(router_weight)
+    dtype, (num_tokens, hidden_size), num_experts = hidden_states.dtype, hidden_states.shape, router_weight.shape[0]
     hidden_states = _checked("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
     router_weight = _checked("router_weight", router_weight, dtype, (num_experts, hidden_size))
     gate, bias = 0, 0.0

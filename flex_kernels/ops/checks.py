@@ -12,10 +12,12 @@ from flex_kernels.reference import ACTIVATIONS, COMBINES
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """`expected`: a size, or a letter where any size will do."""
     shape = tensor.shape
-    if len(shape) != len(expected) or any(
-        not isinstance(size, str) and size != own for size, own in zip(expected, shape, strict=True)
-    ):
+    if len(shape) != len(expected) or not all(map(_size_fits, expected, shape)):
         raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(str(size) for size in expected)}]")
+
+
+def _size_fits(size: int | str, own: int) -> bool:
+    return size.__class__ is str or size == own
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -62,6 +64,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights, logits and sums: fp32, and fp64 beside fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a microsecond where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:

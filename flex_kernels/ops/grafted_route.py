@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flex_kernels.ops.checks import (
     autocast_off,
+    cast,
     check_device,
     check_float,
     check_no_tangents,
@@ -200,33 +201,28 @@ def grafted_route_with_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`grafted_route`, then the router's rounded logits [T, E], without a gradient; [0, E] where nobody needs them."""
     check_shape("hidden_states", hidden_states, ("T", "H"))
-    check_shape("router_weight", router_weight, ("E", hidden_states.shape[1]))
-    named = {"hidden_states": hidden_states, "router_weight": router_weight}
-    if not 1 <= top_k <= router_weight.shape[0]:
-        raise ValueError(f"top_k is {top_k}, expected 1 to {router_weight.shape[0]}, the number of experts")
-    if (graft_logit_weight is None) != (graft_logit_bias is None):
-        raise ValueError("one of graft_logit_weight and graft_logit_bias is missing, expected both or none")
-    if graft_logit_weight is not None:
-        check_shape("graft_logit_weight", graft_logit_weight, (hidden_states.shape[1],))
-        check_shape("graft_logit_bias", graft_logit_bias, (1,))
-        named |= {"graft_logit_weight": graft_logit_weight, "graft_logit_bias": graft_logit_bias}
-    check_no_tangents("grafted_route", *named.values())
-    for name, tensor in named.items():
-        check_float(name, tensor)
-        check_device(name, tensor, hidden_states.device)
+    hidden_size, device = hidden_states.shape[1], hidden_states.device
+    check_shape("router_weight", router_weight, ("E", hidden_size))
+    check_float("hidden_states", hidden_states)
+    check_float("router_weight", router_weight)
+    check_device("router_weight", router_weight, device)
+    num_experts = router_weight.shape[0]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
+    check_no_tangents("grafted_route", hidden_states, router_weight, graft_logit_weight, graft_logit_bias)
     dtype = compute_dtype(hidden_states)
     if router_weight.dtype != hidden_states.dtype and dtype == hidden_states.dtype:
         raise TypeError(f"router_weight is {router_weight.dtype}, expected {dtype}, the dtype of hidden_states")
+    if (graft_logit_weight is None) != (graft_logit_bias is None):
+        raise ValueError("one of graft_logit_weight and graft_logit_bias is missing, expected both or none")
     if graft_logit_weight is not None:
+        gate = {"graft_logit_weight": (graft_logit_weight, hidden_size), "graft_logit_bias": (graft_logit_bias, 1)}
+        for name, (tensor, size) in gate.items():
+            check_shape(name, tensor, (size,))
+            check_float(name, tensor)
+            check_device(name, tensor, device)
         wide = wide_dtype(dtype)
-        graft_logit_weight, graft_logit_bias = graft_logit_weight.to(wide), graft_logit_bias.to(wide)
-    trains = torch.is_grad_enabled() and (hidden_states.requires_grad or router_weight.requires_grad)
-    return _grafted_route(
-        hidden_states.to(dtype),
-        router_weight.to(dtype),
-        graft_logit_weight,
-        graft_logit_bias,
-        top_k,
-        renormalize,
-        keep_logits or trains,
-    )
+        graft_logit_weight, graft_logit_bias = cast(graft_logit_weight, wide), cast(graft_logit_bias, wide)
+    keep_logits |= torch.is_grad_enabled() and (hidden_states.requires_grad or router_weight.requires_grad)
+    states, weight = cast(hidden_states, dtype), cast(router_weight, dtype)
+    return _grafted_route(states, weight, graft_logit_weight, graft_logit_bias, top_k, renormalize, keep_logits)
