@@ -80,8 +80,9 @@ def _gradients(
             stage, d_weights = choose("route", router_weight.dtype), d_routing_weights.contiguous()
             d_logits = stage.route_bwd(d_weights, router_logits, expert_indices, renormalize)
             if need_hidden:
-                product = (d_logits, router_weight)
-                d_hidden = torch.mm(*product) if d_graft_logits is None else d_hidden.addmm_(*product)
+                # Not addmm: a sum over many experts that begins with the gate's large part rounds at every step.
+                product = torch.mm(d_logits, router_weight)
+                d_hidden = product if d_graft_logits is None else d_hidden.add_(product)
             if need_router:
                 d_router = torch.mm(d_logits.T, hidden_states)
     return d_hidden, d_router, d_gate

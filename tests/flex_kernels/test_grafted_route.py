@@ -24,6 +24,7 @@ SHAPES = {  # tokens, hidden size, experts, top-k
     "K = E": (9, 24, 5, 5),
     "E = 1": (8, 16, 1, 1),
     "more blocks than one": (83, 70, 17, 4),
+    "more experts than a Triton block": (5, 12, 300, 6),
     "no tokens": (0, 8, 4, 2),
 }
 shapes = pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
@@ -144,6 +145,14 @@ def test_gradients(sizes: Sizes, renormalize: bool, has_graft: bool, dtype: torc
         truth = gradients(reference.grafted_route, double(inputs), sizes, renormalize, d_out)
     assert_double_rule(ours[:2], plain[:2], truth[:2], dtype, GRADIENTS[:2])
     assert_double_rule(ours[2:], plain[2:], truth[2:], torch.float32, GRADIENTS[2:])
+
+
+def test_gradients_of_no_tokens(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs_of(SHAPES["no tokens"])]
+    weights, _, logits, _ = flex_kernels.grafted_route(*leaves, 2, True)
+    (weights.sum() + logits.sum()).backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
 @pytest.mark.parametrize("needs", [(i, j, k, m) for i in (0, 1) for j in (0, 1) for k in (0, 1) for m in (0, 1)][1:])
