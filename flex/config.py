@@ -53,6 +53,8 @@ class DataConfig:
     train: str = ""
     test: str = ""  # empty: a share of `train` is held out
     test_fraction: float = setting(0.2, above=0, below=1)
+    # Of each client's training examples: drawn by the run's seed, never trained on, for choices made while training
+    validation_fraction: float = setting(0.0, least=0, below=1)
     general: str = ""  # a held-out set that belongs to nobody: what is forgotten shows there
     clients_by: str = setting("client", empty="the column that says whose an example is")
     clients: tuple[str, ...] = setting((), distinct=True)  # empty: every value of the column

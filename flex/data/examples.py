@@ -7,15 +7,15 @@ trained: a model never trained on it does not learn to stop.
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flex.config import DataConfig
-from flex.data.records import TEXTS, Record, read_records, unread_columns
-from flex.data.splits import split_clients, split_held_out
+from flex.data.records import Record, read_records, unread_columns
+from flex.data.splits import split_clients, split_held_out, split_validation, texts
 from flex.errors import FlexError
 
 IGNORED = -100  # the label that cross_entropy skips
@@ -57,14 +57,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's own examples."""
+    """One client's own examples. `validation` is a part of its training file that it never trains on; mostly empty."""
 
     client_id: str
     train: list[Example]
     test: list[Example]
+    validation: list[Example] = field(default_factory=list)
+
+    def parts(self) -> dict[str, list[Example]]:
+        """The parts by name; one that is empty is left out."""
+        parts = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {name: part for name, part in parts.items() if part}
 
     def truncated(self) -> dict[str, int]:
-        return {part: sum(e.truncated for e in getattr(self, part)) for part in ("train", "test")}
+        return {name: sum(e.truncated for e in part) for name, part in self.parts().items()}
 
 
 class Encoder:
@@ -144,12 +150,15 @@ class Encoder:
         return Batch(ids.to(device), mask.to(device), labels.to(device))
 
 
-def load_clients(config: DataConfig, encoder: Encoder, notes: list[str] | None = None) -> list[ClientData]:
+def load_clients(
+    config: DataConfig, encoder: Encoder, notes: list[str] | None = None, seed: int = 0
+) -> list[ClientData]:
     """Every client's encoded examples, in the order that fixes the client's index for the whole run.
 
     Args:
         notes: takes what a person should know of the files, in sentences: columns that nobody reads, test examples that
             are trained on.
+        seed: of the run; draws the validation part, if there is one.
 
     Raises:
         FlexError: a file or column is missing or not what it should be, a client has nothing to train or to test on, or
@@ -176,7 +185,8 @@ def load_clients(config: DataConfig, encoder: Encoder, notes: list[str] | None =
                 raise FlexError(f"client {name!r} has no {what} examples; expected one or more, or no such client")
         if test:
             trained_on += _trained_on(name, *kept, notes)
-        encoded = [[encoder.example(r, _group(r, config)) for r in part] for part in kept]
+        kept[0], validation = split_validation(kept[0], config.validation_fraction, name, seed)
+        encoded = [[encoder.example(r, _group(r, config)) for r in part] for part in (*kept, validation)]
         clients.append(ClientData(name, *encoded))
     if trained_on and trained_on == sum(len(client.test) for client in clients):
         raise FlexError(
@@ -188,15 +198,11 @@ def load_clients(config: DataConfig, encoder: Encoder, notes: list[str] | None =
 
 def _trained_on(name: str, train: list[Record], test: list[Record], notes: list[str]) -> int:
     """How many test examples of a client it also trains on."""
-    known = {_texts(record) for record in train}
-    seen = sum(_texts(record) in known for record in test)
+    known = {texts(record) for record in train}
+    seen = sum(texts(record) in known for record in test)
     if seen:
         notes.append(f"{seen} of {len(test)} test examples of client {name!r} are among its training examples")
     return seen
-
-
-def _texts(record: Record) -> tuple[str, ...]:
-    return tuple(record.get(column) or "" for column in TEXTS)
 
 
 def _group(record: Record, config: DataConfig) -> str:

@@ -1,9 +1,10 @@
 """How records are divided: by client, and into training and test parts."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
-from flex.data.records import Record
+from flex.data.records import TEXTS, Record
 from flex.errors import FlexError
 
 
@@ -24,3 +25,37 @@ def split_held_out(records: list[Record], fraction: float, name: str) -> tuple[l
     random.Random(f"held out {name}").shuffle(order)
     cut = max(1, round(len(records) * fraction))
     return [records[i] for i in sorted(order[cut:])], [records[i] for i in sorted(order[:cut])]
+
+
+def split_validation(records: list[Record], fraction: float, name: str, seed: int) -> tuple[list[Record], list[Record]]:
+    """(train, validation) of a client's training records, by a shuffle that depends on its name and the run's seed alone:
+    every method chooses by the same ones. Records of the same texts stay together, so that none is on both sides.
+
+    Args:
+        fraction: of the records, rounded, one at least; 0: no validation part.
+
+    Raises:
+        FlexError: nothing would be left to train on.
+    """
+    if not fraction:
+        return records, []
+    order = list(dict.fromkeys(texts(record) for record in records))
+    random.Random(f"validation {seed} {name}").shuffle(order)
+    wanted, chosen = max(1, round(len(records) * fraction)), set()
+    sizes = Counter(texts(record) for record in records)
+    for one in order[:-1]:
+        if wanted <= 0:
+            break
+        chosen.add(one)
+        wanted -= sizes[one]
+    if not chosen:
+        raise FlexError(
+            f"client {name!r} has too few training examples ({len(records)}, {len(order)} of them different) to keep any for "
+            "validation; expected two or more, or data.validation_fraction = 0"
+        )
+    return [r for r in records if texts(r) not in chosen], [r for r in records if texts(r) in chosen]
+
+
+def texts(record: Record) -> tuple[str, ...]:
+    """What a record says, whoever owns it."""
+    return tuple(record.get(column) or "" for column in TEXTS)

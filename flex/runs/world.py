@@ -27,7 +27,7 @@ class World:
         """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
         digest = hashlib.sha256()
         for client in self.clients:
-            for part in (client.train, client.test):
+            for part in [client.train, client.test, *([client.validation] if client.validation else [])]:
                 digest.update(f"{client.client_id}/{len(part)}".encode())
                 for example in part:
                     digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
@@ -52,7 +52,7 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     unwrap(base)
     encoder, notes = make_encoder(config, base), []
     data = config.data.for_seed(seed)
-    return World(base, encoder, load_clients(data, encoder, notes), load_general(data, encoder), notes)
+    return World(base, encoder, load_clients(data, encoder, notes, seed), load_general(data, encoder), notes)
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:

@@ -10,7 +10,7 @@ from tiny import records, save_data, write_records
 from flex.config import DataConfig
 from flex.data.examples import IGNORED, Encoder, load_clients, training_batches
 from flex.data.records import read_records
-from flex.data.splits import split_held_out
+from flex.data.splits import split_held_out, split_validation, texts
 from flex.demo.language import build_tokenizer
 from flex.errors import FlexError
 
@@ -250,3 +250,40 @@ def test_a_test_file_that_is_trained_on_is_refused_and_a_part_of_it_named(tmp_pa
     notes: list[str] = []
     load_clients(dataclasses.replace(config, test=str(other)), encoder, notes)
     assert "2 of 8 test examples of client 'a' are among its training examples" in notes
+
+
+def test_the_validation_part_is_drawn_by_seed_and_never_trained_on(tmp_path, encoder):
+    save_data(tmp_path)
+    files = {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.jsonl")}
+    plain = load_clients(DataConfig(**files), encoder)
+    with_part = DataConfig(**files, validation_fraction=0.3)
+    draws = [load_clients(with_part, encoder, seed=seed) for seed in (0, 0, 1)]
+    for client, again, other, before in zip(*draws, plain, strict=True):
+        assert client == again
+        assert len(client.validation) == 3
+        assert not {e.input_ids for e in client.train} & {e.input_ids for e in client.validation}
+        assert sorted(e.input_ids for e in client.train + client.validation) == sorted(
+            e.input_ids for e in before.train
+        )
+        assert client.test == before.test
+        assert before.validation == []
+        assert {e.input_ids for e in client.validation} != {e.input_ids for e in other.validation}
+    assert {e.prompt_length for c in draws[0] for e in c.validation}
+    short = load_clients(dataclasses.replace(with_part, max_train=5), encoder)
+    assert [(len(c.train), len(c.validation)) for c in short] == [(3, 2), (3, 2)]
+
+
+def test_records_of_the_same_texts_stay_on_one_side_of_the_validation_split():
+    doubled = records("a", 6) + [{**r, "group": "again"} for r in records("a", 6)]
+    for seed in range(20):
+        train, validation = split_validation(doubled, 0.25, "a", seed)
+        assert len(train) + len(validation) == 12
+        assert len(validation) == 4
+        assert not {texts(r) for r in train} & {texts(r) for r in validation}
+    assert split_validation(doubled, 0.0, "a", 0) == (doubled, [])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_examples_for_a_validation_part_are_refused_by_name(count):
+    with pytest.raises(FlexError, match=rf"client 'a' has too few training examples \({count}, 1 of them different\)"):
+        split_validation(records("a", 1) * count, 0.5, "a", 0)
