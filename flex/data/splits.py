@@ -28,8 +28,9 @@ def split_held_out(records: list[Record], fraction: float, name: str) -> tuple[l
 
 
 def split_validation(records: list[Record], fraction: float, name: str, seed: int) -> tuple[list[Record], list[Record]]:
-    """(train, validation) of a client's training records, by a shuffle that depends on its name and the run's seed alone:
-    every method chooses by the same ones. Records of the same texts stay together, so that none is on both sides.
+    """(train, validation) of a client's training records, by a shuffle that depends on its name and the run's seed
+    alone: every method chooses by the same ones. Records of the same texts stay together: none is on both
+    sides.
 
     Args:
         fraction: of the records, rounded, one at least; 0: no validation part.
@@ -50,8 +51,8 @@ def split_validation(records: list[Record], fraction: float, name: str, seed: in
         wanted -= sizes[one]
     if not chosen:
         raise FlexError(
-            f"client {name!r} has too few training examples ({len(records)}, {len(order)} of them different) to keep any for "
-            "validation; expected two or more, or data.validation_fraction = 0"
+            f"client {name!r} has too few training examples ({len(records)}, {len(order)} of them different) to keep "
+            "any for validation; expected two or more, or data.validation_fraction = 0"
         )
     return [r for r in records if texts(r) not in chosen], [r for r in records if texts(r) in chosen]
 
