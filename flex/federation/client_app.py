@@ -3,7 +3,7 @@
 See `messages.py` for the contents of a message.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -11,26 +11,45 @@ import torch
 
 from flex.errors import FlexError, first_line
 from flex.federation.client import Site
-from flex.federation.flower import ClientApp, Context, Message, MetricRecord, RecordDict
+from flex.federation.flower import (
+    ArrayRecord,
+    ClientApp,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    Mod,
+    RecordDict,
+)
 from flex.federation.messages import (
     ABOUT,
     ARRAYS,
     ASK,
     CLIENT_INDEX,
     CONFIG,
+    CONTROL,
     EVENTS,
     METRICS,
     NUM_EXAMPLES,
+    Arrays,
+    carried_arrays,
     json_record,
     to_arrays,
+    to_control,
     to_record,
 )
 from flex.federation.rounds import answer_identity
+from flex.federation.scaffold import CONTROL_PREFIX
 from flex.store.events import Evaluated, Event
 
 
-def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
-    """Answers for the sites that live in this process, by client id; at a real site that is one."""
+def make_client_app(sites: Mapping[str, Site], mods: Sequence[Mod] = ()) -> ClientApp:
+    """Answers for the sites that live in this process, by client id; at a real site that is one.
+
+    Args:
+        mods: Flower's modifiers of a client's update (clipping, noise); they stand around training alone, since the
+            answers to the other messages carry no update.
+    """
     app = ClientApp()
 
     def site_of(context: Context) -> Site:
@@ -46,9 +65,9 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
             reply.content[ARRAYS] = to_record(site_of(context).model.shared_arrays())
         return reply
 
-    @app.train()
+    @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
-        config, shared = message.content[CONFIG], to_arrays(message.content[ARRAYS])
+        config, shared = message.content[CONFIG], carried_arrays(message.content)
         with memory_named(context):
             turn = site_of(context).train(
                 int(config["server-round"]), shared, float(config.get("proximal-mu", 0.0)), bool(config.get("evaluate"))
@@ -61,7 +80,7 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
             "tokens": turn.metrics["tokens"],
             "opening": turn.metrics["opening"] or [],
         }
-        return _reply(message, numbers, turn.events, {ARRAYS: to_record(turn.update)})
+        return _reply(message, numbers, turn.events, update_records(turn.update, shared))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -78,6 +97,14 @@ def make_client_app(sites: Mapping[str, Site]) -> ClientApp:
         return _reply(message, numbers, events, {})
 
     return app
+
+
+def update_records(update: Arrays, sent: Arrays) -> dict[str, ArrayRecord | ConfigRecord]:
+    """What a turn gives, by record, in the order in which it was sent: Flower's wrappers and mods go by the place."""
+    update = {name: update[name] for name in (*sent, *update) if name in update}
+    control = {name: array for name, array in update.items() if name.startswith(CONTROL_PREFIX)}
+    records = {ARRAYS: to_record({name: array for name, array in update.items() if name not in control})}
+    return {**records, CONTROL: to_control(control)} if control else records
 
 
 @contextmanager

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
         RecordDict,
     )
     from flwr.clientapp import ClientApp
+    from flwr.clientapp.typing import Mod
     from flwr.serverapp import Grid
     from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
     from flwr.serverapp.strategy import FedProx as FlowerFedProx
@@ -46,6 +47,7 @@ __all__ = [
     "Message",
     "MessageType",
     "MetricRecord",
+    "Mod",
     "RecordDict",
     "Strategy",
     "become_server",

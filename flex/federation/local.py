@@ -63,7 +63,10 @@ class InProcessGrid(Grid):
         self._run = empty_run(RUN_ID)
         self._replies: dict[str, Message] = {}
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return list(self.stream(messages))
+
+    def stream(self, messages: Iterable[Message]) -> Iterator[Message]:
         """The replies, each computed when it is asked for: who stops at a failure does not train the rest in vain."""
         return map(self._deliver, messages)
 

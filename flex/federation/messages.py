@@ -1,8 +1,9 @@
 """What travels between the server and its clients, as Flower's records: counted, checked and averaged.
 
     train      `arrays` (the shared state, float32), `config` with `server-round`, `evaluate` (whether this round ends
-               with an evaluation) and the caller's own
-               reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`
+               with an evaluation) and the caller's own; with SCAFFOLD also `control`, its control variates
+               reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`, and `control` where
+               it was sent
     evaluate   the same content                               reply: `metrics`, `events`
     query      `config` with `ask`, or nothing: who are you?  reply: `client` (id and index); to "about" also `about`
                (see `SiteAbout`), to "start" also `arrays`, the shared state as the method initialises it
@@ -13,6 +14,7 @@ split and moment, and what the grafts are made of. A client speaks of itself alo
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ Arrays = dict[str, np.ndarray]
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records' names in a message, as Flower's strategies use
 EVENTS, ABOUT, ASK = "events", "about", "ask"
+CONTROL = "control"  # a ConfigRecord of tensors: what clips an update, or adds noise to it, takes every ArrayRecord
 NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
 TOLD = (Grafted, Evaluated)  # what a client may say to the log
 
@@ -69,7 +72,7 @@ def sent_tensors(content: RecordDict) -> list[dict[str, Any]]:
     """
     return [
         {"name": name, "shape": list(array.shape), "dtype": array.dtype, "bytes": len(array.data)}
-        for record in content.array_records.values()
+        for record in (*content.array_records.values(), control_of(content))
         for name, array in record.items()
     ]
 
@@ -146,6 +149,33 @@ def check_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+def to_control(arrays: Arrays) -> ConfigRecord:
+    """Control variates as they travel."""
+    from flex.federation.flower import ConfigRecord
+
+    return ConfigRecord({name: array.data for name, array in to_record(arrays).items()})
+
+
+def control_of(content: RecordDict, sender: str = "the server") -> ArrayRecord:
+    """The inverse of `to_control`; empty where a message has none.
+
+    Raises:
+        FlexError: one of them is no tensor.
+    """
+    from flex.federation.flower import Array, ArrayRecord
+
+    try:
+        came = content.config_records.get(CONTROL, {})
+        return ArrayRecord({name: Array(np.load(io.BytesIO(data), allow_pickle=False)) for name, data in came.items()})
+    except (TypeError, ValueError, EOFError) as error:
+        raise FlexError(f"{sender} sent a {CONTROL!r} record that holds no tensors: {error}") from None
+
+
+def carried_arrays(content: RecordDict) -> Arrays:
+    """What a turn starts from: the shared state, and control variates where they were sent, by their names."""
+    return to_arrays(content[ARRAYS]) | to_arrays(control_of(content))
+
+
 def update_of(reply: Message, sent: ArrayRecord, sender: str, record: str = ARRAYS) -> dict[str, Array]:
     """The tensors of a reply, in the order in which they were sent out.
 
@@ -157,7 +187,11 @@ def update_of(reply: Message, sent: ArrayRecord, sender: str, record: str = ARRA
     if list(records) != [record]:
         names = ", ".join(map(repr, records)) or "none"
         raise FlexError(f"{sender} sent {len(records)} ArrayRecords ({names}); expected exactly one, {record!r}")
-    came = records[record]
+    return same_tensors(records[record], sent, sender)
+
+
+def same_tensors(came: ArrayRecord, sent: ArrayRecord, sender: str) -> dict[str, Array]:
+    """`came` in the order of `sent`; FlexError where its names, shapes or dtypes are others."""
     if missing := [name for name in sent if name not in came]:
         raise FlexError(f"{sender} did not send {missing[0]!r}; expected every tensor that the server sent out")
     if extra := [name for name in came if name not in sent]:

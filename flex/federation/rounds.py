@@ -155,7 +155,7 @@ class _Exchange:
         """The replies that are no errors, and the turns they tell of, both in client order."""
         pending = {message.metadata.dst_node_id: message for message in messages}
         answered: dict[int, tuple[Message, Turn]] = {}
-        for reply in self.grid.send_and_receive(list(pending.values()), timeout=self.timeout):
+        for reply in _replies(self.grid, list(pending.values()), self.timeout):
             node = self._sender(reply, pending)
             message = pending.pop(node)
             if reply.has_error():
@@ -191,6 +191,12 @@ class _Exchange:
         if not self.skip_failed:
             kind = FlexError if isinstance(cause, FlexError) else ClientFailed
             raise kind(f"client {self._name(node)!r} failed in round {self.round_index} ({doing}): {reason}") from cause
+
+
+def _replies(grid: Grid, messages: list[Message], timeout: float | None) -> Iterable[Message]:
+    """One by one as they come, where the grid can do that."""
+    stream = getattr(grid, "stream", None)
+    return stream(messages) if stream else grid.send_and_receive(messages, timeout=timeout)
 
 
 def clients_of(grid: Grid, timeout: float | None = None) -> dict[int, str]:

@@ -14,11 +14,12 @@ import numpy as np
 
 from flex.federation.messages import Arrays
 
-CONTROL_PREFIX = "c/"  # control variates travel in the same record as the shared state: Flower wants one per message
+CONTROL_PREFIX = "c/"  # of their names: on the way, beside the shared state, and among the strategy's moments
 
 
 def split_control(arrays: Arrays) -> tuple[Arrays, Arrays]:
-    """(shared state, the server's c) of what a message carried; with another strategy the latter is empty."""
+    """(shared state, control variates by the names of what they belong to) of what a turn takes or gives; with another
+    strategy the latter are none."""
     control = {n.removeprefix(CONTROL_PREFIX): a for n, a in arrays.items() if n.startswith(CONTROL_PREFIX)}
     return {n: a for n, a in arrays.items() if not n.startswith(CONTROL_PREFIX)}, control
 

@@ -41,12 +41,16 @@ from flex.federation.flower import (
 )
 from flex.federation.messages import (
     CLIENT_INDEX,
+    CONTROL,
     Arrays,
     check_metrics,
+    control_of,
     mean_metrics,
     metrics_of,
+    same_tensors,
     shares,
     size_of,
+    to_control,
     to_record,
     update_of,
     weighted_mean,
@@ -109,7 +113,7 @@ class FedAvg(FlowerFedAvg):
         replies = self._in_order(replies)
         if not replies:
             return None, None
-        updates = [update_of(reply, self.sent, self._name(reply), self.arrayrecord_key) for reply in replies]
+        updates = [self._update(reply) for reply in replies]
         self._check_metrics(replies)
         sizes = [size_of(reply, self._name(reply)) for reply in replies]
         arrays = self.combine(updates, sizes)
@@ -129,6 +133,9 @@ class FedAvg(FlowerFedAvg):
     def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
         """The next shared state; the one method in which the strategies differ."""
         return weighted_mean(updates, sizes)
+
+    def _update(self, reply: Message) -> dict[str, Array]:
+        return update_of(reply, self.sent, self._name(reply), self.arrayrecord_key)
 
     def _nodes(self, grid: Grid) -> list[int]:
         return list(self.clients) or sorted(grid.get_node_ids())
@@ -179,20 +186,31 @@ class Scaffold(FedAvg):
 
     moment_kinds = frozenset({"c"})
 
+    def __init__(self, **flower_settings):
+        super().__init__(**flower_settings)
+        self.control = ArrayRecord()
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         for name, array in arrays.items():
             self.moments.setdefault(CONTROL_PREFIX + name, np.zeros(array.shape, np.float32))
-        control = to_record({CONTROL_PREFIX + name: self.moments[CONTROL_PREFIX + name] for name in arrays})
-        return super().configure_train(server_round, ArrayRecord({**arrays, **control}), config, grid)
+        control = {CONTROL_PREFIX + name: self.moments[CONTROL_PREFIX + name] for name in arrays}
+        self.control, record = to_record(control), to_control(control)
+        messages = super().configure_train(server_round, arrays, config, grid)
+        for message in messages:
+            message.content[CONTROL] = record
+        return messages
+
+    def _update(self, reply: Message) -> dict[str, Array]:
+        sender = self._name(reply)
+        return {**super()._update(reply), **same_tensors(control_of(reply.content, sender), self.control, sender)}
 
     def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
-        for name in [n for n in self.sent if n.startswith(CONTROL_PREFIX)]:
+        for name in self.control:
             change = sum(update[name].numpy() for update in updates)
             self.moments[name] = np.asarray(self.moments[name] + change / self.num_clients, dtype=np.float32)
-        shared = [{n: a for n, a in update.items() if not n.startswith(CONTROL_PREFIX)} for update in updates]
-        return weighted_mean(shared, sizes)
+        return weighted_mean([{name: update[name] for name in self.sent} for update in updates], sizes)
 
 
 class ServerOptimizer(FedAvg):

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from flex.config import STRATEGIES
 from flex.federation.flower import ClientApp, Context, Error, Grid, Message, MetricRecord, RecordDict, empty_run
 from flex.federation.local import InProcessGrid
-from flex.federation.messages import ARRAYS, CONFIG, METRICS, to_arrays, to_record
+from flex.federation.messages import ARRAYS, CONFIG, CONTROL, METRICS, carried_arrays, to_arrays, to_control, to_record
 from flex.federation.rounds import answer_identity
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.strategy import make_strategy
@@ -47,7 +47,7 @@ def make_toy_app(
     @app.train()
     def train(message: Message, context: Context) -> Message:
         index, config = int(context.node_config["partition-id"]), message.content[CONFIG]
-        shared, control = split_control(to_arrays(message.content[ARRAYS]))
+        shared, control = split_control(carried_arrays(message.content))
         round_index, mu = int(config["server-round"]), float(config.get("proximal-mu", 0.0))
         if context.node_config["client-id"] == fail and round_index >= fail_from:
             raise error
@@ -64,15 +64,15 @@ def make_toy_app(
             w, scale = w - np.float32(RATE) * gradients["w"], scale - np.float32(RATE) * gradients["scale"]
             b = np.float32(b - RATE * e.mean())
         trained = {"w": w.astype(np.float32), "scale": np.asarray(scale, np.float32)}
+        trained = {name: trained[name] for name in shared}  # Flower's wrappers go by the place
         c_own = {name: own[f"c/{name}"] for name in control if f"c/{name}" in own}
         c_own, change = control_update(shared, trained, control, c_own, STEPS, RATE)
         np.savez(folder / f"{index}-{round_index}.npz", b=b, **{f"c/{name}": c for name, c in c_own.items()})
         metrics = {"client-index": index, "num-examples": len(y), "loss": float((e**2).mean())}
         if greedy:
             message.content[ARRAYS].clear()
-        return Message(
-            RecordDict({ARRAYS: to_record({**trained, **change}), METRICS: MetricRecord(metrics)}), reply_to=message
-        )
+        arrays = {ARRAYS: to_record(trained)} | ({CONTROL: to_control(change)} if control else {})
+        return Message(RecordDict({**arrays, METRICS: MetricRecord(metrics)}), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -119,7 +119,7 @@ class RelayGrid(Grid):
                 reply.metadata.__dict__["_src_node_id"] = 1
                 replies.append(reply)
             elif node != self.deaf:
-                came = next(iter(self.inner.send_and_receive([inner])))
+                (came,) = self.inner.send_and_receive([inner])
                 kind = {"error": came.error} if came.has_error() else {"content": came.content}
                 replies.append(Message(**kind, reply_to=message))
         self.random.shuffle(replies)
