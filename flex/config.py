@@ -28,6 +28,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedyogi": ("eta", "tau", "beta_1", "beta_2"),
     "fedadam": ("eta", "tau", "beta_1", "beta_2"),
 }
+PROXIMAL_MU = 0.01  # FedProx's, unless strategy.proximal_mu says another
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
 OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
 
@@ -135,6 +136,11 @@ class StrategySettings:
         name = METHODS[method].strategy or self.name
         return name, self.given(name)
 
+    def mu(self, method: str) -> float:
+        """FedProx's mu of a client's steps for `method`; 0 where another strategy averages."""
+        name, given = self.of(method)
+        return given.get("proximal_mu", PROXIMAL_MU) if "proximal_mu" in STRATEGIES[name] else 0.0
+
     def given(self, name: str) -> dict[str, float]:
         """The settings that are given, of those that this strategy takes."""
         values = {key: getattr(self, key) for key in STRATEGIES[name]}
@@ -179,6 +185,11 @@ class RunConfig:
                 f"strategy.{key} is {value}, which {', '.join(sorted(names))} has no use for; "
                 f"expected it left out, or one of {', '.join(users)}",
             )
+
+    def scores_after(self, round_index: int) -> bool:
+        """Whether a round of training ends with an evaluation: every `evaluate.every` rounds, and the last."""
+        every = self.evaluate.every
+        return round_index == self.train.rounds or (every > 0 and round_index % every == 0)
 
     def with_values(self, **sections: dict[str, Any]) -> "RunConfig":
         """A copy with some fields of some sections replaced: `config.with_values(train={"rounds": 3})`."""
@@ -277,22 +288,35 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         FlexError: the file is missing or no TOML, or names a setting that does not exist or has the wrong type.
     """
-    table: dict[str, Any] = {}
+    text = ""
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise FlexError(f"no configuration at {path}; expected a TOML file") from None
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise FlexError(f"{path} is not a TOML file: {error}") from None
+    return parse_config(text, overrides, str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), where: str = "the configuration") -> RunConfig:
+    """A run from the text of a TOML file, which errors call `where`; otherwise as `read_config`.
+
+    Raises:
+        FlexError: the text is no TOML, or names a setting that does not exist or has the wrong type.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FlexError(f"{where} is not a TOML file: {error}") from None
     old_mu = isinstance(table.get("train"), dict) and "proximal_mu" in table["train"]
-    _rename(table, str(path))
-    for text in overrides:
-        (*sections, key), value = _parse_override(text)
+    _rename(table, where)
+    for override in overrides:
+        (*sections, key), value = _parse_override(override)
         node = table
         for section in sections:
             node = node.setdefault(section, {})
-            require(isinstance(node, dict), f"--set {text}: {section} is a value, not a section")
+            require(isinstance(node, dict), f"--set {override}: {section} is a value, not a section")
         node[key] = value
     if old_mu:
         _without_unused(table)
@@ -302,7 +326,12 @@ def read_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def write_config(config: RunConfig, path: Path) -> None:
-    """The resolved run as TOML: `read_config` gives the same run back."""
+    """The resolved run as a TOML file: `read_config` gives the same run back."""
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved run as TOML: `parse_config` gives the same run back."""
     lines, sections = [f"format = {FORMAT}"], []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -312,7 +341,7 @@ def write_config(config: RunConfig, path: Path) -> None:
             sections.append("\n".join([f"[{f.name}]", *body]))
         else:
             lines.append(f"{f.name} = {to_toml(value)}")
-    path.write_text("\n\n".join(["\n".join(lines), *sections]) + "\n", encoding="utf-8")
+    return "\n\n".join(["\n".join(lines), *sections]) + "\n"
 
 
 def to_toml(value: Any) -> str:

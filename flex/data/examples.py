@@ -4,6 +4,7 @@ One prompt for training, evaluation and generation (`Encoder.prompt_ids`), and t
 trained: a model never trained on it does not learn to stop.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,16 @@ class ClientData:
         """The parts by name; one that is empty is left out."""
         parts = {"train": self.train, "test": self.test, "validation": self.validation}
         return {name: part for name, part in parts.items() if part}
+
+    def fingerprint(self) -> str:
+        """A name for these examples, in their order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(f"{self.client_id}/{len(part)}".encode(errors="surrogatepass"))
+            for example in part:
+                digest.update(f"{example.input_ids}{example.prompt_length}".encode())
+                digest.update(example.response.encode(errors="surrogatepass"))
+        return digest.hexdigest()[:16]
 
     def truncated(self) -> dict[str, int]:
         return {name: sum(e.truncated for e in part) for name, part in self.parts().items()}

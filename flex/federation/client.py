@@ -23,6 +23,7 @@ from flex.config import RunConfig
 from flex.data.examples import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluation.score import response_logits, score
+from flex.federation.agreement import settings_digest, versions
 from flex.federation.messages import Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.graft.calibrate import Calibration
@@ -57,10 +58,18 @@ def rate(first: float, config: RunConfig, round_index: int) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def about(base: Base, client: ClientData) -> SiteAbout:
+def about(base: Base, client: ClientData, config: RunConfig) -> SiteAbout:
     """What a client is, whatever the method."""
-    sizes = {"num_train": len(client.train), "num_test": len(client.test)}
-    return SiteAbout(client.client_id, base.fingerprint, truncated=client.truncated(), **sizes)
+    return SiteAbout(
+        client.client_id,
+        base.fingerprint,
+        num_train=len(client.train),
+        num_test=len(client.test),
+        truncated=client.truncated(),
+        settings=settings_digest(config),
+        data=client.fingerprint(),
+        versions=versions(),
+    )
 
 
 class Listener(Protocol):
@@ -174,15 +183,13 @@ class Site:
         """What the server is told before the first round."""
         counts = self.model.parts.counts()
         trained = {role: counts[role] for role in ("shared", "personal")}
-        return replace(about(self.model.base, self.client), trained_parameters=trained)
+        return replace(about(self.model.base, self.client, self.config), trained_parameters=trained)
 
-    def train(
-        self, round_index: int, shared: Arrays, proximal_mu: float = 0.0, score_after: bool = False
-    ) -> TurnReport:
+    def train(self, round_index: int, shared: Arrays) -> TurnReport:
         """Local steps from the shared state of the round's start.
 
-        Args:
-            score_after: whether the client also scores its own model, before the server averages it.
+        How to train, and whether to score its own model before the server averages it, a client reads in its own
+        configuration: whoever asks for a turn has no say in it.
         """
         started = time.perf_counter()
         model, train = self.model, self.config.train
@@ -195,9 +202,10 @@ class Site:
             own.parameters = self._choose(round_index, own)
         optimizer = self.optimizer(round_index)
         load_moments(optimizer, model.parts.personal, own.moments)
+        mu = self.config.strategy.mu(model.method_name)
         held = Held(
-            proximal_mu,
-            {name: p.detach().clone() for name, p in model.parts.shared.items()} if proximal_mu else {},
+            mu,
+            {name: p.detach().clone() for name, p in model.parts.shared.items()} if mu else {},
             {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()},
         )
         # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
@@ -231,7 +239,7 @@ class Site:
         }
         # Grafts are chosen in this round, or in a turn before it that a kill cut off.
         events: list[Event] = [choice for choice in own.choices if choice.round >= round_index - 1]
-        if score_after:
+        if self.config.scores_after(round_index):
             events += self.evaluate(round_index, None, BEFORE)
         return TurnReport(update, metrics, events)
 

@@ -3,7 +3,7 @@
 See `messages.py` for the contents of a message.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -38,42 +38,40 @@ from flex.federation.messages import (
     to_control,
     to_record,
 )
-from flex.federation.rounds import answer_identity
+from flex.federation.rounds import answer_identity, identity
 from flex.federation.scaffold import CONTROL_PREFIX
+from flex.federation.seal import round_of, sealed
 from flex.store.events import Evaluated, Event
 
 
-def make_client_app(sites: Mapping[str, Site], mods: Sequence[Mod] = ()) -> ClientApp:
-    """Answers for the sites that live in this process, by client id; at a real site that is one.
+def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[Mod] = ()) -> ClientApp:
+    """Answers for the sites that live in this process.
 
     Args:
+        site_of: whom a message speaks to: one of many where a process plays them all (`context.node_config` says which
+            one), the only one at a real site, there in the job that the message names.
         mods: Flower's modifiers of a client's update (clipping, noise); they stand around training alone, since the
             answers to the other messages carry no update.
     """
-    app = ClientApp()
-
-    def site_of(context: Context) -> Site:
-        return sites[str(context.node_config["client-id"])]
+    app = ClientApp(mods=[sealed])
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
         reply = answer_identity(message, context)
         question = message.content.config_records.get(CONFIG, {}).get(ASK)
         if question == "about":
-            reply.content[ABOUT] = json_record(asdict(site_of(context).about()))
+            reply.content[ABOUT] = json_record(asdict(site_of(message, context).about()))
         elif question == "start":
-            reply.content[ARRAYS] = to_record(site_of(context).model.shared_arrays())
+            reply.content[ARRAYS] = to_record(site_of(message, context).model.shared_arrays())
         return reply
 
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
-        config, shared = message.content[CONFIG], carried_arrays(message.content)
-        with memory_named(context):
-            turn = site_of(context).train(
-                int(config["server-round"]), shared, float(config.get("proximal-mu", 0.0)), bool(config.get("evaluate"))
-            )
+        site, shared = site_of(message, context), carried_arrays(message.content)
+        with memory_named(site):
+            turn = site.train(round_of(message.content), shared)
         numbers = {
-            CLIENT_INDEX: int(context.node_config["partition-id"]),
+            CLIENT_INDEX: identity(context)[1],
             NUM_EXAMPLES: turn.metrics["num_examples"],
             "loss": turn.metrics["loss"],
             "seconds": turn.metrics["seconds"],
@@ -84,12 +82,12 @@ def make_client_app(sites: Mapping[str, Site], mods: Sequence[Mod] = ()) -> Clie
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        round_index, shared = int(message.content[CONFIG]["server-round"]), to_arrays(message.content[ARRAYS])
-        with memory_named(context):
-            events = site_of(context).evaluate(round_index, shared)
+        site, shared = site_of(message, context), to_arrays(message.content[ARRAYS])
+        with memory_named(site):
+            events = site.evaluate(round_of(message.content), shared)
         test = next(event for event in events if isinstance(event, Evaluated))
         numbers = {
-            CLIENT_INDEX: int(context.node_config["partition-id"]),
+            CLIENT_INDEX: identity(context)[1],
             NUM_EXAMPLES: test.num_examples,
             "loss": test.loss,
             "exact-match": test.exact_match,
@@ -108,14 +106,14 @@ def update_records(update: Arrays, sent: Arrays) -> dict[str, ArrayRecord | Conf
 
 
 @contextmanager
-def memory_named(context: Context) -> Iterator[None]:
+def memory_named(site: Site) -> Iterator[None]:
     """A memory that is too small is bad luck with the settings, and gets a sentence."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # on a CPU torch raises a RuntimeError of its allocator
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise FlexError(
-                f"client {str(context.node_config['client-id'])!r} is out of memory ({first_line(error)}); "
+                f"client {site.client_id!r} is out of memory ({first_line(error)}); "
                 "expected a smaller train.batch_size, evaluate.batch_size or data.max_length, or "
                 "train.gradient_checkpointing = true"
             ) from error

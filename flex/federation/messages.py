@@ -1,12 +1,15 @@
 """What travels between the server and its clients, as Flower's records: counted, checked and averaged.
 
     train      `arrays` (the shared state, float32), `config` with `server-round`, `evaluate` (whether this round ends
-               with an evaluation) and the caller's own; with SCAFFOLD also `control`, its control variates
+               with an evaluation; this project's own clients read that in their configuration) and the caller's own;
+               with SCAFFOLD also `control`, its control variates
                reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`, and `control` where
                it was sent
     evaluate   the same content                               reply: `metrics`, `events`
     query      `config` with `ask`, or nothing: who are you?  reply: `client` (id and index); to "about" also `about`
                (see `SiteAbout`), to "start" also `arrays`, the shared state as the method initialises it
+
+Every reply also has a `seal` (`seal.py`): which round and which tensors it answers.
 
 `events` is a ConfigRecord with the JSON of what the log is to say of the turn (`store/events.py`): scores of every
 split and moment, and what the grafts are made of. A client speaks of itself alone.
@@ -18,7 +21,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +38,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records' names in
 EVENTS, ABOUT, ASK = "events", "about", "ask"
 CONTROL = "control"  # a ConfigRecord of tensors: what clips an update, or adds noise to it, takes every ArrayRecord
 NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
+ABOUT_KINDS = {"str": str, "int": int, "dict": dict}
 TOLD = (Grafted, Evaluated)  # what a client may say to the log
 
 
@@ -43,6 +47,7 @@ class SiteAbout:
     """What a site says of itself before the first round.
 
     fingerprint: of its base. truncated: examples cut, by part. trained_parameters: how many are shared, and personal.
+    settings, data: digests of its configuration (`agreement.py`) and of its examples. versions: of flex and torch.
     """
 
     client_id: str
@@ -51,6 +56,9 @@ class SiteAbout:
     num_test: int
     truncated: dict[str, int]
     trained_parameters: dict[str, int] = field(default_factory=dict)
+    settings: str = ""
+    data: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -125,9 +133,14 @@ def about_of(reply: Message, client_id: str) -> SiteAbout:
     """What a site says of itself, by the name that the server knows it by."""
     values = _json_of(reply, ABOUT, f"client {client_id!r}")
     try:
-        return replace(SiteAbout(**values), client_id=client_id)
+        about = replace(SiteAbout(**values), client_id=client_id)
     except TypeError as error:
         raise FlexError(f"client {client_id!r} does not say who it is: {error}") from None
+    for f in fields(SiteAbout):
+        came = getattr(about, f.name)
+        if not isinstance(came, kind := ABOUT_KINDS[str(f.type).partition("[")[0]]) or came is True:
+            raise FlexError(f"client {client_id!r} says that its {f.name} is {came!r}; expected {kind.__name__}")
+    return about
 
 
 def size_of(reply: Message, sender: str) -> float:

@@ -26,6 +26,7 @@ from flex.federation.messages import (
     to_arrays,
     to_record,
 )
+from flex.federation.seal import check_seal
 from flex.store.events import Event
 
 Config = Mapping[str, bool | int | float | str]
@@ -163,6 +164,7 @@ class _Exchange:
                 self._fail(node, message.metadata.message_type, reply.error.reason or "no reason given", cause)
             else:
                 name = self._name(node)
+                check_seal(message, reply, f"client {name!r}")
                 down, up = sent_tensors(message.content), sent_tensors(reply.content)
                 answered[node] = (
                     reply,
@@ -252,9 +254,14 @@ def _ask(grid: Grid, nodes: list[int], question: Config, timeout: float | None) 
     return replies
 
 
+def identity(context: Context) -> tuple[str, int]:
+    """(client id, index) of a node, as it was started; the index serves as the name of one without a name."""
+    index = int(context.node_config["partition-id"])
+    return str(context.node_config.get("client-id", index)), index
+
+
 def answer_identity(message: Message, context: Context) -> Message:
     """The client's half of `ask_clients`, to be registered with the ClientApp: `app.query()(answer_identity)`."""
-    node = context.node_config
-    index = int(node["partition-id"])
-    answer = {"client-id": str(node.get("client-id", index)), CLIENT_INDEX: index}
+    client_id, index = identity(context)
+    answer = {"client-id": client_id, CLIENT_INDEX: index}
     return Message(RecordDict({"client": ConfigRecord(answer)}), reply_to=message)

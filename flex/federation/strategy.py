@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from flex.config import STRATEGIES, StrategySettings
+from flex.config import PROXIMAL_MU, STRATEGIES, StrategySettings
 from flex.errors import FlexError
 from flex.federation.flower import (
     Array,
@@ -174,7 +174,7 @@ class FedAvg(FlowerFedAvg):
 class FedProx(FlowerFedProx, FedAvg):
     """Flower's own: `config["proximal-mu"]` goes out with every message, and the client adds mu/2 ||w_k - w||²."""
 
-    def __init__(self, proximal_mu: float = 0.01):
+    def __init__(self, proximal_mu: float = PROXIMAL_MU):
         super().__init__(proximal_mu=proximal_mu)
 
 

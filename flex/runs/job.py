@@ -9,15 +9,16 @@ writes into the log, comes in replies.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flex.config import RunConfig
+from flex.federation.agreement import check_sites
 from flex.federation.checkpoint import load_server, save_server
 from flex.federation.flower import Grid, Strategy
-from flex.federation.messages import NUM_EXAMPLES, Arrays
+from flex.federation.messages import NUM_EXAMPLES, Arrays, SiteAbout
 from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, evaluate_all, inner, run_rounds
 from flex.federation.strategy import load_strategy_state, make_strategy
 from flex.methods import METHODS
@@ -46,7 +47,8 @@ class Job:
     Args:
         folder: of the job.
         grid: of the clients, in this process or elsewhere.
-        identity: what a job that is resumed must agree in, beside its method, seed and strategy: base and data.
+        admit: what a job that is resumed must agree in, beside its method, seed and strategy (base, data), made from
+            what the sites say of themselves; the place to refuse one of them.
     """
 
     def __init__(
@@ -56,14 +58,15 @@ class Job:
         seed: int,
         folder: Path,
         grid: Grid,
-        identity: Mapping[str, str],
+        admit: Callable[[Sequence[SiteAbout]], Mapping[str, str]],
         bar: Bar,
     ):
         self.config, self.method, self.folder, self.grid, self.bar = config, METHODS[method], folder, grid, bar
         self.log = EventLog(folder / METRICS, method, seed)
         self.server = folder / "server"
         self.strategy_name, self.strategy_settings = config.strategy.of(method)
-        self.header = {**identity, "method": method, "seed": seed, "strategy": self.strategy_name}
+        self.admit = admit
+        self.header = {"method": method, "seed": seed, "strategy": self.strategy_name}
         self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
         self.exact: dict[str, float] = {}
         self.tokens = 0
@@ -77,6 +80,8 @@ class Job:
         """Does what is left of the job: all of it where it is new."""
         started, train = time.perf_counter(), self.config.train
         sites = ask_about(self.grid)
+        check_sites(sites, self.config)
+        self.header |= self.admit(sites)
         per_round = (train.clients_per_round or len(sites)) * train.steps
         total = train.rounds * per_round if self.method.trains else 1
         self.bar.begin(total)

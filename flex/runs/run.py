@@ -11,15 +11,15 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 import transformers
 from rich.console import Console
 
-from flex.config import STRATEGIES, RunConfig, read_config, write_config
+from flex.config import RunConfig, read_config, write_config
 from flex.errors import FlexError
+from flex.federation.agreement import comparable
 from flex.federation.client import about
 from flex.federation.messages import SiteAbout
 from flex.federation.strategy import make_strategy
@@ -34,11 +34,6 @@ from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, rea
 
 CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
-# Settings that do not decide a job's numbers, or whose content is compared instead.
-NOT_COMPARED = {
-    *("output", "workers", "model.path", "model.device", "data.train", "data.test", "data.general"),
-    *("train.methods", "train.seeds", "train.gradient_checkpointing", "evaluate.batch_size"),
-}
 
 
 def run(config: RunConfig, console: Console, title: str = "", descriptions: dict[str, str] | None = None) -> Path:
@@ -65,7 +60,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     _claim(folder, config)
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     with _alone_in(folder, console), progress_bars(console) as progress:
-        sites = [about(world.base, client) for client in world.clients]
+        sites = [about(world.base, client, config) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, data, title, descriptions))
         lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
         left = [job for job in jobs if not is_done(job_folder(folder, job))]
@@ -116,7 +111,7 @@ def _check_free(folder: Path, config: RunConfig) -> None:
     """`folder` is empty, holds a run with these settings, or one without results."""
     path = folder / CONFIG
     if path.exists() and _has_results(folder):
-        here, there = (_comparable(c) for c in (config, read_config(path)))
+        here, there = (comparable(c) for c in (config, read_config(path)))
         different = [key for key in here if here[key] != there[key]]
         if different:
             key = different[0]
@@ -189,20 +184,6 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             console.print(f"warning: {folder} cannot be locked ({error}); do not run it twice at once", style="yellow")
         yield
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a job's numbers, flat. Base and data are compared by fingerprint (`Job.header`)."""
-    values = {
-        f"{section}.{key}" if isinstance(part, dict) else section: value
-        for section, part in dataclasses.asdict(config).items()
-        for key, value in (part.items() if isinstance(part, dict) else [("", part)])
-    }
-    # A setting that is left out is its strategy's default.
-    name = config.strategy.name
-    strategy = make_strategy(name, 1, **config.strategy.given(name))
-    values |= {f"strategy.{key}": getattr(strategy, key) for key in STRATEGIES[name]}
-    return {key: value for key, value in values.items() if key not in NOT_COMPARED}
 
 
 def run_events(

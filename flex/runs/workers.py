@@ -19,6 +19,7 @@ from flex.config import RunConfig
 from flex.errors import FlexError
 from flex.federation.client_app import make_client_app
 from flex.federation.local import InProcessGrid
+from flex.federation.rounds import identity
 from flex.runs.job import Job
 from flex.runs.progress import Bar, Tell
 from flex.runs.world import Worlds
@@ -40,11 +41,11 @@ def make_job(config: RunConfig, job: JobName, worlds: Worlds, tell: Tell) -> Job
     world = worlds.of(seed)
     sites = world.sites(config, method, seed, folder, bar)
     grid = InProcessGrid(
-        make_client_app(sites),
+        make_client_app(lambda _, context: sites[identity(context)[0]]),
         list(sites),
         on_message=lambda message, *_: bar.say(f"{grid.clients[message.metadata.dst_node_id]} done"),
     )
-    return Job(config, method, seed, folder, grid, world.identity, bar)
+    return Job(config, method, seed, folder, grid, lambda _: world.identity, bar)
 
 
 def run_apart(config: RunConfig, jobs: list[JobName], lines: dict[JobName, Tell]) -> Iterator[JobName]:

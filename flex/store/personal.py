@@ -53,6 +53,7 @@ class PersonalStore:
         tensors = {f"{kind}:{name}": tensor for kind in KINDS for name, tensor in getattr(state, kind).items()}
         header = {**self.header, "round": round_index, "choices": [choice.to_json() for choice in state.choices]}
         save_tensors(round_file(self.folder, round_index), tensors, header)
+        self.forget(after=round_index)  # what is later is of another run, and would count as newer than this
         for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
             round_file(self.folder, old).unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from flex.federation.flower import ClientApp, ConfigRecord, Message, MetricRecor
 from flex.federation.local import InProcessGrid
 from flex.federation.messages import sent_bytes, sent_tensors, to_arrays, to_record
 from flex.federation.rounds import ClientFailed, ask_clients, run_rounds
+from flex.federation.seal import sealed
 from flex.federation.strategy import STRATEGIES, make_strategy, sample_clients
 
 
@@ -85,7 +86,7 @@ def test_report_keeps_every_client_apart(tmp_path):
 
 
 def test_nothing_shared_is_a_run_too(tmp_path):
-    app = ClientApp()
+    app = ClientApp(mods=[sealed])
 
     @app.train()
     def train_alone(message, context):
@@ -182,7 +183,7 @@ def test_a_round_without_any_client_stops(tmp_path):
 
 
 def test_a_client_app_that_returns_no_message():
-    app = ClientApp()
+    app = ClientApp(mods=[sealed])
     app.train()(lambda message, context: None)
     with pytest.raises(ClientFailed, match=r"client 'anna' .* the ClientApp returned NoneType; expected a Message"):
         run_rounds(make_strategy("fedavg", 1), InProcessGrid(app, ["anna"]), START, 1)
@@ -204,7 +205,7 @@ def test_nodes_that_die_or_keep_silent_are_named(tmp_path):
 
 
 def test_nodes_that_do_not_say_who_they_are(tmp_path):
-    app = ClientApp()
+    app = ClientApp(mods=[sealed])
     with pytest.raises(FlexError, match="does not say which client it is"):
         ask_clients(InProcessGrid(app, ["anna"]))
 

@@ -15,6 +15,7 @@ from flex.federation.local import InProcessGrid
 from flex.federation.messages import ARRAYS, CONFIG, CONTROL, METRICS, carried_arrays, to_arrays, to_control, to_record
 from flex.federation.rounds import answer_identity
 from flex.federation.scaffold import control_update, split_control
+from flex.federation.seal import sealed
 from flex.federation.strategy import make_strategy
 
 DIMENSIONS, STEPS, RATE = 8, 5, 0.1
@@ -41,7 +42,7 @@ def make_toy_app(
     folder: Path, fail: str = "", error: Exception | None = None, fail_from: int = 1, greedy: bool = False
 ) -> ClientApp:
     """The clients. `fail` raises `error` when it trains from round `fail_from` on; greedy ones empty their message."""
-    app = ClientApp()
+    app = ClientApp(mods=[sealed])
     app.query()(answer_identity)
 
     @app.train()
