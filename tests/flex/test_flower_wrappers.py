@@ -88,7 +88,7 @@ class OneStep:
 
     client_id = "anna"
 
-    def train(self, round_index, shared, mu, score_after):
+    def train(self, round_index, shared):
         numbers = {"num_examples": 3, "loss": 1.0, "seconds": 0.1, "tokens": 5, "opening": None}
         return TurnReport({name: array + 1 for name, array in shared.items()}, numbers)
 
@@ -96,8 +96,7 @@ class OneStep:
 def test_mods_stand_around_training_alone():
     np.random.seed(0)
     shared = {"w": np.zeros(16, np.float32)}
-    sites = {name: OneStep() for name in CLIENTS}
-    app = make_client_app(sites, mods=[mods.LocalDpMod(CLIENT_CLIP, sensitivity=0.0, epsilon=1, delta=1e-5)])
+    app = make_client_app(lambda *_: OneStep(), mods=[mods.LocalDpMod(CLIENT_CLIP, sensitivity=0.0, epsilon=1, delta=1e-5)])
     grid = InProcessGrid(app, CLIENTS)
     assert list(ask_clients(grid).values()) == CLIENTS
     came = run_rounds(strategy_of("fedavg"), grid, shared, 1, evaluate_every=None)
@@ -108,7 +107,7 @@ def test_mods_stand_around_training_alone():
 
 def test_client_side_clipping_takes_its_bound_from_the_wrapper():
     shared = {"w": np.zeros(16, np.float32)}
-    app = make_client_app({name: OneStep() for name in CLIENTS}, mods=[mods.fixedclipping_mod])
+    app = make_client_app(lambda *_: OneStep(), mods=[mods.fixedclipping_mod])
     wrapped = flowers.DifferentialPrivacyClientSideFixedClipping(strategy_of("fedavg"), 0.0, CLIP, len(CLIENTS))
     came = run_rounds(wrapped, InProcessGrid(app, CLIENTS), shared, 1, evaluate_every=None)
     assert np.linalg.norm(came["w"]) == pytest.approx(CLIP, rel=1e-5)
