@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 from html import escape
 
 import matplotlib
@@ -257,6 +258,8 @@ def _svg(figure: Figure, alt: str) -> str:
     text = re.sub(r' id="(?:figure|axes|patch|text|matplotlib\.axis|xtick|ytick|line2d|legend)_\d+"', "", text)
     shape = re.search(r'viewBox="[^"]*"', text)[0]
     text = f'<svg {shape} role="img" aria-label="{escape(alt)}">' + text[text.index(">") + 1 :]
+    own = sha256(text.encode()).hexdigest()[:8]  # markers that two drawings share have one name in both
+    text = re.sub(r'(id="|href="#|url\(#)(?=\w)', rf"\g<1>x{own}-", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")

@@ -39,6 +39,11 @@ class Difference:
         return self.mean if self.measure.higher_is_better else -self.mean
 
     @property
+    def printed_gain(self) -> float:
+        """As the reader sees it; what is zero in print is no difference."""
+        return self.measure.kind.printed(self.gain)
+
+    @property
     def noise(self) -> float:
         return max(self.spread or 0.0, self.sampling_error or 0.0)
 
@@ -47,7 +52,7 @@ class Difference:
         """better | ahead | level | behind | worse, or "open" where nothing tells how large the noise is."""
         if not math.isfinite(self.mean):
             return "open"
-        if self.measure.kind.printed(self.mean) == 0:
+        if self.printed_gain == 0:
             return "level"
         if self.spread is None and self.sampling_error is None:
             return "open"
@@ -73,7 +78,7 @@ def difference(first: Row, second: Row, measure: Measure, whens: tuple[str, str]
         shares = [(statistics.fmean(stat.values[seed] for seed in seeds), stat.num_examples) for stat in (a, b)]
         sampling_error = math.sqrt(sum(max(0.0, p * (1 - p)) / n for p, n in shares))
     sign = 1 if measure.higher_is_better else -1
-    ahead = sum(sign * delta > 0 for delta in deltas)
+    ahead = sum(sign * measure.kind.printed(delta) > 0 for delta in deltas)
     return Difference(measure, statistics.fmean(deltas), spread(deltas), sampling_error, ahead, len(seeds))
 
 
@@ -182,7 +187,7 @@ def _loss_disagrees(main: Row, summary: list[Row], measure: Measure) -> list[str
     for row in summary:
         by_loss = difference(main, row, loss) if row is not main and measure != loss else None
         by_score = difference(main, row, measure)
-        if by_loss and by_score and by_loss.gain < 0 <= by_score.gain and by_loss.verdict != "level":
+        if by_loss and by_score and by_loss.gain < 0 <= by_score.printed_gain and by_loss.verdict != "level":
             seeds = "1 seed" if by_loss.num_seeds == 1 else f"{by_loss.num_seeds} seeds"
             parts.append(f"{row.label} {_value(row, loss)} (lower in {by_loss.num_seeds - by_loss.ahead} of {seeds})")
     name = measure.kind.in_words

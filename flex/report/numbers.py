@@ -39,11 +39,15 @@ class Measure(NamedTuple):
         return KINDS[self.name]
 
     @property
-    def title(self) -> str:
-        where = self.group or self.split
+    def where(self) -> str:
+        """Which questions, as in the head of a table."""
         if self.group and self.split == "general":
-            where = f"general: {self.group}"
-        return f"{where} {self.kind.title}"
+            return f"general: {self.group}"
+        return self.group or self.split
+
+    @property
+    def title(self) -> str:
+        return f"{self.where} {self.kind.title}"
 
     @property
     def higher_is_better(self) -> bool:
@@ -307,12 +311,17 @@ def primary_measure(summary: list[Row]) -> Measure | None:
     return next((m for name in KINDS if (m := Measure("test", "", name)) in found), None)
 
 
-def best_methods(summary: list[Row], measure: Measure) -> set[str]:
-    """The methods with the best mean as it is printed: several that print alike are all best."""
-    printed = {row.method: measure.kind.printed(row.after[measure].mean) for row in summary if measure in row.after}
+def best_methods(summary: list[Row], measure: Measure, when: str = AFTER) -> set[str]:
+    """The methods with the best mean, of one column of a table."""
+    return best({row.method: row.scores[when][measure].mean for row in summary if measure in row.scores[when]}, measure)
+
+
+def best(values: dict[str, float | None], measure: Measure) -> set[str]:
+    """The keys of the best value as it is printed: several that print alike are all best."""
+    printed = {key: measure.kind.printed(value) for key, value in values.items() if value is not None}
     finite = [value for value in printed.values() if math.isfinite(value)]
-    best = (max if measure.higher_is_better else min)(finite, default=None)
-    return {method for method, value in printed.items() if value == best}
+    most = (max if measure.higher_is_better else min)(finite, default=None)
+    return {key for key, value in printed.items() if value == most}
 
 
 def format_bytes(count: float | None) -> str:

@@ -27,6 +27,7 @@ STYLE = FOLDER / "report.css"
 SENTENCES_IN_VERDICT = 4  # the others stand below the picture, so that table and picture are on the first screen
 MAX_PANELS = 16  # small multiples beyond this are left out, and the page says how many
 MAX_OPEN_CELLS = 80  # a longer table of choices is folded
+WAYS = {"up": "from a client to the server", "down": "from the server to a client"}
 OTHER_MARKS = 3  # the last colours, for methods that METHODS does not know
 VARIANTS = [method for method, row in METHODS.items() if row.control_of or row.strategy]
 TARGETS = {"output": "the layer's output", "correction": "the correction that the loss asks of the layer's output"}
@@ -104,10 +105,13 @@ def page(run: Run) -> str:
         lstrip_blocks=True,
     )
     env.filters |= {"size": numbers.format_bytes, "count": numbers.format_count, "prose": _prose}
+    env.filters |= {"heading": heading, "labels": lambda methods: ", ".join(run.rows[m].label for m in methods)}
     env.tests |= {"worse_than_zero": numbers.worse_than_zero, "little_used": numbers.little_used}
     env.globals |= {
+        "BEFORE": BEFORE,
         "averaged": METHODS[AVERAGED].label,
         "best_methods": numbers.best_methods,
+        "best_of_clients": best_of_clients,
         "client_mean": client_mean,
         "dash": dash,
         "difference": difference,
@@ -147,11 +151,24 @@ def _prose(text: str) -> str:
     return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def client_mean(row: Row, measure: Measure, client: str) -> str:
+def heading(measure: Measure) -> str:
+    """The title of a column, the name of the measure on a line of its own."""
+    return f"{measure.where}\n{measure.kind.title}"
+
+
+def client_mean(row: Row, measure: Measure, client: str) -> float | None:
     """One client's score after aggregation, mean over seeds."""
     by_seed = [job.scores(AFTER).get(measure, {}) for job in row.counted]
     values = [by_client[client][0] for by_client in by_seed if client in by_client]
-    return measure.format(statistics.fmean(values) if values else None)
+    return statistics.fmean(values) if values else None
+
+
+def best_of_clients(run: Run, measure: Measure) -> dict[str, set[str]]:
+    """Client -> the methods that are best for it; several where they print alike."""
+    return {
+        client: numbers.best({row.method: client_mean(row, measure, client) for row in run.summary}, measure)
+        for client in run.clients
+    }
 
 
 def _panels(clients: Sequence[str], draw: Callable[[str], str]) -> dict[str, Any]:
@@ -348,33 +365,50 @@ def _total_bytes(row: Row) -> float:
     return sum((event.bytes_up or 0) + (event.bytes_down or 0) for event in trains) / len(row.jobs)
 
 
-def _arrays(run: Run) -> list[dict[str, Any]]:
-    """The arrays of the messages by name. What is the same for several methods, seeds or directions is listed once."""
-    words = {"up": "from a client to the server", "down": "from the server to a client"}
-    by_content: dict[tuple[str, str], list[str]] = {}
+def _arrays(run: Run) -> dict[str, Any]:
+    """The arrays of the messages by name, each listed once however many methods, seeds or directions send it.
+
+    Beside them: methods of whose messages the arrays do not come to the bytes counted, and those that send none.
+    """
+    ways_of: dict[str, dict[str, set[str]]] = {}  # array -> method -> directions
+    totals: dict[tuple[str, str, int], int] = {}  # method, direction, seed -> bytes of a message
+    silent: dict[str, set[str]] = {}
     for method, row in run.rows.items():
-        directions: dict[str, set[str]] = {}
         for job in row.jobs:
-            for direction, tensors in job.sent.items():
-                directions.setdefault(json.dumps(tensors), set()).add(direction)
-        for content, ways in directions.items():
-            where = "in both directions" if len(ways) == 2 else words[next(iter(ways))]
-            by_content.setdefault((content, where), []).append(method)
-    lists = []
-    for (content, where), methods in by_content.items():
-        tensors = json.loads(content)
-        total = sum(tensor.get("bytes") or 0 for tensor in tensors)
-        counted = {
-            event.bytes_up if direction == "up" else event.bytes_down
-            for method in methods
-            for job in run.rows[method].jobs
-            for direction, sent in job.sent.items()
-            if json.dumps(sent) == content
-            for event in job.trains.values()
-        }
-        other = sorted(counted - {None, total})
-        lists.append({"methods": methods, "where": where, "tensors": tensors, "total": total, "counted": other})
-    return lists
+            for way, tensors in job.sent.items():
+                totals[method, way, job.seed] = sum(tensor.get("bytes") or 0 for tensor in tensors)
+                if not tensors:
+                    silent.setdefault(method, set()).add(way)
+                for tensor in tensors:
+                    ways_of.setdefault(json.dumps(tensor), {}).setdefault(method, set()).add(way)
+    lists: dict[tuple, list[dict[str, Any]]] = {}
+    for content, by_method in ways_of.items():
+        lists.setdefault(_senders(by_method, "in both directions"), []).append(json.loads(content))
+    wrong: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for (method, way, seed), total in totals.items():
+        trains = next(job for job in run.rows[method].jobs if job.seed == seed).trains.values()
+        counted = {event.bytes_up if way == "up" else event.bytes_down for event in trains}
+        if other := tuple(sorted(counted - {None, total})):
+            wrong.setdefault((total, other), []).append(method)
+    return {
+        "lists": [
+            {"senders": senders, "tensors": tensors, "total": sum(tensor.get("bytes") or 0 for tensor in tensors)}
+            for senders, tensors in lists.items()
+        ],
+        "wrong": [
+            {"methods": list(dict.fromkeys(methods)), "total": total, "counted": counted}
+            for (total, counted), methods in wrong.items()
+        ],
+        "silent": _senders(silent, "in neither direction"),
+    }
+
+
+def _senders(ways: dict[str, set[str]], both: str) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Methods by the directions in which they do it, in words."""
+    by_words: dict[str, list[str]] = {}
+    for method, directions in ways.items():
+        by_words.setdefault(both if len(directions) == 2 else WAYS[min(directions)], []).append(method)
+    return tuple((tuple(methods), words) for words, methods in by_words.items())
 
 
 def _truncated(run: Run) -> list[Truncated]:

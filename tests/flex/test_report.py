@@ -294,6 +294,10 @@ def test_the_best_of_a_column_is_bold_whoever_it_is(tmp_path: Path) -> None:
     comparison = page.partition("<h2>Comparison</h2>")[2].partition("</table>")[0]
     bold = [re.findall(r'<td class="best">([^<]+)', row) for row in comparison.split("<tr")[2:]]
     assert bold == [["60.0"], ["1.000"], ["60.0"]]
+    clients = re.findall(r"<caption>Every client: .*?</table>", page, flags=re.DOTALL)
+    first = r'<th scope="row">(?:<span[^>]*></span>)?([^<]+)</th><td class="best">'
+    bold = [re.findall(first, table) for table in clients]
+    assert bold == [["FedAvg", "Fresh module"], ["FLEx"]]
 
 
 def test_a_narrow_terminal_keeps_the_headline_score() -> None:
@@ -324,11 +328,17 @@ def test_what_was_sent_is_listed_by_name_and_checked_against_the_counters(tmp_pa
     assert "messages of" not in text
     wrong = [{**e, "bytes_up": 5} if e["event"] == "train" else e for e in small]
     text = read_page(write_report(write_run(tmp_path, wrong))).text
-    assert "sums to 32.8 kB, but messages of 5 B were counted" in text
+    assert "the arrays listed below sum to 32.8 kB, but messages of 5 B were counted" in text
     others = [e | {"tensors": e["tensors"][:1]} if e["event"] == "sent" and e["method"] == "flex" else e for e in small]
     text = read_page(write_report(write_run(tmp_path, others))).text
-    assert "FedAvg, Paper's rule, Random expert, Fresh module, in both directions: 8 arrays" in text
-    assert "FLEx, in both directions: 1 array, 4.10 kB a message" in text
+    assert text.count("model.layers.1.self_attn.v_proj.lora_B.weight") == 1  # those that all send are not listed again
+    assert f"{same}, in both directions: 1 array, 4.10 kB a message" in text
+    assert "FedAvg, Paper's rule, Random expert, Fresh module, in both directions: 7 arrays, 28.7 kB a message" in text
+    one_way = [{**e, "tensors": []} if e["event"] == "sent" and e["direction"] == "down" else e for e in small]
+    text = read_page(write_report(write_run(tmp_path, one_way))).text
+    assert f"{same}, from a client to the server: 8 arrays" in text
+    assert f"{same}, from the server to a client" not in text.partition("no array")[0]
+    assert "FLEx, from the server to a client" not in text.partition("no array")[0]
 
 
 @pytest.mark.usefixtures("no_pictures")

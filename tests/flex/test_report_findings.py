@@ -55,8 +55,14 @@ def test_a_difference_below_the_printed_digits_is_no_verdict() -> None:
     rows = summarised(scored("fedavg", [0.5, 0.5], num_examples=0) + better)
     found = difference(rows[1], rows[0], TEST)
     assert found is not None
-    assert (str(found), found.verdict) == ("+0.0 ± 0.0", "level")
+    assert (str(found), found.verdict, found.ahead) == ("+0.0 ± 0.0", "level", 0)
     assert "level with FedAvg" in findings(rows)[0]
+
+
+def test_a_lower_loss_is_told_of_methods_whose_score_prints_the_same() -> None:
+    """FLEx is .0003 behind, which nobody sees: the loss is what tells the two apart."""
+    rows = summarised(scored("fedavg", [0.5, 0.5], loss=1.0) + scored("flex", [0.4997, 0.4997], loss=2.0))
+    assert any("FedAvg 1.000 ± 0.000 (lower in 2 of 2 seeds)" in sentence for sentence in findings(rows))
 
 
 def test_only_common_seeds_are_compared() -> None:
