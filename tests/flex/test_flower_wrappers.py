@@ -96,7 +96,9 @@ class OneStep:
 def test_mods_stand_around_training_alone():
     np.random.seed(0)
     shared = {"w": np.zeros(16, np.float32)}
-    app = make_client_app(lambda *_: OneStep(), mods=[mods.LocalDpMod(CLIENT_CLIP, sensitivity=0.0, epsilon=1, delta=1e-5)])
+    app = make_client_app(
+        lambda *_: OneStep(), mods=[mods.LocalDpMod(CLIENT_CLIP, sensitivity=0.0, epsilon=1, delta=1e-5)]
+    )
     grid = InProcessGrid(app, CLIENTS)
     assert list(ask_clients(grid).values()) == CLIENTS
     came = run_rounds(strategy_of("fedavg"), grid, shared, 1, evaluate_every=None)
