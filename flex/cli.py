@@ -23,13 +23,13 @@ EXAMPLES = """examples:
 # The settings that have an option of their own. What it is given is the setting's text as it stands, never TOML.
 NAMED = {
     "model": "model.path",
-    "data": "data.train",
-    "test": "data.test",
     "clients_by": "data.clients_by",
     "clients": "data.clients",
     "output": "output",
     "strategy": "strategy.name",
 }
+# One file with a column that names the client, or a file a client: an option, and the settings of either.
+FILES = {"data": ("data.train", "data.files"), "test": ("data.test", "data.test_files")}
 LISTS = {"methods": "train.methods", "seeds": "train.seeds", "rounds": "train.rounds"}  # with blanks or commas between
 NUMBERS = {"seeds", "rounds"}
 RESUMED = {"demo", "train"}  # commands that go on where they were stopped
@@ -102,8 +102,21 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="the run; see configs/")
     parser.add_argument("--model", help="folder or hub name of the base (model.path)")
-    parser.add_argument("--data", help="training examples: .jsonl or .jsonl.gz with instruction, context, response")
-    parser.add_argument("--test", help="test examples; without it a share of --data is held out")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="training examples, see docs/your-data.md: a file for all clients, or NAME=FILE for each client",
+    )
+    parser.add_argument(
+        "--test", nargs="+", metavar="FILE", help="test examples, alike; without it a share of --data is held out"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="OURS=THEIRS",
+        help="what the files call instruction, context, response or messages, e.g. --columns instruction=question",
+    )
     parser.add_argument("--clients-by", help="the column that says whose an example is")
     parser.add_argument("--clients", nargs="+", help="only these values of that column (default: all)")
     _add_overrides(parser)
@@ -117,6 +130,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """The named options as the settings they stand for; `--set` comes last and wins."""
+    for words in (arguments.data, arguments.test, arguments.columns):
+        if arguments.config is None and len(words or ()) > 1 and words[-1].endswith(".toml"):
+            arguments.config = Path(words.pop())  # the configuration, after an option that takes several files
     last = (arguments.clients or [""])[-1]
     require(
         arguments.config is not None or not last.endswith(".toml"),
@@ -129,9 +145,37 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         if words:
             values = [_number(f"--{name}", word) for word in words] if name in NUMBERS else words
             given[key] = values[0] if name == "rounds" else values
+    for name, (one, several) in FILES.items():
+        words = getattr(arguments, name, None)
+        if words is not None:
+            files = _pairs(f"--{name}", words, "NAME=FILE for each client")
+            given |= {one: "" if files else words[0], several: files}
+            if files and name == "data":  # what a configuration says of one file with a column does not hold here
+                require(
+                    arguments.clients_by is None,
+                    "--clients-by names a column, but --data has a file for each client; expected one of the two",
+                )
+                given |= {"data.test": "", "data.clients": given["data.clients"] or []}
+    if arguments.columns is not None:
+        given["data.columns"] = _pairs("--columns", arguments.columns, "OURS=THEIRS")
     if arguments.clients_by is not None and arguments.clients is None:
         given["data.clients"] = []  # a configuration's clients are values of its own column
     return [f"{key}={to_toml(value)}" for key, value in given.items() if value is not None] + arguments.overrides
+
+
+def _pairs(option: str, words: list[str], expected: str) -> dict[str, str]:
+    """`NAME=VALUE` words as a table; empty for the one file of all clients (a path may have a "=" in it)."""
+    if option != "--columns" and len(words) == 1:
+        name, sign, file = words[0].partition("=")
+        if not sign or not name.strip() or Path(words[0]).exists() or not Path(file).exists():
+            return {}
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        require(bool(sign and name.strip() and value), f"{option} got {word!r}; expected {expected}")
+        require(name not in pairs, f"{option} names {name!r} twice; expected each once")
+        pairs[name] = value
+    return pairs
 
 
 def _number(option: str, text: str) -> int:

@@ -7,7 +7,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from flex.methods import DEFAULT_METHODS, METHODS, GraftSettings
 from flex.settings import check, setting
 
 FORMAT = 2  # of config.toml; a file without a number is of format 1 or written by hand, and is read as well
-TEMPLATES = ("alpaca", "chat")
+TEMPLATES = ("alpaca", "chat", "auto")  # auto: the tokenizer's chat template where it has one, else alpaca
 # The server's strategies, and which settings of [strategy] each has a use for.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedavg": (),
@@ -49,10 +49,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Instruction data: JSON lines with `instruction`, `context`, `response` and a column that names the client."""
+    """Instruction data (`data/rows.py`, `data/records.py`): one file with a column that names the client, or a file a
+    client."""
 
     train: str = ""
     test: str = ""  # empty: a share of `train` is held out
+    files: dict[str, str] = field(default_factory=dict)  # in place of `train`: the file of each client
+    test_files: dict[str, str] = field(default_factory=dict)  # in place of `test`
+    columns: dict[str, str] = field(default_factory=dict)  # our names -> the files', e.g. instruction = "question"
     test_fraction: float = setting(0.2, above=0, below=1)
     # Of each client's training examples: drawn by the run's seed, never trained on, for choices made while training
     validation_fraction: float = setting(0.0, least=0, below=1)
@@ -67,11 +71,31 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data", self)
+        one, many = ("train", "test"), ("files", "test_files")
+        for single, several in zip(one, many, strict=True):
+            both = bool(getattr(self, single)) and bool(getattr(self, several))
+            require(not both, f"data.{single} and data.{several} both name files; expected one of the two")
+        require(
+            not (self.test and self.files),
+            "data.test is one file, but data.files has one for each client; expected data.test_files",
+        )
+        require(bool(self.files) or not self.test_files, "data.test_files needs data.files; expected both, or neither")
+        for name in many:
+            for client, path in getattr(self, name).items():
+                require(bool(client.strip()), f"data.{name} has a file for {client!r}; expected the name of a client")
+                require(bool(path), f"data.{name} has an empty path for {client!r}; expected a file")
+        strangers = sorted(self.test_files.keys() - self.files.keys())
+        require(not strangers, f"data.test_files names {strangers}, which data.files does not; expected its clients")
+
+    def with_paths(self, change: Callable[[str], str]) -> "DataConfig":
+        """The same with every path of a file changed."""
+        single = {name: change(getattr(self, name)) for name in ("train", "test", "general")}
+        several = {n: {k: change(v) for k, v in getattr(self, n).items()} for n in ("files", "test_files")}
+        return dataclasses.replace(self, **single, **several)
 
     def for_seed(self, seed: int) -> "DataConfig":
         """The files of one seed: `{seed}` in a path stands for its number (data that is itself drawn from a seed)."""
-        files = {name: getattr(self, name).replace("{seed}", str(seed)) for name in ("train", "test", "general")}
-        return dataclasses.replace(self, **files)
+        return self.with_paths(lambda path: path.replace("{seed}", str(seed)))
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,10 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         item = typing.get_args(kind)[0]
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(v, item, name) for v in items)
+    if typing.get_origin(kind) is dict:
+        require(isinstance(value, dict), f'{name} is {value!r}; expected a table, e.g. {name} = {{a = "..."}}')
+        item = typing.get_args(kind)[1]
+        return {_convert(k, str, name): _convert(v, item, f"{name}.{k}") for k, v in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -347,5 +375,7 @@ def config_text(config: RunConfig) -> str:
 def to_toml(value: Any) -> str:
     """JSON spells strings, numbers, booleans and lists as TOML does, but pairs of surrogates are no TOML, and U+007F is
     a control character there."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{to_toml(key)} = {to_toml(own)}" for key, own in value.items()) + "}"
     text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
     return text.replace("\x7f", "\\u007f")

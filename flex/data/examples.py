@@ -1,26 +1,30 @@
-"""Examples and splits: JSON lines -> one list of records per client -> token ids with labels on the response alone.
+"""Examples: records -> token ids with labels on what the assistant says alone.
 
-One prompt for training, evaluation and generation (`Encoder.prompt_ids`), and the end-of-sequence token is always
-trained: a model never trained on it does not learn to stop.
+One prompt for training, evaluation and generation (`Encoder.conversation_ids`), and the end-of-sequence token is always
+trained: a model never trained on it does not learn to stop. Of a conversation all answers train, the last is scored.
 """
 
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from flex.config import DataConfig
-from flex.data.records import Record, read_records, unread_columns
-from flex.data.splits import split_clients, split_held_out, split_validation, texts
-from flex.errors import FlexError
+from flex.data.clients import ClientRecords, read_clients, read_general
+from flex.data.records import CONVERSATION, Record, is_conversation
+from flex.errors import FlexError, first_line
 
 IGNORED = -100  # the label that cross_entropy skips
-CLOSED = "\u2063closed\u2063"  # stands in for an answer where only what follows it is looked at
+# Where an answer begins and ends in a rendered template: nobody's text has these.
+OPEN, CLOSED = "\u2063open\u2063", "\u2063closed\u2063"
 PROMPT_TAIL = 16  # tokens at the end of a cut prompt that stay: they hold the template's call for the response
 
 # The template of Stanford Alpaca (Taori et al. 2023), which the paper trains and tests with.
@@ -29,27 +33,34 @@ ALPACA_WITH_CONTEXT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
 )
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+# Of a conversation a system turn takes the opening's place, and each answer ends with the end token.
+ALPACA_OPENING = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+ALPACA_TURN = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+Turn = dict[str, str]  # `role` and `content`
+Span = tuple[int, int]  # tokens from the first to before the second
 
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded sequence: the prompt's tokens, then the response's (with the end token unless it was cut)."""
+    """One encoded sequence: the prompt's tokens, then the response's (with the end token unless it was cut).
+
+    earlier: where in the prompt of a conversation the answers before the last stand; they train, and are not scored.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     response: str
     group: str = ""
     truncated: bool = False
+    earlier: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids`, `attention_mask`, `labels`: [B, L] int64, padded on the right; labels are -100 off the response."""
+    """`input_ids`, `attention_mask`, `labels`: [B, L] int64, padded on the right; labels are -100 off the responses."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -88,12 +99,18 @@ class Encoder:
     """Text -> tokens, the same way in training, evaluation and generation.
 
     Args:
+        template: "alpaca", "chat", or "auto": the tokenizer's chat template where it has one, else alpaca.
         num_rows: of the model's embedding; None checks no token against it.
+
+    Attributes:
+        template: the one in use, never "auto".
     """
 
     def __init__(self, tokenizer: Any, template: str, max_length: int, num_rows: int | None = None):
         if tokenizer.eos_token_id is None:
             raise FlexError("the tokenizer has no end-of-sequence token; a model could never learn to stop")
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "alpaca"
         if template == "chat" and not tokenizer.chat_template:
             raise FlexError('the tokenizer has no chat template; expected data.template = "alpaca"')
         self.tokenizer, self.template, self.max_length, self.num_rows = tokenizer, template, max_length, num_rows
@@ -103,6 +120,10 @@ class Encoder:
     def end_ids(self) -> list[int]:
         """What ends an answer: the tokenizer's end of sequence, and the special token with which the chat template, if
         it is in use, closes an assistant's turn."""
+        return list(self._ends)
+
+    @cached_property
+    def _ends(self) -> list[int]:
         ends = [self.tokenizer.eos_token_id]
         if self.template == "chat":
             turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CLOSED}]
@@ -122,34 +143,122 @@ class Encoder:
 
     def prompt_ids(self, instruction: str, context: str = "") -> list[int]:
         """Everything before the response."""
-        if self.template == "chat":
-            text = f"{instruction}\n\n{context}" if context else instruction
-            messages = [{"role": "user", "content": text}]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        else:
-            template = ALPACA_WITH_CONTEXT if context else ALPACA
-            text = template.format(instruction=instruction, context=context)
-            ids = self.tokenizer(text, verbose=False)["input_ids"]
-        self._check_rows(ids)
-        return ids
+        if self.template == "alpaca" and context:
+            ids = self._tokens(ALPACA_WITH_CONTEXT.format(instruction=instruction, context=context), special=True)
+            self._check_rows(ids)
+            return ids
+        asked = f"{instruction}\n\n{context}" if context else instruction
+        return self.conversation_ids([{"role": "user", "content": asked}])[0]
 
-    def example(self, record: Record, group: str = "") -> Example:
-        """Prompt, response, end. Past `max_length` the response keeps at most half of the room and loses its end token
-        if it was cut; the prompt loses its middle, so that the instruction and the call for a response stay."""
-        prompt = self.prompt_ids(record["instruction"], record.get("context") or "")
+    def conversation_ids(self, turns: Sequence[Turn]) -> tuple[list[int], list[Span]]:
+        """Everything before the next answer, and where in it the earlier answers stand, with what ends them.
+
+        Args:
+            turns: perhaps a system turn, then user and assistant by turns, the last a user turn.
+
+        Raises:
+            FlexError: the chat template cannot say these turns, or a token has no row in the embedding.
+        """
+        ids, spans = self._chat(turns) if self.template == "chat" else self._alpaca(turns)
+        self._check_rows(ids)
+        return ids, spans
+
+    def _chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[Span]]:
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        marked = [
+            {**turn, "content": _marked(turn["content"])} if turn["role"] == "assistant" else turn for turn in turns
+        ]
+        try:
+            if not answers:
+                ids = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
+                return list(ids), []
+            text = self.tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise FlexError(f"the tokenizer's chat template refuses it: {first_line(error)}") from None
+        pieces = re.split(f"{OPEN}|{CLOSED}", text)  # prompt, answer, prompt, answer, ..., prompt
+        if len(pieces) != 2 * len(answers) + 1:
+            raise FlexError(
+                "the tokenizer's chat template leaves out or changes an earlier answer, so that it cannot train; "
+                'expected data.template = "alpaca", or one answer an example'
+            )
+        return self._with_spans(pieces)
+
+    def _with_spans(self, pieces: Sequence[str]) -> tuple[list[int], list[Span]]:
+        """The tokens of the whole text, and those of every second piece; an end token right after a piece is part of
+        it. A tokenizer that does not tell where its tokens stand gives each piece tokens of its own."""
+        spans = []
+        if not self.tokenizer.is_fast:
+            ids: list[int] = []
+            for index, piece in enumerate(pieces):
+                start = len(ids)
+                ids += self._tokens(piece)
+                spans += [(start, len(ids))] if index % 2 else []
+        else:
+            text = self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, places, at = text["input_ids"], text["offset_mapping"], 0
+            for index, piece in enumerate(pieces):
+                if index % 2:
+                    inside = [i for i, (a, b) in enumerate(places) if a < at + len(piece) and b > at]
+                    spans += [(inside[0], inside[-1] + 1)] if inside else []
+                at += len(piece)
+        return ids, [(start, stop + (stop < len(ids) and ids[stop] in self._ends)) for start, stop in spans]
+
+    def _alpaca(self, turns: Sequence[Turn]) -> tuple[list[int], list[Span]]:
+        opening = ALPACA_OPENING
+        if turns[0]["role"] == "system":
+            opening, turns = turns[0]["content"], turns[1:]
+        ids, spans = self._tokens(opening + ALPACA_TURN.format(instruction=turns[0]["content"]), special=True), []
+        for answer, asked in zip(turns[1::2], turns[2::2], strict=True):
+            start = len(ids)
+            ids += [*self._tokens(answer["content"]), self.tokenizer.eos_token_id]
+            spans.append((start, len(ids)))
+            ids += self._tokens(ALPACA_TURN.format(instruction=asked["content"]))
+        return ids, spans
+
+    def _tokens(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def example(self, record: Mapping[str, Any], group: str = "") -> Example:
+        """Prompt, response, end. Past `max_length` a conversation loses its oldest exchanges; then the response keeps
+        at most half of the room and loses its end token if it was cut, and the prompt loses its middle, so that the
+        instruction and the call for a response stay.
+
+        Raises:
+            FlexError: see `conversation_ids`; it names the record's line.
+        """
+        try:
+            return self._example(record, group)
+        except FlexError as error:
+            where = getattr(record, "where", "")
+            raise FlexError(f"{where}: {error}") if where else error from None
+
+    def _example(self, record: Mapping[str, Any], group: str) -> Example:
+        turns: list[Turn] = []
+        earlier: list[Span] = []
+        if is_conversation(record):
+            *turns, last = record[CONVERSATION]
+            answer = last["content"]
+            prompt, earlier = self.conversation_ids(turns)
+        else:
+            answer = record["response"]
+            prompt = self.prompt_ids(record["instruction"], record.get("context") or "")
         # The end token stands in labels by construction, even where a tokenizer uses it for padding too.
-        response = self.tokenizer(record["response"], add_special_tokens=False, verbose=False)["input_ids"]
-        response = [*response, self.tokenizer.eos_token_id]
+        response = [*self._tokens(answer), self.tokenizer.eos_token_id]
         self._check_rows(response)
         truncated = len(prompt) + len(response) > self.max_length
-        if truncated:
+        while earlier and len(prompt) + len(response) > self.max_length:
+            head = 1 if turns[0]["role"] == "system" else 0
+            turns = turns[:head] + turns[head + 2 :]
+            prompt, earlier = self.conversation_ids(turns)
+        if len(prompt) + len(response) > self.max_length:
             response = response[: max(self.max_length // 2, self.max_length - len(prompt))]
             room = self.max_length - len(response)
             tail = min(PROMPT_TAIL, room // 2)
             prompt = prompt if len(prompt) <= room else prompt[: room - tail] + prompt[-tail:]
-        return Example(tuple(prompt + response), len(prompt), record["response"], group, truncated)
+        return Example(tuple(prompt + response), len(prompt), answer, group, truncated, tuple(earlier))
 
-    def batch(self, examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    def batch(self, examples: Sequence[Example], device: torch.device | str = "cpu", last_alone: bool = False) -> Batch:
+        """Examples side by side. `last_alone`: labels on the last answer of a conversation, none on those before it."""
         longest = max(len(e.input_ids) for e in examples)
         ids = torch.full((len(examples), longest), self.pad_id)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -157,63 +266,45 @@ class Encoder:
             n = len(example.input_ids)
             ids[row, :n] = torch.tensor(example.input_ids)
             mask[row, :n] = 1
-            labels[row, example.prompt_length : n] = ids[row, example.prompt_length : n]
+            spans = [(example.prompt_length, n), *(() if last_alone else example.earlier)]
+            for start, stop in spans:
+                labels[row, start:stop] = ids[row, start:stop]
         return Batch(ids.to(device), mask.to(device), labels.to(device))
 
 
 def load_clients(
     config: DataConfig, encoder: Encoder, notes: list[str] | None = None, seed: int = 0
 ) -> list[ClientData]:
-    """Every client's encoded examples, in the order that fixes the client's index for the whole run.
-
-    Args:
-        notes: takes what a person should know of the files, in sentences: columns that nobody reads, test examples that
-            are trained on.
-        seed: of the run; draws the validation part, if there is one.
+    """Every client's encoded examples, in the order of `read_clients`.
 
     Raises:
-        FlexError: a file or column is missing or not what it should be, a client has nothing to train or to test on, or
-            all that would be tested is trained on.
+        FlexError: see `read_clients` and `encode_clients`.
     """
-    if not config.train:
-        raise FlexError("data.train is empty; expected a .jsonl or .jsonl.gz file (--data FILE)")
-    notes = [] if notes is None else notes
-    columns = ["instruction", "response", config.clients_by, *([config.group_by] if config.group_by else [])]
-    read = read_records(config.train, columns, config.clients_by)
-    if unread := unread_columns(read, columns):
-        notes.append(f"{config.train} has columns that nobody reads: {', '.join(map(repr, unread))}")
-    train = split_clients(read, config.clients_by, config.clients)
-    test = {}
-    if config.test:
-        test = split_clients(read_records(config.test, columns, config.clients_by), config.clients_by)
-    clients, trained_on = [], 0
-    for name, records in train.items():
-        parts = (records, test.get(name, [])) if test else split_held_out(records, config.test_fraction, name)
-        limits = (config.max_train, config.max_test)
-        kept = [part[:limit] if limit else part for part, limit in zip(parts, limits, strict=True)]
-        for part, what in zip(kept, ("train", "test"), strict=True):
-            if not part:
-                raise FlexError(f"client {name!r} has no {what} examples; expected one or more, or no such client")
-        if test:
-            trained_on += _trained_on(name, *kept, notes)
-        kept[0], validation = split_validation(kept[0], config.validation_fraction, name, seed)
-        encoded = [[encoder.example(r, _group(r, config)) for r in part] for part in (*kept, validation)]
-        clients.append(ClientData(name, *encoded))
-    if trained_on and trained_on == sum(len(client.test) for client in clients):
+    return encode_clients(read_clients(config, notes, seed), config, encoder)
+
+
+def encode_clients(clients: Sequence[ClientRecords], config: DataConfig, encoder: Encoder) -> list[ClientData]:
+    """Records -> examples.
+
+    Raises:
+        FlexError: a conversation that the template cannot say, or every answer of everyone is cut at `max_length`.
+    """
+    encoded = []
+    for client in clients:
+        parts = (encode(part, config, encoder) for part in (client.train, client.test, client.validation))
+        encoded.append(ClientData(client.client_id, *parts))
+    examples = [example for client in encoded for example in client.train]
+    end = encoder.tokenizer.eos_token_id
+    if examples and not any(example.input_ids[-1] == end for example in examples):
         raise FlexError(
-            f"all {trained_on} examples of {config.test} are trained on; expected others in data.test, or data.test "
-            "left out, so that a share of the training file is held out"
+            f"data.max_length is {config.max_length}, and every answer of all {len(examples)} training examples is cut "
+            "there; expected room for at least one prompt with its answer"
         )
-    return clients
+    return encoded
 
 
-def _trained_on(name: str, train: list[Record], test: list[Record], notes: list[str]) -> int:
-    """How many test examples of a client it also trains on."""
-    known = {texts(record) for record in train}
-    seen = sum(texts(record) in known for record in test)
-    if seen:
-        notes.append(f"{seen} of {len(test)} test examples of client {name!r} are among its training examples")
-    return seen
+def encode(records: Sequence[Record], config: DataConfig, encoder: Encoder) -> list[Example]:
+    return [encoder.example(record, _group(record, config)) for record in records]
 
 
 def _group(record: Record, config: DataConfig) -> str:
@@ -224,9 +315,14 @@ def _group(record: Record, config: DataConfig) -> str:
 
 def load_general(config: DataConfig, encoder: Encoder) -> list[Example]:
     """The held-out set that belongs to nobody; empty where none is named."""
-    if not config.general:
-        return []
-    return [encoder.example(r, _group(r, config)) for r in read_records(config.general)]
+    return encode(read_general(config), config, encoder)
+
+
+def _marked(text: str) -> str:
+    """The text between marks. What a template may strip stays outside of them."""
+    core = text.strip()
+    before, _, after = text.partition(core)
+    return f"{before}{OPEN}{core}{CLOSED}{after}"
 
 
 def training_batches(examples: list[Example], batch_size: int, steps: int, seed: str) -> Iterator[list[Example]]:

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from flex.data.records import TEXTS, Record
+from flex.data.records import Record, texts_of
 from flex.errors import FlexError
 
 
@@ -40,10 +40,10 @@ def split_validation(records: list[Record], fraction: float, name: str, seed: in
     """
     if not fraction:
         return records, []
-    order = list(dict.fromkeys(texts(record) for record in records))
+    order = list(dict.fromkeys(texts_of(record) for record in records))
     random.Random(f"validation {seed} {name}").shuffle(order)
     wanted, chosen = max(1, round(len(records) * fraction)), set()
-    sizes = Counter(texts(record) for record in records)
+    sizes = Counter(texts_of(record) for record in records)
     for one in order[:-1]:
         if wanted <= 0:
             break
@@ -54,9 +54,4 @@ def split_validation(records: list[Record], fraction: float, name: str, seed: in
             f"client {name!r} has too few training examples ({len(records)}, {len(order)} of them different) to keep "
             "any for validation; expected two or more, or data.validation_fraction = 0"
         )
-    return [r for r in records if texts(r) not in chosen], [r for r in records if texts(r) in chosen]
-
-
-def texts(record: Record) -> tuple[str, ...]:
-    """What a record says, whoever owns it."""
-    return tuple(record.get(column) or "" for column in TEXTS)
+    return [r for r in records if texts_of(r) not in chosen], [r for r in records if texts_of(r) in chosen]

@@ -40,7 +40,7 @@ def score(
     model.eval()
     losses, tokens, exact = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
     for indices in by_length(examples, settings.batch_size):
-        batch = encoder.batch([examples[i] for i in indices], device)
+        batch = encoder.batch([examples[i] for i in indices], device, last_alone=True)
         logits, targets, row = response_logits(model, batch)
         loss = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
         wrong = (logits.argmax(-1) != targets).double().cpu()

@@ -20,11 +20,13 @@ from flex.federation.strategy import make_strategy
 # Settings that do not decide a job's numbers, or whose content is compared instead.
 NOT_COMPARED = {
     *("output", "workers", "model.path", "model.device", "data.train", "data.test", "data.general"),
+    *("data.files", "data.test_files", "data.columns"),
     *("train.methods", "train.seeds", "train.gradient_checkpointing", "evaluate.batch_size"),
 }
 # What a site chooses for itself: where its base and data are, and what its machine can bear.
 SITE_OWN = {
     *("model.path", "model.device", "data.train", "data.test", "data.general", "threads"),
+    *("data.files", "data.test_files", "data.columns"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
 

@@ -92,7 +92,7 @@ class Sequences:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for examples, held_out in self.batches():
-            digest.update(repr([(held_out, e.input_ids, e.prompt_length) for e in examples]).encode())
+            digest.update(repr([(held_out, e.input_ids, e.prompt_length, *e.earlier) for e in examples]).encode())
         return digest.hexdigest()
 
 

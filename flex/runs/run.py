@@ -35,6 +35,9 @@ from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, rea
 CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
 
+# Settings that base or tokenizer may decide, and how they say so; a run's file has what was decided.
+DECIDED = {"data.template": "auto", "lora.targets": ("auto",)}
+
 
 def run(config: RunConfig, console: Console, title: str = "", descriptions: dict[str, str] | None = None) -> Path:
     """Trains and scores every job that is not finished; returns the run's folder.
@@ -55,6 +58,8 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     world = worlds.of(config.train.seeds[0])
     for note in world.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    config = pinned(config, world)
+    _check_free(folder, config)
     _check_methods(config, world)
     data = check_contents(folder, world, config.train.seeds[0])
     _claim(folder, config)
@@ -76,6 +81,11 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
             unwrap(worlds.world.base)
         collect(folder)
     return folder
+
+
+def pinned(config: RunConfig, world: World) -> RunConfig:
+    """The configuration with what "auto" stands for on this base, so that a run's own file says it."""
+    return config.with_values(data={"template": world.encoder.template})
 
 
 def _check_methods(config: RunConfig, world: World) -> None:
@@ -102,9 +112,9 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
         path = Path(name).expanduser()
         return str(path.absolute()) if name and (path.exists() or "{seed}" in name) else name
 
-    files = {name: full(getattr(config.data, name)) for name in ("train", "test", "general")}
-    data = dataclasses.replace(config.data, **files)
-    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, path=full(config.model.path)))
+    return dataclasses.replace(
+        config, data=config.data.with_paths(full), model=dataclasses.replace(config.model, path=full(config.model.path))
+    )
 
 
 def _check_free(folder: Path, config: RunConfig) -> None:
@@ -112,7 +122,7 @@ def _check_free(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
     if path.exists() and _has_results(folder):
         here, there = (comparable(c) for c in (config, read_config(path)))
-        different = [key for key in here if here[key] != there[key]]
+        different = [key for key in here if here[key] not in (there[key], DECIDED.get(key))]
         if different:
             key = different[0]
             raise FlexError(

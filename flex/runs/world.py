@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from flex.config import RunConfig
-from flex.data.examples import ClientData, Encoder, Example, load_clients, load_general
+from flex.data.clients import read_clients, read_general
+from flex.data.examples import ClientData, Encoder, Example, encode, encode_clients
 from flex.federation.client import JobModel, Listener, Site
 from flex.model.adapters import unwrap
 from flex.model.base import Base, load_base
@@ -31,6 +32,7 @@ class World:
                 digest.update(f"{client.client_id}/{len(part)}".encode())
                 for example in part:
                     digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
+                    digest.update(str(example.earlier or "").encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -47,12 +49,17 @@ class World:
 
 
 def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
-    """Loads the base (unless it is there) and the data of a seed."""
+    """Reads the data of a seed, then loads the base (unless it is there): what is wrong with a file is said first."""
+    notes: list[str] = []
+    data = config.data.for_seed(seed)
+    records, general = read_clients(data, notes, seed), read_general(data)
     base = base or load_base(config.model)
     unwrap(base)
-    encoder, notes = make_encoder(config, base), []
-    data = config.data.for_seed(seed)
-    return World(base, encoder, load_clients(data, encoder, notes, seed), load_general(data, encoder), notes)
+    encoder = make_encoder(config, base)
+    if data.template != encoder.template:
+        has = "a" if encoder.template == "chat" else "no"
+        notes.append(f'data.template = "auto" stands for "{encoder.template}": the tokenizer has {has} chat template')
+    return World(base, encoder, encode_clients(records, data, encoder), encode(general, data, encoder), notes)
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:

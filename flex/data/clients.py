@@ -1,0 +1,134 @@
+"""Whose record is whose: every client's training and test records, from one file by a column, or from a file a client.
+
+Nothing here needs a tokenizer or a model: what is wrong with the data is found before either is loaded.
+"""
+
+import itertools
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flex.config import DataConfig
+from flex.data.records import Record, read_records, texts_of, unread_columns
+from flex.data.splits import split_clients, split_held_out, split_validation
+from flex.errors import FlexError, require
+
+Parts = dict[str, list[Record]]  # records by client
+
+
+@dataclass(frozen=True)
+class ClientRecords:
+    """One client's own records."""
+
+    client_id: str
+    train: list[Record]
+    test: list[Record]
+    validation: list[Record] = field(default_factory=list)  # of the training records, never trained on; mostly empty
+
+
+def read_clients(config: DataConfig, notes: list[str] | None = None, seed: int = 0) -> list[ClientRecords]:
+    """Every client's records, in the order that fixes the client's index for the whole run.
+
+    Args:
+        notes: takes what a person should know of the files, in sentences: columns that nobody reads, test examples that
+            are trained on.
+        seed: of the run; draws the validation part, if there is one.
+
+    Raises:
+        FlexError: a file or column is missing or not what it should be, two clients or two parts have one file, a
+            client has nothing to train or to test on, or all that would be tested is trained on.
+    """
+    notes = [] if notes is None else notes
+    train, test = _from_files(config, notes) if config.files else _from_column(config, notes)
+    clients, trained_on = [], 0
+    for name, records in train.items():
+        parts = (records, test.get(name, [])) if test else split_held_out(records, config.test_fraction, name)
+        limits = (config.max_train, config.max_test)
+        client = ClientRecords(
+            name, *(part[:limit] if limit else part for part, limit in zip(parts, limits, strict=True))
+        )
+        for part, what in ((client.train, "train"), (client.test, "test")):
+            if not part:
+                raise FlexError(f"client {name!r} has no {what} examples; expected one or more, or no such client")
+        if test:
+            seen = _trained_on(client, notes)
+            trained_on += seen
+            if config.files and seen == len(client.test):
+                raise FlexError(_all_trained_on(seen, config.test_files[name]))
+        train_part, validation = split_validation(client.train, config.validation_fraction, name, seed)
+        clients.append(replace(client, train=train_part, validation=validation))
+    if trained_on and trained_on == sum(len(client.test) for client in clients):
+        raise FlexError(_all_trained_on(trained_on, config.test))
+    return clients
+
+
+def read_general(config: DataConfig) -> list[Record]:
+    """The held-out set that belongs to nobody; empty where none is named."""
+    return read_records(config.general, config.columns) if config.general else []
+
+
+def _from_column(config: DataConfig, notes: list[str]) -> tuple[Parts, Parts]:
+    """Both parts from a file each, by the column that names the client."""
+    require(bool(config.train), "data.train is empty; expected a .jsonl or .jsonl.gz file (--data FILE)")
+    needs = _needs(config)
+    read = read_records(config.train, config.columns, clients_by=config.clients_by, needs=needs)
+    _note_unread(config.train, read, [*needs, config.clients_by], notes)
+    train = split_clients(read, config.clients_by, config.clients)
+    if not config.test:
+        return train, {}
+    tests = read_records(config.test, config.columns, clients_by=config.clients_by, needs=needs)
+    return train, split_clients(tests, config.clients_by)
+
+
+def _from_files(config: DataConfig, notes: list[str]) -> tuple[Parts, Parts]:
+    """Both parts from a file a client: all of a file is its client's."""
+    for name in config.clients:
+        require(name in config.files, f"data.clients names {name!r}; data.files has {', '.join(sorted(config.files))}")
+    names = config.clients or sorted(config.files)
+    for name in names if config.test_files else ():
+        require(
+            name in config.test_files,
+            f"data.test_files has no file for {name!r}; expected one for every client, or none at all",
+        )
+    uses = [
+        (Path(files[name]), f"{what} of {name!r}")
+        for what, files in (("training data", config.files), ("test data", config.test_files))
+        for name in names
+        if name in files
+    ]
+    for (one, use), (other, again) in itertools.combinations(uses, 2):
+        if one.exists() and other.exists() and os.path.samefile(one, other):
+            raise FlexError(f"{other} is the {use} and the {again}; expected a file of its own for each")
+    train, test = {}, {}
+    for name in names:
+        train[name] = read_records(config.files[name], config.columns, needs=_needs(config))
+        _note_unread(config.files[name], train[name], _needs(config), notes)
+        if config.test_files:
+            test[name] = read_records(config.test_files[name], config.columns, needs=_needs(config))
+    return train, test
+
+
+def _needs(config: DataConfig) -> list[str]:
+    return [config.group_by] if config.group_by else []
+
+
+def _note_unread(path: str, records: list[Record], read: list[str], notes: list[str]) -> None:
+    if unread := unread_columns(records, read):
+        notes.append(f"{path} has columns that nobody reads: {', '.join(map(repr, unread))}")
+
+
+def _trained_on(client: ClientRecords, notes: list[str]) -> int:
+    """How many test examples of a client it also trains on."""
+    known = {texts_of(record) for record in client.train}
+    seen = sum(texts_of(record) in known for record in client.test)
+    if seen:
+        which = f"{seen} of {len(client.test)} test examples of client {client.client_id!r}"
+        notes.append(f"{which} are among its training examples")
+    return seen
+
+
+def _all_trained_on(count: int, path: str) -> str:
+    return (
+        f"all {count} examples of {path} are trained on; expected others in data.test, or data.test "
+        "left out, so that a share of the training file is held out"
+    )
