@@ -7,7 +7,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,26 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 PROXIMAL_MU = 0.01  # FedProx's, unless strategy.proximal_mu says another
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
 OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
+
+
+# What an example says: the texts of a pair, or the turns of a conversation (`data/records.py`).
+TEXTS = ("instruction", "context", "response")
+CONVERSATION = "messages"
+
+
+def check_columns(mapping: Mapping[str, str]) -> None:
+    """Raises FlexError where a column mapping names what no record has, or one column for two of ours."""
+    known = (*TEXTS, CONVERSATION)
+    for ours, theirs in mapping.items():
+        if ours not in known:
+            hint = f"did you mean {theirs}={ours}?" if theirs in known else f"expected some of {', '.join(known)}"
+            raise FlexError(f"data.columns names {ours!r}, which no example has; {hint}")
+        require(bool(theirs), f"data.columns.{ours} is empty; expected the name of a column")
+    values = list(mapping.values())
+    twice = [theirs for index, theirs in enumerate(values) if theirs in values[:index]]
+    require(not twice, f"data.columns names the column {twice[0] if twice else ''!r} twice; expected each once")
+    both = CONVERSATION in mapping and len(mapping) > 1
+    require(not both, "data.columns names messages and texts of a pair; expected messages alone, or no messages")
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check("data", self)
+        check_columns(self.columns)
         one, many = ("train", "test"), ("files", "test_files")
         for single, several in zip(one, many, strict=True):
             both = bool(getattr(self, single)) and bool(getattr(self, several))

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flex.config import CONVERSATION, TEXTS, check_columns
 from flex.data.rows import read_rows
 from flex.errors import FlexError, require
 
-TEXTS = ("instruction", "context", "response")
-CONVERSATION = "messages"
-COLUMNS = (*TEXTS, CONVERSATION)  # that a mapping may give
 ALIASES = {"context": "input", "response": "output"}  # by the names of Alpaca's files
+FORMS = {TEXTS[0]: "an instruction with a response", CONVERSATION: "a conversation (messages)"}
 ROLES = ("system", "user", "assistant")
 
 
@@ -79,24 +78,6 @@ def read_records(
     if context is not None and not any("context" in record for record in records):
         raise FlexError(f"{path} has no column {context!r}, which data.columns names for 'context'")
     return records
-
-
-def check_columns(mapping: Mapping[str, str]) -> None:
-    """Raises FlexError where a column mapping names what no record has, or one column for two of ours."""
-    for ours, theirs in mapping.items():
-        if ours not in COLUMNS:
-            hint = (
-                f"; did you mean {theirs}={ours}?" if theirs in COLUMNS else f"; expected some of {', '.join(COLUMNS)}"
-            )
-            raise FlexError(f"data.columns names {ours!r}, which no example has{hint}")
-        require(bool(theirs), f"data.columns.{ours} is empty; expected the name of a column")
-    twice = [theirs for index, theirs in enumerate(mapping.values()) if theirs in list(mapping.values())[:index]]
-    require(not twice, f"data.columns names the column {twice[0] if twice else ''!r} twice; expected each once")
-    both = CONVERSATION in mapping and len(mapping) > 1
-    require(not both, "data.columns names messages and texts of a pair; expected messages alone, or no messages")
-
-
-FORMS = {TEXTS[0]: "an instruction with a response", CONVERSATION: "a conversation (messages)"}
 
 
 def _form(row: Mapping[str, Any], mapping: Mapping[str, str]) -> str:

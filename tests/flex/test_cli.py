@@ -80,6 +80,44 @@ def test_a_configuration_after_the_clients_is_told_where_to_stand(
     assert trained[0].data.clients == ("b.toml",)
 
 
+def test_a_file_a_client_and_columns_by_option(trained: list[RunConfig], tmp_path: Path) -> None:
+    there = RunConfig().with_values(data={"train": "t", "test": "u", "clients": ("x",), "clients_by": "category"})
+    write_config(there, tmp_path / "c.toml")
+    words = ["--data", "site1=a.jsonl", "s 2=b=1.jsonl", "--test", "site1=c.jsonl", "s 2=d.jsonl"]
+    words += ["--columns", "instruction=question", "response=answer"]
+    for order in ([str(tmp_path / "c.toml"), *words], [*words, str(tmp_path / "c.toml")]):
+        assert main(["train", *order]) == 0
+        data = trained.pop().data
+        assert (data.train, data.test, data.clients) == ("", "", ())
+        assert data.files == {"site1": "a.jsonl", "s 2": "b=1.jsonl"}
+        assert data.test_files == {"site1": "c.jsonl", "s 2": "d.jsonl"}
+        assert data.columns == {"instruction": "question", "response": "answer"}
+    (tmp_path / "one=1.jsonl").touch()
+    for path, files in ((tmp_path / "one=1.jsonl", {}), (tmp_path / "c.toml", {})):
+        assert main(["train", "--data", str(path)]) == 0
+        assert trained.pop().data.files == files
+    assert main(["train", "--data", f"site={tmp_path / 'c.toml'}"]) == 0
+    assert trained.pop().data.files == {"site": str(tmp_path / "c.toml")}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "a=x", "a=y"], "--data names 'a' twice; expected each once"),
+        (["--data", "a=x", "y"], "--data got 'y'; expected NAME=FILE for each client"),
+        (["--test", "a=x", "=y"], "--test got '=y'; expected NAME=FILE for each client"),
+        (["--columns", "question"], "--columns got 'question'; expected OURS=THEIRS"),
+        (["--columns", "prompt=question"], "data.columns names 'prompt', which no example has"),
+        (["--data", "a=x", "b=y", "--clients-by", "z"], "--clients-by names a column, but --data has a file for each"),
+    ],
+)
+def test_files_and_columns_that_cannot_be_read_so_are_refused(
+    trained: list[RunConfig], capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert main(["train", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
