@@ -9,8 +9,8 @@ from tiny import records, save_data, write_records
 
 from flex.config import DataConfig
 from flex.data.examples import IGNORED, Encoder, load_clients, training_batches
-from flex.data.records import read_records
-from flex.data.splits import split_held_out, split_validation, texts
+from flex.data.records import read_records, texts_of
+from flex.data.splits import split_held_out, split_validation
 from flex.demo.language import build_tokenizer
 from flex.errors import FlexError
 
@@ -279,7 +279,7 @@ def test_records_of_the_same_texts_stay_on_one_side_of_the_validation_split():
         train, validation = split_validation(doubled, 0.25, "a", seed)
         assert len(train) + len(validation) == 12
         assert len(validation) == 4
-        assert not {texts(r) for r in train} & {texts(r) for r in validation}
+        assert not {texts_of(r) for r in train} & {texts_of(r) for r in validation}
     assert split_validation(doubled, 0.0, "a", 0) == (doubled, [])
 
 
