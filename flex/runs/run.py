@@ -34,7 +34,6 @@ from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, rea
 
 CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
-
 # Settings that base or tokenizer may decide, and how they say so; a run's file has what was decided.
 DECIDED = {"data.template": "auto", "lora.targets": ("auto",)}
 
