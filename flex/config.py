@@ -152,10 +152,18 @@ class TrainSettings:
     schedule: str = setting("cosine", choices=("cosine", "constant"))
     weight_decay: float = setting(0.0, least=0)
     max_grad_norm: float = setting(1.0, above=0)
+    # The state that is the result: of the last round, or of the one with the lowest loss on the validation parts
+    keep: str = setting("last", choices=("last", "best"))
+    patience: int = setting(0, least=0, zero="never stops early")  # rounds without a better one
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
 
     def __post_init__(self) -> None:
         check("train", self)
+        require(
+            not self.patience or self.keep == "best",
+            f'train.patience is {self.patience}, which train.keep = "last" has no use for; '
+            'expected 0, or train.keep = "best"',
+        )
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check("", self)
+        require(
+            self.train.keep == "last" or self.data.validation_fraction > 0,
+            'train.keep is "best", which is chosen on a validation part of the training data; expected '
+            "data.validation_fraction above 0, e.g. 0.1",
+        )
         names = {self.strategy.of(method)[0] for method in self.train.methods}
         for key in {key for keys in STRATEGIES.values() for key in keys}:
             value, users = getattr(self.strategy, key), [name for name, keys in STRATEGIES.items() if key in keys]

@@ -121,8 +121,8 @@ def _card(saved: Saved, folder: Path, method: str, client_id: str | None, merge:
         "",
         f"# {row.label}, {whose}",
         "",
-        f"{row.label}: {row.about}. Trained by FLEx for {saved.round_index} rounds from `{config.model.path}`; "
-        f"prompts in the template `{config.data.template}`.",
+        f"{row.label}: {row.about}. Trained by FLEx from `{config.model.path}`, the state after round "
+        f"{saved.round_index}; prompts in the template `{config.data.template}`.",
         "",
         *said,
         "",

@@ -1,6 +1,6 @@
 """`flex eval` and `flex generate`: what a run saved, loaded again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from flex.evaluation.score import generate as greedy
 from flex.federation.client import Site
 from flex.federation.messages import Arrays
 from flex.methods import METHODS
-from flex.runs.job import latest_shared
+from flex.runs.job import kept_shared
 from flex.runs.run import CONFIG, check_contents, job_folders, started
 from flex.runs.workers import job_folder
 from flex.runs.world import World, load_bare_world, load_world
@@ -97,12 +97,18 @@ def load_saved(folder: Path, method: str, seed: int | None, with_data: bool = Tr
         raise FlexError(f"{folder} has no job {job.name}; it has {', '.join(there) or 'none yet'}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    names = [str(client["client_id"]) for client in started(folder).clients]
-    world = load_world(config, seed) if with_data else load_bare_world(config, names)
+    said = started(folder)
+    names = [str(client["client_id"]) for client in said.clients]
+    if with_data:  # somebody may have been added to the files who has not joined
+        world = load_world(config, seed)
+        world = replace(world, clients=[client for client in world.clients if client.client_id in names])
+    else:  # who has left has a model still
+        left = [name for name in said.client_data.get(str(seed), {}) if name not in names]
+        world = load_bare_world(config, [*names, *left])
     check_contents(folder, world, seed if with_data else None)
     sites = world.sites(config, method, seed, job)
     start = next(iter(sites.values())).model.shared_arrays()
-    round_index, shared = latest_shared(job, world.base.fingerprint, start)
+    round_index, shared = kept_shared(job, world.base.fingerprint, start)
     return Saved(job, config, world, sites, round_index, shared)
 
 

@@ -84,8 +84,8 @@ class ClientData:
     def fingerprint(self) -> str:
         """A name for these examples, in their order."""
         digest = hashlib.sha256()
-        for part in (self.train, self.test):
-            digest.update(f"{self.client_id}/{len(part)}".encode(errors="surrogatepass"))
+        for name, part in self.parts().items():
+            digest.update(f"{self.client_id}/{name}/{len(part)}".encode(errors="surrogatepass"))
             for example in part:
                 digest.update(f"{example.input_ids}{example.prompt_length}".encode())
                 digest.update(example.response.encode(errors="surrogatepass"))

@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from flex.data.examples import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluation.score import response_logits, score
 from flex.federation.agreement import settings_digest, versions
-from flex.federation.messages import Arrays, SiteAbout
+from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.graft.calibrate import Calibration
 from flex.graft.choose import choose_grafts
@@ -39,7 +39,7 @@ from flex.model.partition import (
     partition,
     snapshot,
 )
-from flex.store.events import AFTER, BEFORE, Evaluated, Event
+from flex.store.events import AFTER, BEFORE, VALIDATION, Evaluated, Event
 from flex.store.files import folder_name
 from flex.store.personal import PersonalState, PersonalStore
 
@@ -185,11 +185,14 @@ class Site:
         trained = {role: counts[role] for role in ("shared", "personal")}
         return replace(about(self.model.base, self.client, self.config), trained_parameters=trained)
 
-    def train(self, round_index: int, shared: Arrays) -> TurnReport:
+    def train(self, round_index: int, shared: Arrays, kept: int | None = None) -> TurnReport:
         """Local steps from the shared state of the round's start.
 
         How to train, and whether to score its own model before the server averages it, a client reads in its own
         configuration: whoever asks for a turn has no say in it.
+
+        Args:
+            kept: a round whose personal state must not be lost.
         """
         started = time.perf_counter()
         model, train = self.model, self.config.train
@@ -229,7 +232,7 @@ class Site:
             own.parameters = snapshot(model.own)
             own.moments = optimizer_moments(optimizer, model.parts.personal)
             own.choices = [choice for choice in own.choices if choice.round >= round_index - 1]
-            self.store.save(round_index, own)
+            self.store.save(round_index, own, kept)
         metrics = {
             "num_examples": len(self.client.train),
             "loss": float(torch.stack(told.losses).mean()),
@@ -243,18 +246,22 @@ class Site:
             events += self.evaluate(round_index, None, BEFORE)
         return TurnReport(update, metrics, events)
 
-    def evaluate(self, round_index: int, shared: Arrays | None, when: str = AFTER) -> list[Event]:
-        """Scores on the client's test part and on the general set; before them the grafts, if they are chosen here.
+    def evaluate(
+        self, round_index: int, shared: Arrays | None, when: str = AFTER, splits: Collection[str] = SCORED
+    ) -> list[Event]:
+        """Scores on the client's own parts and on the general set; before them the grafts, if they are chosen here.
 
         Args:
             shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
+            splits: which of "test", "general" and "validation".
         """
         found: list[Event] = []
         if shared is not None:
             own = self.attach(round_index, shared)
             found += [choice for choice in own.choices if choice.round >= round_index]
-        for split, examples in (("test", self.client.test), ("general", self.general)):
-            if examples:
+        there = {"test": self.client.test, "general": self.general, VALIDATION: self.client.validation}
+        for split, examples in there.items():
+            if examples and split in splits:
                 # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
                 settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
                 scores = score(self.model.base.model, self.model.encoder, examples, settings)

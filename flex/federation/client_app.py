@@ -29,8 +29,11 @@ from flex.federation.messages import (
     CONFIG,
     CONTROL,
     EVENTS,
+    KEPT_ROUND,
     METRICS,
     NUM_EXAMPLES,
+    SCORED,
+    SPLITS,
     Arrays,
     carried_arrays,
     json_record,
@@ -69,7 +72,7 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
     def train(message: Message, context: Context) -> Message:
         site, shared = site_of(message, context), carried_arrays(message.content)
         with memory_named(site):
-            turn = site.train(round_of(message.content), shared)
+            turn = site.train(round_of(message.content), shared, message.content[CONFIG].get(KEPT_ROUND))
         numbers = {
             CLIENT_INDEX: identity(context)[1],
             NUM_EXAMPLES: turn.metrics["num_examples"],
@@ -83,14 +86,15 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         site, shared = site_of(message, context), to_arrays(message.content[ARRAYS])
+        splits = str(message.content[CONFIG].get(SPLITS, " ".join(SCORED))).split()
         with memory_named(site):
-            events = site.evaluate(round_of(message.content), shared)
-        test = next(event for event in events if isinstance(event, Evaluated))
+            events = site.evaluate(round_of(message.content), shared, splits=splits)
+        first = next(event for event in events if isinstance(event, Evaluated))
         numbers = {
             CLIENT_INDEX: identity(context)[1],
-            NUM_EXAMPLES: test.num_examples,
-            "loss": test.loss,
-            "exact-match": test.exact_match,
+            NUM_EXAMPLES: first.num_examples,
+            "loss": first.loss,
+            "exact-match": first.exact_match,
         }
         return _reply(message, numbers, events, {})
 

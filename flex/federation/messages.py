@@ -1,11 +1,12 @@
 """What travels between the server and its clients, as Flower's records: counted, checked and averaged.
 
     train      `arrays` (the shared state, float32), `config` with `server-round`, `evaluate` (whether this round ends
-               with an evaluation; this project's own clients read that in their configuration) and the caller's own;
-               with SCAFFOLD also `control`, its control variates
+               with an evaluation; this project's own clients read that in their configuration), perhaps `kept-round`
+               (whose state a client must not lose) and the caller's own; with SCAFFOLD also `control`, its control
+               variates
                reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`, and `control` where
                it was sent
-    evaluate   the same content                               reply: `metrics`, `events`
+    evaluate   the same content, perhaps with `splits`, the names of those to score   reply: `metrics`, `events`
     query      `config` with `ask`, or nothing: who are you?  reply: `client` (id and index); to "about" also `about`
                (see `SiteAbout`), to "start" also `arrays`, the shared state as the method initialises it
 
@@ -39,6 +40,8 @@ EVENTS, ABOUT, ASK = "events", "about", "ask"
 CONTROL = "control"  # a ConfigRecord of tensors: what clips an update, or adds noise to it, takes every ArrayRecord
 NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
 ABOUT_KINDS = {"str": str, "int": int, "dict": dict}
+KEPT_ROUND, SPLITS = "kept-round", "splits"
+SCORED = ("test", "general")  # what an evaluation scores where it does not say what
 TOLD = (Grafted, Evaluated)  # what a client may say to the log
 
 

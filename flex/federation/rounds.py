@@ -17,6 +17,8 @@ from flex.federation.messages import (
     ASK,
     CLIENT_INDEX,
     CONFIG,
+    SCORED,
+    SPLITS,
     Arrays,
     SiteAbout,
     about_of,
@@ -27,7 +29,7 @@ from flex.federation.messages import (
     to_record,
 )
 from flex.federation.seal import check_seal
-from flex.store.events import Event
+from flex.store.events import VALIDATION, Event
 
 Config = Mapping[str, bool | int | float | str]
 
@@ -73,10 +75,11 @@ def run_rounds(
     num_rounds: int,
     *,
     start_round: int = 1,
-    train_config: Config | None = None,
+    train_config: Config | Callable[[int], Config] | None = None,
     evaluate_config: Config | None = None,
     evaluate_every: int | None = 1,
-    on_round: Callable[[int, Arrays, RoundReport], None] | None = None,
+    validate: bool = False,
+    on_round: Callable[[int, Arrays, RoundReport], bool | None] | None = None,
     skip_failed: bool = False,
     timeout: float | None = None,
 ) -> Arrays:
@@ -85,11 +88,13 @@ def run_rounds(
     Args:
         strategy: who averages how; for a resumed run with its state restored.
         shared: the shared state that round `start_round` begins with.
-        train_config, evaluate_config: what goes to the clients with every message, beside what the module names.
+        train_config, evaluate_config: what goes to the clients with every message, beside what the module names; that
+            of training may be a function of the round.
         evaluate_every: rounds from one evaluation to the next; the last round always has one. 0: the last only. None:
             never.
+        validate: every round ends with the clients' scores on their validation parts.
         on_round: called with (round, shared state after it, report) when all of a round is done: the place for a
-            checkpoint.
+            checkpoint. If it returns True, that was the last round.
         skip_failed: go on without a client that failed, as long as one has trained. By default the run stops.
         timeout: seconds to wait for the replies of a round; not for `InProcessGrid`.
 
@@ -104,7 +109,8 @@ def run_rounds(
         exchange = _Exchange(grid, clients, round_index, skip_failed, timeout)
         evaluating = _evaluates(round_index, num_rounds, evaluate_every)
 
-        config = ConfigRecord({**(train_config or {}), "evaluate": evaluating})
+        own = train_config(round_index) if callable(train_config) else train_config
+        config = ConfigRecord({**(own or {}), "evaluate": evaluating})
         messages = strategy.configure_train(round_index, to_record(shared), config, grid)
         replies, train = exchange(messages)
 
@@ -112,13 +118,14 @@ def run_rounds(
         shared = shared if average is None else to_arrays(average)
 
         evaluate: list[Turn] = []
-        if evaluating:
-            config = ConfigRecord(dict(evaluate_config or {}))
+        if evaluating or validate:
+            splits = [*(SCORED if evaluating else ()), *([VALIDATION] if validate else [])]
+            config = ConfigRecord({**(evaluate_config or {}), SPLITS: " ".join(splits)})
             messages = strategy.configure_evaluate(round_index, to_record(shared), config, grid)
             _, evaluate = exchange(messages)
 
-        if on_round:
-            on_round(round_index, shared, RoundReport(round_index, train, evaluate, exchange.failed))
+        if on_round and on_round(round_index, shared, RoundReport(round_index, train, evaluate, exchange.failed)):
+            break
     return shared
 
 

@@ -86,7 +86,7 @@ def findings(summary: list[Row]) -> list[str]:
     """Sentences, the most important first: the verdict, the controls, groups, loss, forgetting, cautions."""
     rows = {row.method: row for row in summary}
     measure = primary_measure(summary)
-    sentences = _unfinished(summary)
+    sentences = [*_unfinished(summary), *_extended(summary), *_kept(summary)]
     if measure is None:
         return [*sentences, "There is no evaluation yet, so there is nothing to compare."]
     main = rows.get(MAIN)
@@ -117,6 +117,36 @@ def _unfinished(summary: list[Row]) -> list[str]:
         parts = [f"seed {seed} at round {at}" + (f" of {planned}" if planned else "") for seed, at, planned in rounds]
         missing.append(f"{row.label} ({', '.join(parts)})")
     return [f"This run is not finished, so everything here is preliminary: {_join(missing)}."] if missing else []
+
+
+def _extended(summary: list[Row]) -> list[str]:
+    """What a run became that was planned otherwise; said once where it is the same for several methods or seeds."""
+    changes: dict[tuple[object, ...], list[str]] = {}
+    for row in summary:
+        for job in row.jobs:
+            for e in job.extended:
+                key = (e.round, e.num_rounds, tuple(e.joined), tuple(e.left), (e.started or "").partition("T")[0])
+                names = changes.setdefault(key, [])
+                names += [] if row.label in names else [row.label]
+    sentences = []
+    for (after, planned, joined, left, day), names in changes.items():
+        who = [f"client {name} joined" for name in joined] + [f"client {name} left" for name in left]
+        sentences.append(
+            f"{_join(names)} went on after round {after}, to {planned} rounds{f' ({day})' if day else ''}"
+            f"{': ' + _join(who) if who else ''}; earlier rounds keep the rates they had, so these are not the numbers "
+            "of a run that was planned so."
+        )
+    return sentences
+
+
+def _kept(summary: list[Row]) -> list[str]:
+    parts = []
+    for row in summary:
+        for job in (job for job in row.jobs if job.done is not None and job.done.kept is not None):
+            seed = f", seed {job.seed}" if len(row.jobs) > 1 else ""
+            early = ", where it was stopped" if job.done.stopped else ""
+            parts.append(f"{row.label} round {job.done.kept} of {job.done.round}{early}{seed}")
+    return [f"Kept is the round with the lowest validation loss: {'; '.join(parts)}."] if parts else []
 
 
 def _headline(main: Row, others: list[Row], measure: Measure) -> str:

@@ -12,7 +12,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ class JobLog:
     seed: int
     info: events.JobStarted = field(default_factory=events.JobStarted)
     done: events.Done | None = None
+    extended: list[events.Extended] = field(default_factory=list)
     evaluations: dict[tuple[int, str, str, str], events.Evaluated] = field(
         default_factory=dict
     )  # round, client, when, split
@@ -85,9 +86,12 @@ class JobLog:
         match event:
             case events.JobStarted():
                 self.info = event
+            case events.Extended():
+                self.extended.append(event)
+                self.info = replace(self.info, num_rounds=event.num_rounds, num_clients=event.num_clients)
             case events.Done():
                 self.done = event
-            case events.Evaluated():
+            case events.Evaluated() if event.split != events.VALIDATION:
                 self.evaluations[event.round, event.client_id, event.when, event.split] = event
             case events.Trained():
                 self.trains[event.round, event.client_id] = event
@@ -98,7 +102,10 @@ class JobLog:
 
     @property
     def last_round(self) -> int | None:
-        """The last round in which every client was evaluated (the last with any evaluation if there is none such)."""
+        """The round that a finished job keeps, or else the last in which every client was evaluated (the last with any
+        evaluation if there is none such)."""
+        if self.done is not None and self.done.kept is not None:
+            return self.done.kept
         tests = [key for key in self.evaluations if key[3] == "test"]
         whens = {when for _, _, when, _ in tests}
         counts = Counter(key[0] for key in tests if key[2] == (AFTER if AFTER in whens else BEFORE))

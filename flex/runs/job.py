@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from flex.config import RunConfig
+from flex.errors import FlexError
 from flex.federation.agreement import check_sites
 from flex.federation.checkpoint import load_server, save_server
 from flex.federation.flower import Grid, Strategy
-from flex.federation.messages import NUM_EXAMPLES, Arrays, SiteAbout
+from flex.federation.messages import KEPT_ROUND, NUM_EXAMPLES, Arrays, SiteAbout
 from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, evaluate_all, inner, run_rounds
 from flex.federation.strategy import load_strategy_state, make_strategy
 from flex.methods import METHODS
+from flex.runs.history import Best, best_of, extension, reopened, without_scores
 from flex.runs.progress import Bar
 from flex.store.events import (
     AFTER,
@@ -36,6 +38,7 @@ from flex.store.events import (
     Sent,
     Trained,
     read_events,
+    write_events,
 )
 from flex.store.files import check_header, round_file, rounds_in
 from flex.store.personal import KEPT_ROUNDS
@@ -67,6 +70,8 @@ class Job:
         self.strategy_name, self.strategy_settings = config.strategy.of(method)
         self.admit = admit
         self.header = {"method": method, "seed": seed, "strategy": self.strategy_name}
+        self.best = Best()
+        self.keeps_best, self.patience = config.train.keep == "best", config.train.patience
         self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
         self.exact: dict[str, float] = {}
         self.tokens = 0
@@ -81,7 +86,8 @@ class Job:
         started, train = time.perf_counter(), self.config.train
         sites = ask_about(self.grid)
         check_sites(sites, self.config)
-        self.header |= self.admit(sites)
+        self.clients = [site.client_id for site in sites]
+        self.header |= {**self.admit(sites), "clients": {site.client_id: site.data for site in sites}}
         per_round = (train.clients_per_round or len(sites)) * train.steps
         total = train.rounds * per_round if self.method.trains else 1
         self.bar.begin(total)
@@ -93,25 +99,34 @@ class Job:
             num_clients=len(sites),
             trained_parameters=sites[0].trained_parameters,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
+            clients=[site.client_id for site in sites],
             format=FORMAT,
         )
         shared, done = self._resume(strategy, started_event)
         self.bar.step(done * per_round)
+        self.last_round = done
         if self.method.trains:
             run_rounds(
                 strategy,
                 self.grid,
                 shared,
-                train.rounds,
+                done if self._is_stalled else train.rounds,
                 start_round=done + 1,
+                train_config=lambda _: {} if self.best.round is None else {KEPT_ROUND: self.best.round},
                 evaluate_every=self.config.evaluate.every,
+                validate=self.keeps_best,
                 on_round=lambda index, arrays, report: self._keep(index, arrays, strategy, report),
             )
+            if self.keeps_best:
+                self._score_kept(strategy)
         else:
             for turn in evaluate_all(strategy, self.grid, shared, 0):
                 self._write(turn.events)
             self.bar.step()
-        self._write([Done(train.rounds, time.perf_counter() - started, self.tokens)])
+        seconds = time.perf_counter() - started
+        last = self.last_round if self.method.trains else train.rounds
+        kept = self.best.round if self.keeps_best else None
+        self._write([Done(last, seconds, self.tokens, kept=kept, stopped=last < train.rounds)])
         self.bar.say(f"done, {self.verdict}")
         self.bar.end()
 
@@ -125,20 +140,59 @@ class Job:
             return ask_start(self.grid), 0
         path = round_file(self.server, rounds[-1])
         done, shared, moments, header = load_server(path)
-        check_header(path, header, self.header)
+        self._check_header(path, header)
         load_strategy_state(strategy, moments)
-        self.known = {_place(event) for event in self.log.rewind(done) if isinstance(event, Grafted)}
+        events = reopened(self.log.rewind(done))
+        write_events(self.log.path, events)
+        self.known = {_place(event) for event in events if isinstance(event, Grafted)}
+        if (extended := extension(events, done, started)) is not None:
+            self._write([extended])
+            events.append(extended)
+        self.best = best_of(events, done)
         return shared, done
 
-    def _keep(self, round_index: int, shared: Arrays, strategy: Strategy, report: RoundReport) -> None:
+    def _check_header(self, path: Path, header: dict[str, Any]) -> None:
+        """The file is of this job, and each client that it knows has the data that it had then."""
+        known = header.get("clients")
+        left_out = {"clients"} if known is None else {"clients", "data"}
+        check_header(path, header, {key: value for key, value in self.header.items() if key not in left_out})
+        own = self.header["clients"]
+        for name in own.keys() & (known or {}).keys():
+            if known[name] != own[name]:
+                raise FlexError(f"{path} belongs to other data of client {name!r}; expected the data that it had then")
+        self.header["clients"] = {**(known or {}), **own}
+
+    @property
+    def _is_stalled(self) -> bool:
+        return 0 < self.patience <= self.best.rounds_without_improvement
+
+    def _keep(self, round_index: int, shared: Arrays, strategy: Strategy, report: RoundReport) -> bool:
+        """Into log and checkpoint; whether training ends here, for want of improvement."""
         if not self.told and report.train:
             self.told = True
             self._write(sent_events(report.train[0]))
         self._write(round_events(round_index, report))
         self.tokens += sum(turn.metrics["tokens"] for turn in report.train)
         save_server(round_file(self.server, round_index), round_index, shared, inner(strategy), self.header)
+        self.last_round = round_index
+        self.best.add(round_index, [event for turn in report.evaluate for event in turn.events])
         for old in rounds_in(self.server)[:-KEPT_ROUNDS]:
-            round_file(self.server, old).unlink(missing_ok=True)
+            if old != self.best.round:
+                round_file(self.server, old).unlink(missing_ok=True)
+        return self._is_stalled
+
+    def _score_kept(self, strategy: Strategy) -> None:
+        """The scores of the round that is kept, unless the log has them all."""
+        kept, events = self.best.round, read_events(self.log.path)
+        if kept is None:
+            return
+        there = [e for e in events if isinstance(e, Evaluated) and (e.round, e.split, e.when) == (kept, "test", AFTER)]
+        if not set(self.clients) <= {event.client_id for event in there}:
+            write_events(self.log.path, without_scores(events, kept))
+            shared = load_server(round_file(self.server, kept))[1]
+            there = [event for turn in evaluate_all(strategy, self.grid, shared, kept) for event in turn.events]
+            self._write(there)
+        self.exact = {e.client_id: e.exact_match for e in there if isinstance(e, Evaluated) and e.split == "test"}
 
     def _write(self, events: list[Event]) -> None:
         """Into the log; a choice of grafts that it has already is left out (a turn that was cut off tells it again)."""
@@ -176,7 +230,7 @@ def round_events(round_index: int, report: RoundReport) -> list[Event]:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the job in `folder` is finished."""
+    """Whether the job in `folder` was once finished."""
     return any(isinstance(event, Done) for event in read_events(folder / METRICS))
 
 
@@ -184,12 +238,14 @@ def _place(event: Grafted) -> tuple[Any, ...]:
     return event.client_id, event.round, event.layer
 
 
-def latest_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:
-    """(round, shared state) of a job's newest server file; (0, `start`) where it has not finished a round."""
+def kept_shared(folder: Path, fingerprint: str, start: Arrays) -> tuple[int, Arrays]:
+    """(round, shared state) of the round that a job keeps: its best by validation, or else its newest; (0, `start`)
+    where it has not finished a round."""
     rounds = rounds_in(folder / "server")
     if not rounds:
         return 0, start
-    path = round_file(folder / "server", rounds[-1])
+    best = best_of(read_events(folder / METRICS), rounds[-1]).round
+    path = round_file(folder / "server", rounds[-1] if best is None else best)
     round_index, shared, _, header = load_server(path)
     check_header(path, header, {"base": fingerprint})
     return round_index, shared

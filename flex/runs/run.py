@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -26,11 +27,13 @@ from flex.federation.strategy import make_strategy
 from flex.graft.choose import check as check_grafts
 from flex.methods import METHODS
 from flex.model.adapters import check_targets, unwrap
+from flex.runs.history import is_finished, plan_of
 from flex.runs.job import is_done
 from flex.runs.progress import line_of, progress_bars
-from flex.runs.workers import job_folder, make_job, run_apart
+from flex.runs.workers import JobName, job_folder, make_job, run_apart
 from flex.runs.world import World, Worlds
 from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, read_events, write_events
+from flex.store.files import rounds_in
 
 CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
@@ -60,14 +63,17 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     config = pinned(config, world)
     _check_free(folder, config)
     _check_methods(config, world)
-    data = check_contents(folder, world, config.train.seeds[0])
-    _claim(folder, config)
+    contents = check_contents(folder, world, config.train.seeds[0])
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
+    clients = [client.client_id for client in world.clients]
+    _check_growth(folder, config, jobs, clients)
+    _tell_growth(folder, clients, console)
+    _claim(folder, config)
     with _alone_in(folder, console), progress_bars(console) as progress:
         sites = [about(world.base, client, config) for client in world.clients]
-        write_events(folder / RUN, run_events(config, sites, data, title, descriptions))
+        write_events(folder / RUN, run_events(config, sites, contents, title, descriptions))
         lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
-        left = [job for job in jobs if not is_done(job_folder(folder, job))]
+        left = [job for job in jobs if not _is_finished(folder, job, config, clients)]
         for job in set(jobs) - set(left):
             lines[job](total=1, advance=1, what="done before", ended=True)
         if config.workers > 1 and left:
@@ -98,6 +104,50 @@ def _check_methods(config: RunConfig, world: World) -> None:
             check_grafts(world.base, config.graft.of(METHODS[method]))
 
 
+def _is_finished(folder: Path, job: JobName, config: RunConfig, clients: list[str]) -> bool:
+    events = read_events(job_folder(folder, job) / METRICS)
+    return is_finished(events, METHODS[job[1]].trains, config.train.rounds, clients)
+
+
+def _check_growth(folder: Path, config: RunConfig, jobs: list[JobName], clients: list[str]) -> None:
+    """Clients may join a run and leave it, between two rounds of each of its jobs.
+
+    Raises:
+        FlexError: a job has no round left that another set of clients could train in, or the clients that stay stand in
+            another order, which would change the bits of every sum over them.
+    """
+    for job in jobs:
+        path = job_folder(folder, job)
+        was = plan_of(read_events(path / METRICS)).clients
+        rounds = rounds_in(path / "server")
+        if not was or not rounds:
+            continue
+        stay = [name for name in clients if name in was]
+        if not stay:
+            raise FlexError(f"{folder} holds a run of other clients ({', '.join(was)}); expected another --output")
+        if stay != [name for name in was if name in clients]:
+            raise FlexError(
+                f"{folder} holds a run with its clients in another order ({', '.join(was)}); expected that one"
+            )
+        changed = [f"client {name!r} joins" for name in clients if name not in was]
+        changed += [f"client {name!r} leaves" for name in was if name not in clients]
+        if changed and rounds[-1] >= config.train.rounds:
+            raise FlexError(
+                f"{changed[0]}, but {path.name} has done its {rounds[-1]} rounds; expected more of them, e.g. --rounds "
+                f"{rounds[-1] + max(1, rounds[-1] // 2)}"
+            )
+
+
+def _tell_growth(folder: Path, clients: list[str], console: Console) -> None:
+    was = [str(client["client_id"]) for client in started(folder).clients] if (folder / CONFIG).exists() else []
+    notes = [f"client {name!r} joins: it takes part from the next round on" for name in clients if name not in was]
+    notes += [
+        f"client {name!r} has left: its files and its rounds stay as they are" for name in was if name not in clients
+    ]
+    for note in notes if was and _has_results(folder) else []:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
 def collect(folder: Path) -> None:
     """RUN/metrics.jsonl once more from the files of the jobs that the run's configuration names."""
     files = [folder / RUN, *(path / METRICS for path in job_folders(folder))]
@@ -121,13 +171,22 @@ def _check_free(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
     if path.exists() and _has_results(folder):
         here, there = (comparable(c) for c in (config, read_config(path)))
-        different = [key for key in here if here[key] not in (there[key], DECIDED.get(key))]
+        different = [
+            key
+            for key in here
+            if here[key] not in (there[key], DECIDED.get(key)) and not _may_grow(key, there[key], here[key])
+        ]
         if different:
             key = different[0]
             raise FlexError(
                 f"{folder} holds a run with other settings ({key} = {there[key]!r} there, {here[key]!r} here); "
                 "expected the same settings to resume it, another --output, or that folder gone"
             )
+
+
+def _may_grow(key: str, before: Any, now: Any) -> bool:
+    """What a run may change in its life: more rounds, and who takes part (`_check_growth`)."""
+    return key == "data.clients" or (key == "train.rounds" and now > before)
 
 
 def job_folders(folder: Path) -> list[Path]:
@@ -146,8 +205,9 @@ def started(folder: Path) -> RunStarted:
     return next((event for event in read_events(folder / RUN) if isinstance(event, RunStarted)), RunStarted())
 
 
-def check_contents(folder: Path, world: World, seed: int | None) -> dict[str, str]:
-    """The fingerprints of the data by seed, of this call and of earlier ones; base and data must be what they were.
+def check_contents(folder: Path, world: World, seed: int | None) -> RunStarted:
+    """The fingerprints of the data by seed, of this call and of earlier ones; the base must be what it was, and the
+    data of every client that was there before.
 
     Args:
         seed: whose data `world` holds; None: nobody's, and the base alone is looked at.
@@ -156,13 +216,22 @@ def check_contents(folder: Path, world: World, seed: int | None) -> dict[str, st
     if old.fingerprint and old.fingerprint != world.base.fingerprint:
         raise FlexError(f"{folder} holds a run on another base; expected the same base, or another --output")
     if seed is None:
-        return old.data
-    data = {**old.data, str(seed): world.data_fingerprint}
-    if old.data.get(str(seed), data[str(seed)]) != data[str(seed)]:
+        return old
+    own, name = world.client_fingerprints, str(seed)
+    known = old.client_data.get(name, {})
+    changed = [client for client in own if known.get(client, own[client]) != own[client]]
+    # A run of an earlier version has one fingerprint for all clients together.
+    if changed or (not known and old.data.get(name, world.data_fingerprint) != world.data_fingerprint):
+        whose = f"client {changed[0]!r}: " if changed else ""
         raise FlexError(
-            f"{folder} holds a run on other data (a file has changed); expected the same data, or another --output"
+            f"{folder} holds a run on other data ({whose}a file has changed); expected the same data, or another "
+            "--output"
         )
-    return data
+    return dataclasses.replace(
+        old,
+        data={**old.data, name: world.data_fingerprint},
+        client_data={**old.client_data, name: {**known, **own}},
+    )
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -196,7 +265,7 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
 
 
 def run_events(
-    config: RunConfig, sites: Iterable[SiteAbout], data: dict[str, str], title: str, descriptions: dict[str, str]
+    config: RunConfig, sites: Iterable[SiteAbout], contents: RunStarted, title: str, descriptions: dict[str, str]
 ) -> list[Event]:
     """What the whole run has in common (whose data, which base, which versions), and what was cut: from what the sites
     say of themselves."""
@@ -222,7 +291,8 @@ def run_events(
             "peft": peft.__version__,
         },
         threads=torch.get_num_threads(),
-        data=data,
+        data=contents.data,
+        client_data=contents.client_data,
         format=FORMAT,
     )
     cut = [

@@ -35,6 +35,11 @@ class World:
                     digest.update(str(example.earlier or "").encode())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def client_fingerprints(self) -> dict[str, str]:
+        """The same by client: a client that joins, or leaves, changes nobody else's."""
+        return {client.client_id: client.fingerprint() for client in self.clients}
+
     @property
     def identity(self) -> dict[str, str]:
         """What a run that is resumed must agree in."""

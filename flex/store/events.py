@@ -17,6 +17,7 @@ from flex.errors import FlexError
 METRICS = "metrics.jsonl"
 FORMAT = 2  # of the log; a log without a number is of format 1, which has the same events
 AFTER, BEFORE = "after_aggregation", "before_aggregation"
+VALIDATION = "validation"  # the split that the kept round is chosen by
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Event:
 @dataclass(frozen=True)
 class RunStarted(Event):
     """What the whole run has in common. `clients`: `client_id`, `num_train`, `num_test`, `description` of each; `data`:
-    the data's fingerprint by seed."""
+    the data's fingerprint by seed; `client_data`: that of each client that ever took part, by seed."""
 
     event: ClassVar[str] = "run"
     title: str = ""
@@ -52,6 +53,7 @@ class RunStarted(Event):
     versions: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
     data: dict[str, str] = field(default_factory=dict)
+    client_data: dict[str, dict[str, str]] = field(default_factory=dict)
     format: int = 1
 
 
@@ -68,14 +70,30 @@ class Truncated(Event):
 
 @dataclass(frozen=True)
 class JobStarted(Event):
-    """A job begins. `trained_parameters`: how many are shared and personal; `started`: UTC, ISO 8601."""
+    """A job begins, with `clients`. `trained_parameters`: how many are shared, and personal; `started`: UTC, ISO
+    8601."""
 
     event: ClassVar[str] = "job"
     num_rounds: int | None = None
     num_clients: int | None = None
     trained_parameters: dict[str, int] | None = None
     started: str | None = None
+    clients: list[str] = field(default_factory=list)
     format: int = 1
+
+
+@dataclass(frozen=True)
+class Extended(Event):
+    """After `round` a job goes on otherwise than it was planned: for `num_rounds` rounds in all, with the clients that
+    `joined`, without those that `left`, `num_clients` then. `started`: UTC, ISO 8601."""
+
+    event: ClassVar[str] = "extended"
+    round: int
+    num_rounds: int | None = None
+    num_clients: int | None = None
+    joined: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    started: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,16 +162,22 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Done(Event):
-    """A job is finished: seconds and trained tokens of the process that finished it."""
+    """A job is finished: seconds and trained tokens of the process that finished it.
+
+    kept: the round whose state is the result, where that is not the last. stopped: before all rounds, for want of
+    improvement.
+    """
 
     event: ClassVar[str] = "done"
     round: int = 0
     seconds: float | None = None
     tokens: int | None = None
+    kept: int | None = None
+    stopped: bool = False
 
 
 KINDS: dict[str, type[Event]] = {
-    kind.event: kind for kind in (RunStarted, Truncated, JobStarted, Sent, Grafted, Trained, Evaluated, Done)
+    kind.event: kind for kind in (RunStarted, Truncated, JobStarted, Extended, Sent, Grafted, Trained, Evaluated, Done)
 }
 
 

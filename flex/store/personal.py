@@ -30,7 +30,7 @@ KINDS = ("parameters", "moments", "control")
 
 @dataclass(frozen=True)
 class PersonalStore:
-    """One client's personal state on disk, one file per round, the last two kept."""
+    """One client's personal state on disk, one file per round; the last two are kept, and that of a named round."""
 
     folder: Path
     header: dict[str, Any]  # what must agree: base, method, seed, client
@@ -49,13 +49,21 @@ class PersonalStore:
             getattr(state, kind)[name] = tensor
         return state
 
-    def save(self, round_index: int, state: PersonalState) -> None:
+    def save(self, round_index: int, state: PersonalState, kept: int | None = None) -> None:
+        """Writes the state after a round.
+
+        Args:
+            kept: a round whose state stays on the disk: the newest file that is not after it.
+        """
         tensors = {f"{kind}:{name}": tensor for kind in KINDS for name, tensor in getattr(state, kind).items()}
         header = {**self.header, "round": round_index, "choices": [choice.to_json() for choice in state.choices]}
         save_tensors(round_file(self.folder, round_index), tensors, header)
         self.forget(after=round_index)  # what is later is of another run, and would count as newer than this
-        for old in rounds_in(self.folder)[:-KEPT_ROUNDS]:
-            round_file(self.folder, old).unlink(missing_ok=True)
+        rounds = rounds_in(self.folder)
+        of_kept = max((r for r in rounds if kept is not None and r <= kept), default=None)
+        for old in rounds[:-KEPT_ROUNDS]:
+            if old != of_kept:
+                round_file(self.folder, old).unlink(missing_ok=True)
 
     def forget(self, after: int) -> None:
         """Drops the files of rounds after `after`: a run that is resumed does those rounds again."""
