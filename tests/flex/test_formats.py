@@ -33,7 +33,8 @@ def test_a_run_of_format_1_resumes_where_it_was_stopped(old_run, capsys):
     assert "report.html" in capsys.readouterr().out
     assert (old_run / "fedavg-seed0" / "metrics.jsonl").read_text() == finished
     after = read_log(old_run / "flex-seed0" / "metrics.jsonl")
-    known = [{k: v for k, v in event.items() if k != "format"} for event in after[: len(before)]]
+    # What later versions say besides takes its default.
+    known = [{k: v for k, v in event.items() if k in old} for event, old in zip(after, before, strict=False)]
     assert known == before
     whole = [e for e in read_log(KEPT / "whole.jsonl") if e.get("round", 0) == 2 and e["event"] == "evaluate"]
     again = [e for e in after if e.get("round", 0) == 2 and e["event"] == "evaluate"]
