@@ -119,8 +119,8 @@ def run_rounds(
 
         evaluate: list[Turn] = []
         if evaluating or validate:
-            splits = [*(SCORED if evaluating else ()), *([VALIDATION] if validate else [])]
-            config = ConfigRecord({**(evaluate_config or {}), SPLITS: " ".join(splits)})
+            splits = " ".join([*(SCORED if evaluating else ()), VALIDATION])
+            config = ConfigRecord({**(evaluate_config or {}), **({SPLITS: splits} if validate else {})})
             messages = strategy.configure_evaluate(round_index, to_record(shared), config, grid)
             _, evaluate = exchange(messages)
 
