@@ -71,7 +71,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     _claim(folder, config)
     with _alone_in(folder, console), progress_bars(console) as progress:
         sites = [about(world.base, client, config) for client in world.clients]
-        write_events(folder / RUN, run_events(config, sites, contents, title, descriptions))
+        write_events(folder / RUN, run_events(config, sites, contents.data, title, descriptions, contents.client_data))
         lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
         left = [job for job in jobs if not _is_finished(folder, job, config, clients)]
         for job in set(jobs) - set(left):
@@ -265,7 +265,12 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
 
 
 def run_events(
-    config: RunConfig, sites: Iterable[SiteAbout], contents: RunStarted, title: str, descriptions: dict[str, str]
+    config: RunConfig,
+    sites: Iterable[SiteAbout],
+    data: dict[str, str],
+    title: str,
+    descriptions: dict[str, str],
+    client_data: dict[str, dict[str, str]] | None = None,
 ) -> list[Event]:
     """What the whole run has in common (whose data, which base, which versions), and what was cut: from what the sites
     say of themselves."""
@@ -291,8 +296,8 @@ def run_events(
             "peft": peft.__version__,
         },
         threads=torch.get_num_threads(),
-        data=contents.data,
-        client_data=contents.client_data,
+        data=data,
+        client_data=client_data or {},
         format=FORMAT,
     )
     cut = [
