@@ -49,9 +49,10 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
         turns.setdefault((int(message.content["config"]["server-round"]), kind), []).append(turn)
 
     data = next(event["data"] for event in written if event["event"] == "run")
-    again = [event.to_json() for event in run_events(config, sites, data, "", {})]
+    digests = {"0": {site.client_id: site.data for site in sites}}
+    again = [event.to_json() for event in run_events(config, sites, data, "", {}, digests)]
     log = EventLog(tmp_path / "again.jsonl", "flex", 0)
-    log.write(JobStarted(2, len(sites), sites[0].trained_parameters))
+    log.write(JobStarted(2, len(sites), sites[0].trained_parameters, clients=[site.client_id for site in sites]))
     known = set()
     for index in (1, 2):
         report = RoundReport(index, turns[index, MessageType.TRAIN], turns[index, MessageType.EVALUATE])
