@@ -87,7 +87,7 @@ class ClientData:
         for name, part in self.parts().items():
             digest.update(f"{self.client_id}/{name}/{len(part)}".encode(errors="surrogatepass"))
             for example in part:
-                digest.update(f"{example.input_ids}{example.prompt_length}".encode())
+                digest.update(f"{example.input_ids}{example.prompt_length}{example.earlier or ''}".encode())
                 digest.update(example.response.encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
 
