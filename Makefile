@@ -16,8 +16,8 @@ test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's 
 check: test
 
 # The operations' own tests: the same files serve the plain run, the interpreter and a device.
-KERNEL_TESTS := $(addprefix tests/flex_kernels/test_,experts.py route.py graft_logits.py grafted_route.py combine.py \
-                score.py routing_plan.py) $(wildcard tests/flex_kernels/test_kernels_*.py)
+KERNEL_TESTS := $(addprefix tests/flex_kernels/test_,experts.py weights.py route.py graft_logits.py grafted_route.py \
+                combine.py score.py routing_plan.py) $(wildcard tests/flex_kernels/test_kernels_*.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ CHAPTERS = {
     "Grafts on a transformers model": [
         *("attach_graft", "detach_graft", "train_grafts", "save_grafts", "load_grafts", "graft_callback"),
     ],
+    "Experts in 8 and 4 bits": ["prepare_experts", "FrozenWeight"],
     "Router, gate and sum": ["grafted_route", "route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],
@@ -33,6 +34,7 @@ CHAPTERS = {
 INTRODUCTIONS = {
     "transformers": "transformers_plug",
     "Grafts on a transformers model": "grafts",
+    "Experts in 8 and 4 bits": "weights",
     "Choosing one expert": "selection.one_expert",
     "Several experts": "selection.subsets",
     "Neurons": "selection.neurons",

@@ -9,6 +9,7 @@ from flex_kernels.ops.graft_logits import graft_logits
 from flex_kernels.ops.grafted_route import grafted_route
 from flex_kernels.ops.router import combine, route, routing_plan
 from flex_kernels.ops.score import score_experts, score_neurons
+from flex_kernels.prepare import prepare_experts
 from flex_kernels.selection.neurons import (
     NeuronChoice,
     NeuronSums,
@@ -31,10 +32,12 @@ from flex_kernels.selection.refit import Refit, refit_down, unexplained
 from flex_kernels.selection.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
 from flex_kernels.selection.sums import merged
 from flex_kernels.transformers_plug import ExpertWeights, LayerPath, expert_weights, explain, moe_layers, register
+from flex_kernels.weights import FrozenWeight
 
 __all__ = [
     "ExpertGram",
     "ExpertWeights",
+    "FrozenWeight",
     "Graft",
     "GraftedMoE",
     "LayerPath",
@@ -63,6 +66,7 @@ __all__ = [
     "moe_layers",
     "neuron_sums",
     "prefilter",
+    "prepare_experts",
     "random_choice",
     "reconstruction",
     "refit_down",

@@ -20,6 +20,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 COMBINES = ("additive", "convex")
+# The 16 values of NF4 (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E), ascending.
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+NF4_ZERO = 7  # the code of 0.0
+NF4_GROUP = 64  # neighbours along a row that share a scale
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -205,6 +226,50 @@ def score_neurons(
         energy.append((activations**2).sum(0) * (down.float() ** 2).sum(0))
         correlation.append((activations * (target.float() @ down.float())).sum(0))
     return torch.stack(energy), torch.stack(correlation)
+
+
+def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """A matrix of frozen weights in 8 or 4 bits: codes and scales, of which `dequantize` makes the nearest weights.
+
+    int8: `scale = max |row| / 127`, `code = round(w / scale)`.
+    nf4: each row in groups of 64, the last one padded with zeros; `scale = bf16(max |group|)`, `code` the nearest of
+    `NF4_VALUES` to `w / scale`; two neighbours share a byte, the earlier one in its low half.
+
+    Args:
+        weight: [..., rows, columns], finite; format: "int8" or "nf4".
+    Returns:
+        int8: codes [..., rows, columns] int8, scales [..., rows] fp32.
+        nf4: codes [..., rows, 32 G] uint8, scales [..., rows, G] bf16, with `G = ceil(columns / 64)`.
+    """
+    weight = weight.float()
+    if format == "int8":
+        largest = weight.abs().amax(-1) if weight.shape[-1] else weight.new_zeros(weight.shape[:-1])
+        scales = (largest / 127).clamp(max=torch.finfo(torch.float32).max / 128)  # 127 of them are still finite
+        codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round()
+        return codes.clamp(-127, 127).to(torch.int8), scales
+    if format != "nf4":
+        raise ValueError(f"format is {format!r}, expected int8 or nf4")
+    groups = F.pad(weight, (0, -weight.shape[-1] % NF4_GROUP)).unflatten(-1, (-1, NF4_GROUP))  # [..., rows, G, 64]
+    scales = groups.abs().amax(-1).clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
+    unit = groups / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    values = torch.tensor(NF4_VALUES, device=weight.device)
+    codes = torch.bucketize(unit, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8).flatten(-2)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scales
+
+
+def nf4_values(device: torch.device) -> Tensor:
+    """[16] fp32."""
+    return torch.tensor(NF4_VALUES, device=device)
+
+
+def dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What codes and scales mean: `code * scale` (int8) or `NF4_VALUES[code] * scale` (nf4), a product in fp32 that is
+    rounded to `dtype`. Returns [..., rows, columns]."""
+    if codes.dtype == torch.int8:
+        return (codes.float() * scales[..., None]).to(dtype)
+    both = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)  # [..., rows, 64 G]
+    values = nf4_values(codes.device)[both.int()].unflatten(-1, (-1, NF4_GROUP)) * scales.float()[..., None]
+    return values.flatten(-2)[..., :columns].to(dtype).contiguous()
 
 
 _combine = combine  # `grafted_experts` has an argument of the same name

@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flex_kernels import plan
 from flex_kernels.graft_watch import ZERO_3, graft_state, is_partitioned
 from flex_kernels.layer import Graft
-from flex_kernels.ops.experts import grafted_experts
+from flex_kernels.ops.experts import experts_made_by, grafted_experts
 from flex_kernels.ops.router import combine as combine_op
+from flex_kernels.weights import LAYOUT, format_of, unwrapped
 
 NAME = "flex"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,6 +112,18 @@ def why_not_fused(experts: nn.Module, gathered: bool = False) -> str | None:
 
 def flex_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The function behind the name "flex" in transformers. [T, H], [T, K], [T, K] -> [T, H]."""
+    if is_made_anew(self):
+        with parametrize.cached(), experts_made_by(lambda: (self.gate_up_proj, self.down_proj)):
+            return _forward(self, hidden_states, top_k_index, top_k_weights)
+    return _forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def is_made_anew(experts: nn.Module) -> bool:
+    """Whether a parametrisation computes the weights at every access: bitsandbytes' dequantises 4-bit experts."""
+    return any(parametrize.is_parametrized(experts, name) for name in ("gate_up_proj", "down_proj"))
+
+
+def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     graft: Graft | None = getattr(self, "graft", None)
     if graft is not None and is_split(self):
         raise ValueError("this experts module is split over ranks, whose sum would count its graft several times")
@@ -166,8 +180,10 @@ def explain(model: nn.Module) -> list[LayerPath]:
         else:
             weight = experts.gate_up_proj
             choose = plan.cuda_backend if weight.is_cuda else plan.cpu_backend
-            backend = plan.backend_name(choose("experts", weight.dtype, weight.dtype))
-            path, why = "fused", f"{backend} on {weight.device.type}, {weight.dtype}".replace("torch.", "") + grafted
+            backend = plan.backend_name(choose("experts", weight.dtype, unwrapped(weight)[0].dtype))
+            kept = "made at every access" if is_made_anew(experts) else f"{format_of(weight)}, {LAYOUT}"
+            where = f"{backend} on {weight.device.type}, {weight.dtype}, weights {kept}"
+            path, why = "fused", where.replace("torch.", "") + grafted
         paths.append(LayerPath(name, implementation, path, why))
     for entry in paths:
         print(f"{entry.name}: {entry.path} ({entry.why})", file=sys.stdout)

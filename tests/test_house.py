@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A room (or a single file) imports what is below it and its own files, nothing beside it.
 FLOORS = (
     ("flex_kernels.reference",),
+    ("flex_kernels.weights",),
     ("flex_kernels.backends",),
     ("flex_kernels.tuning",),
     ("flex_kernels.plan",),
@@ -22,7 +23,7 @@ FLOORS = (
     ("flex_kernels.selection", "flex_kernels.layer"),
     ("flex_kernels.graft_watch", "flex_kernels.fused_router"),
     ("flex_kernels.transformers_plug",),
-    ("flex_kernels.grafts",),
+    ("flex_kernels.grafts", "flex_kernels.prepare"),
     ("flex_kernels.graft_files",),
     ("flex_kernels.graft_callback",),
     ("flex_kernels",),

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flex_kernels.weights import Experts
+
 
 class Needs(NamedTuple):
     """Which inputs want a gradient; `graft` stands for both of its matrices."""
@@ -21,8 +23,8 @@ class LayerCall(NamedTuple):
     sorted_pairs: Tensor  # [T*K] int32, token * K + slot of every row
     expert_offsets: Tensor  # [E+1] int32, where each expert's rows begin
     routing_weights: Tensor  # [T, K] fp32
-    gate_up_proj: Tensor  # [E, 2I, H]
-    down_proj: Tensor  # [E, H, I]
+    gate_up_proj: Experts  # [E, 2I, H]; as the other in any format of `weights.py`
+    down_proj: Experts  # [E, H, I]
     graft_gate_up_proj: Tensor | None = None  # [2I_g, H]
     graft_down_proj: Tensor | None = None  # [H, I_g]
     graft_logits: Tensor | None = None  # [T] fp32
@@ -31,7 +33,7 @@ class LayerCall(NamedTuple):
     needs: Needs = Needs()
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Experts | None, ...]:
         return self[:9]
 
     @property

@@ -13,7 +13,8 @@ The backward with frozen experts, by hand (`c_t` is 1, or `1 - s_t` in the conve
 
 so the experts' outputs are never saved: `X` and the pre-activations `Z` are enough, `A` is recomputed.
 Matrix products run in the dtype of `hidden_states`, everything between them in fp32 (fp64 stays fp64).
-Weights of another dtype are converted one expert at a time. Entries of an expert that has no rows are never touched.
+Weights of another dtype are converted, quantised ones dequantised, one expert at a time. Entries of an expert that has
+no rows are never touched.
 """
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from flex_kernels.backends.call import LayerCall
 from flex_kernels.reference import ACTIVATIONS
+from flex_kernels.weights import Experts, expert_of
 
 
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +43,7 @@ def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Ten
     top_k, activation = call.routing_weights.shape[1], call.activation
     preactivations, graft_preactivations = preactivations_fwd(call)
     counts = call.expert_offsets.diff().tolist()
-    expert_out = _grouped_mm(_glu(preactivations, activation), call.down_proj.transpose(1, 2), counts)
+    expert_out = _grouped_mm(_glu(preactivations, activation), call.down_proj, counts, turned=True)
     out = _sum_over_slots(expert_out, _rows_by_pair(call.sorted_pairs), top_k, call.routing_weights)
     if call.has_graft:
         opening = torch.sigmoid(call.graft_logits)[:, None]
@@ -56,7 +58,7 @@ def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Ten
 def preactivations_fwd(call: LayerCall) -> tuple[Tensor, Tensor]:
     """The part of `experts_fwd` that a backward without kept pre-activations repeats: [T*K, 2I] and [T, 2I_g]."""
     rows = call.hidden_states.index_select(0, _tokens(call.sorted_pairs, call.routing_weights.shape[1]))  # [R, H]
-    preactivations = _grouped_mm(rows, call.gate_up_proj.transpose(1, 2), call.expert_offsets.diff().tolist())
+    preactivations = _grouped_mm(rows, call.gate_up_proj, call.expert_offsets.diff().tolist(), turned=True)
     if not call.has_graft:
         return preactivations, rows.new_empty(0, 0)
     return preactivations, F.linear(call.hidden_states, call.graft_gate_up_proj)
@@ -139,8 +141,8 @@ def expert_weight_grads(d_out: Tensor, call: LayerCall, preactivations: Tensor) 
 def score_experts(
     hidden_states: Tensor,
     target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Experts,
+    down_proj: Experts,
     batch_offsets: Tensor,
     activation: str,
 ) -> Tensor:
@@ -151,22 +153,24 @@ def score_experts(
     batch_of_token = F.one_hot(batch_of_token, len(lengths)).to(_wide(target).dtype)  # [T, B]
     target = _wide(target)
     scores = []
-    for gate_up, down in zip(gate_up_proj.unbind(0), down_proj.unbind(0), strict=True):
-        activations = _glu(F.linear(hidden_states, gate_up.to(hidden_states.dtype)), activation)
-        out = _wide(F.linear(activations, down.to(hidden_states.dtype)))
+    for index in range(gate_up_proj.shape[0]):
+        gate_up, down = (expert_of(weights, index, hidden_states.dtype) for weights in (gate_up_proj, down_proj))
+        activations = _glu(F.linear(hidden_states, gate_up), activation)
+        out = _wide(F.linear(activations, down))
         sums = torch.stack([(target - out).square().sum(1), (target * out).sum(1), out.square().sum(1)], dim=1)
         scores.append(batch_of_token.T @ sums)
     return torch.stack(scores, dim=1).float()
 
 
 def score_neurons(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Experts, down_proj: Experts, activation: str
 ) -> tuple[Tensor, Tensor]:
     """`reference.score_neurons`: energy [E, I] fp32 and correlation [E, I] fp32."""
     energy, correlation = [], []
-    for gate_up, down in zip(gate_up_proj.unbind(0), down_proj.unbind(0), strict=True):
-        activations = _glu(F.linear(hidden_states, gate_up.to(hidden_states.dtype)), activation, wide=True)
-        down = _wide(down)
+    for index in range(gate_up_proj.shape[0]):
+        gate_up = expert_of(gate_up_proj, index, hidden_states.dtype)
+        activations = _glu(F.linear(hidden_states, gate_up), activation, wide=True)
+        down = _wide(expert_of(down_proj, index))
         energy.append(activations.square().sum(0) * down.square().sum(0))
         correlation.append((activations * (_wide(target) @ down)).sum(0))
     return torch.stack(energy).float(), torch.stack(correlation).float()
@@ -184,13 +188,15 @@ def _row_weights(routing_weights: Tensor, closing: Tensor | None) -> Tensor:
     return routing_weights if closing is None else routing_weights * closing[:, None]
 
 
-def _grouped_mm(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """`rows[own] @ weights[e]` for each expert's own slice of rows; rows beyond the last expert become zero."""
-    out = rows.new_empty(rows.shape[0], weights.shape[2])
+def _grouped_mm(rows: Tensor, weights: Experts, counts: list[int], turned: bool = False) -> Tensor:
+    """`rows[own] @ weights[e]` for each expert's own slice of rows, or, turned, times its transpose; rows beyond the
+    last expert become zero."""
+    out = rows.new_empty(rows.shape[0], weights.shape[1 if turned else 2])
     *owns, tail = out.split([*counts, rows.shape[0] - sum(counts)])
-    for own, weight, own_out in zip(rows.split([*counts, len(tail)]), weights.unbind(0), owns, strict=False):
+    for index, (own, own_out) in enumerate(zip(rows.split([*counts, len(tail)]), owns, strict=False)):
         if own.shape[0] > 0:
-            torch.mm(own, weight if weight.dtype == rows.dtype else weight.to(rows.dtype), out=own_out)
+            weight = expert_of(weights, index, rows.dtype)
+            torch.mm(own, weight.T if turned else weight, out=own_out)
     tail.zero_()
     return out
 

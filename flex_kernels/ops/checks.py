@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flex_kernels.reference import ACTIVATIONS, COMBINES
+from flex_kernels.weights import FrozenWeight, check_frozen
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -33,6 +34,20 @@ def check_integer(name: str, tensor: Tensor) -> None:
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}, where hidden_states is")
+
+
+def check_same_format(gate_up_proj: Tensor, down_proj: Tensor) -> None:
+    """Both matrices are dense, or both of one format and frozen."""
+    quantized = isinstance(gate_up_proj, FrozenWeight), isinstance(down_proj, FrozenWeight)
+    if not any(quantized):
+        return
+    if not all(quantized) or gate_up_proj.codes.dtype != down_proj.codes.dtype:
+        formats = (
+            weight.format if isinstance(weight, FrozenWeight) else "dense" for weight in (gate_up_proj, down_proj)
+        )
+        raise ValueError(f"gate_up_proj is {' and down_proj '.join(formats)}, expected both of one format")
+    check_frozen("gate_up_proj", gate_up_proj)
+    check_frozen("down_proj", down_proj)
 
 
 def check_no_tangents(name: str, *tensors: Tensor | None) -> None:

@@ -3,9 +3,13 @@
 Kept for the backward: the pre-activations `Z`, and with a graft the input `X`; or `X` alone if the caller says
 `recompute`. Under `no_grad` nothing.
 Frozen expert weights are plain attributes of the autograd node (no version check, no pinning) and their gradient is
-never computed. Trained ones are saved as usual and get their gradient from an operation of its own.
+never computed. Trained ones are saved as usual and get their gradient from an operation of its own. Quantised ones
+(`weights.py`) arrive as codes and scales; those that are made anew at every access (`experts_made_by`) are not kept.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -22,21 +26,32 @@ from flex_kernels.ops.checks import (
     check_float,
     check_integer,
     check_no_tangents,
+    check_same_format,
     check_shape,
     compute_dtype,
     wide_dtype,
 )
 from flex_kernels.ops.operation import Choose, operation
+from flex_kernels.weights import stored, unwrapped
 
 _EXPERTS = "Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj"
 _LAYER = f"{_EXPERTS}, Tensor? graft_gate_up_proj, Tensor? graft_down_proj, Tensor? graft_logits"
 _ROWS = "Tensor d_out, Tensor hidden_states, Tensor sorted_pairs, Tensor expert_offsets"
 _NAMES = "str combine, str activation"
+_SCALES = "Tensor? gate_up_scales=None, Tensor? down_scales=None"  # of quantised experts, whose codes come as weights
+
+
+def _with_scales(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The `count` arguments before the scales, then those: the dispatcher leaves trailing defaults out."""
+    return (*arguments, *(None,) * (count + 2 - len(arguments)))
 
 
 def _forward(choose: Choose, hidden_states: Tensor, expert_indices: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *layer, combine, activation, save_preactivations = rest
-    gate_up_proj = layer[1]
+    weights, gate_up, down, *graft, combine, activation, save_preactivations, gate_up_scales, down_scales = (
+        _with_scales(rest, 9)
+    )
+    gate_up_proj = stored(gate_up, gate_up_scales, hidden_states.shape[1])
+    layer = (weights, gate_up_proj, stored(down, down_scales, gate_up.shape[1] // 2), *graft)
     planner = choose("routing_plan", hidden_states.dtype)
     backend = choose("experts", hidden_states.dtype, gate_up_proj.dtype)
     with autocast_off(hidden_states):
@@ -47,7 +62,7 @@ def _forward(choose: Choose, hidden_states: Tensor, expert_indices: Tensor, *res
 
 
 def _forward_fake(hidden_states: Tensor, expert_indices: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _, gate_up_proj, _, graft_gate_up_proj, *_, save_preactivations = rest
+    _, gate_up_proj, _, graft_gate_up_proj, *_, save_preactivations, _, _ = _with_scales(rest, 9)
     torch._check(hidden_states.dim() == 2 and expert_indices.dim() == 2 and gate_up_proj.dim() == 3)
     num_tokens, num_pairs = hidden_states.shape[0], expert_indices.numel()
     graft_rows, graft_columns = (0, 0) if graft_gate_up_proj is None else (num_tokens, graft_gate_up_proj.shape[0])
@@ -62,7 +77,7 @@ def _forward_fake(hidden_states: Tensor, expert_indices: Tensor, *rest: Any) -> 
 
 _grafted_experts = operation(
     "grafted_experts",
-    f"(Tensor hidden_states, Tensor expert_indices, {_LAYER}, {_NAMES}, bool save_preactivations) "
+    f"(Tensor hidden_states, Tensor expert_indices, {_LAYER}, {_NAMES}, bool save_preactivations, {_SCALES}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -71,7 +86,10 @@ _grafted_experts = operation(
 
 def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *layer, preactivations, graft_preactivations, combine, activation = rest[:12]
-    call = LayerCall(hidden_states.contiguous(), *layer, combine, activation, Needs(*rest[12:]))
+    *needs, gate_up_scales, down_scales = _with_scales(rest[12:], 4)
+    layer[3] = stored(layer[3], gate_up_scales, hidden_states.shape[1])
+    layer[4] = stored(layer[4], down_scales, layer[3].shape[1] // 2)
+    call = LayerCall(hidden_states.contiguous(), *layer, combine, activation, Needs(*needs))
     backend = choose("experts", hidden_states.dtype, call.gate_up_proj.dtype)
     with autocast_off(hidden_states):
         kept = _preactivations(backend, call, preactivations, graft_preactivations)
@@ -84,7 +102,7 @@ def _preactivations(backend: ModuleType, call: LayerCall, *kept: Tensor) -> tupl
 
 
 def _backward_fake(_: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    routing_weights, (hidden, weights, graft, logits) = rest[2], rest[-4:]
+    routing_weights, (hidden, weights, graft, logits) = rest[2], rest[12:16]
     graft_gate_up_proj, graft_down_proj, graft_logits = rest[5:8]
 
     def gradient(need: bool, of: Tensor | None, kind: Tensor) -> Tensor:
@@ -102,7 +120,8 @@ def _backward_fake(_: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor
 _grafted_experts_bwd = operation(
     "grafted_experts_bwd",
     f"({_ROWS}, {_LAYER}, Tensor preactivations, Tensor graft_preactivations, {_NAMES}, bool need_hidden, "
-    "bool need_routing_weights, bool need_graft, bool need_graft_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool need_routing_weights, bool need_graft, bool need_graft_logits, {_SCALES}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -133,13 +152,16 @@ _grafted_experts_bwd_weights = operation(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_states, _, routing_weights, gate_up_proj, down_proj, *graft = inputs[:8]
-    ctx.combine, ctx.activation, ctx.saved_z = inputs[8:]
+    ctx.combine, ctx.activation, ctx.saved_z, *scales = _with_scales(inputs[8:], 3)
     _, preactivations, graft_preactivations, sorted_pairs, expert_offsets = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.trains_experts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     experts = (gate_up_proj, down_proj)
-    ctx.frozen_experts = None if ctx.trains_experts else experts
+    ctx.frozen_experts = None if ctx.trains_experts else (*experts, *scales)
+    ctx.make_experts = None if torch.compiler.is_compiling() else _made_by.get()
+    if ctx.make_experts is not None and not ctx.trains_experts:
+        ctx.frozen_experts = tuple(weight.dtype for weight in experts)
     input_read = ctx.trains_experts or graft[0] is not None or not ctx.saved_z
     rows = (hidden_states if input_read else None, sorted_pairs, expert_offsets, routing_weights, *graft)
     ctx.save_for_backward(*rows, preactivations, graft_preactivations, *(experts if ctx.trains_experts else ()))
@@ -152,21 +174,44 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor
     saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
     hidden_states, sorted_pairs, expert_offsets, routing_weights, *graft, z, graft_z = saved[:9]
     hidden_states = d_out if hidden_states is None else hidden_states  # then nothing but its shape and dtype is read
-    experts = saved[9:] if ctx.trains_experts else ctx.frozen_experts
+    if ctx.trains_experts:
+        experts, scales = saved[9:], (None, None)
+    elif ctx.make_experts is not None:
+        made = zip(ctx.make_experts(), ctx.frozen_experts, strict=True)
+        experts, scales = tuple(weight.to(dtype) for weight, dtype in made), (None, None)
+    else:
+        experts, scales = ctx.frozen_experts[:2], ctx.frozen_experts[2:]
     rows, names = (d_out, hidden_states, sorted_pairs, expert_offsets), (ctx.combine, ctx.activation)
     wanted = (needs[0], needs[2], needs[5] or needs[6], needs[7])
     d_hidden = d_weights = d_graft_gate_up = d_graft_down = d_graft_logits = d_gate_up = d_down = None
     if any(wanted):
         d_hidden, d_weights, d_graft_gate_up, d_graft_down, d_graft_logits = _grafted_experts_bwd(
-            *rows, routing_weights, *experts, *graft, z, graft_z, *names, *wanted
+            *rows, routing_weights, *experts, *graft, z, graft_z, *names, *wanted, *scales
         )
     if ctx.trains_experts:
         d_gate_up, d_down = _grafted_experts_bwd_weights(*rows, routing_weights, *experts, graft[2], z, *names)
     grads = (d_hidden, None, d_weights, d_gate_up, d_down, d_graft_gate_up, d_graft_down, d_graft_logits)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=False)), None, None, None
+    gradients = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    return *gradients, *(None,) * (len(needs) - len(grads))
 
 
 _grafted_experts.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+_made_by: ContextVar[Callable[[], tuple[Tensor, Tensor]] | None] = ContextVar("made_by", default=None)
+
+
+@contextlib.contextmanager
+def experts_made_by(make: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, `grafted_experts` keeps no frozen experts for the backward, which calls `make()` for the same once more.
+
+    For weights that are computed at every access, as a parametrisation that dequantises does. Compiled code, which
+    cannot call back, keeps them.
+    """
+    token = _made_by.set(make)
+    try:
+        yield
+    finally:
+        _made_by.reset(token)
 
 
 def grafted_experts(
@@ -200,8 +245,8 @@ def grafted_experts(
         hidden_states: [T, H].
         expert_indices: [T, K] int64 or int32, not negative; ids `>= E` are skipped (expert parallelism).
         routing_weights: [T, K], used in fp32.
-        gate_up_proj: [E, 2I, H], the rows of G, then those of U.
-        down_proj: [E, H, I].
+        gate_up_proj: [E, 2I, H], the rows of G, then those of U; dense or a `FrozenWeight`.
+        down_proj: [E, H, I], likewise.
         graft_gate_up_proj: [2I_g, H]; any width I_g.
         graft_down_proj: [H, I_g].
         graft_logits: [T], the graft's gate before the sigmoid, used in fp32. All three of the graft or none.
@@ -214,7 +259,8 @@ def grafted_experts(
         [T, H] in the dtype of `hidden_states`. No tokens: [0, H]. An idle expert's weights are not touched.
 
     Raises:
-        ValueError: a shape, device or name that does not fit, part of a graft, a negative id (on CUDA: skipped).
+        ValueError: a shape, device or name that does not fit, part of a graft, a negative id (on CUDA: skipped),
+            quantised experts that ask for a gradient or of which one matrix is dense.
         TypeError: a dtype that does not fit.
     """
     graft = (graft_gate_up_proj, graft_down_proj, graft_logits)
@@ -224,7 +270,10 @@ def grafted_experts(
     check_no_tangents("grafted_experts", hidden_states, routing_weights, gate_up_proj, down_proj, *graft)
     dtype = compute_dtype(hidden_states)
     wide = wide_dtype(dtype)
-    if dtype != hidden_states.dtype:  # autocast
+    (gate_up_proj, gate_up_scales), (down_proj, down_scales) = unwrapped(gate_up_proj), unwrapped(down_proj)
+    if gate_up_scales is not None:
+        pass  # computed in any dtype
+    elif dtype != hidden_states.dtype:  # autocast
         gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
     elif gate_up_proj.dtype != down_proj.dtype:
         down_proj = down_proj.to(gate_up_proj.dtype)
@@ -232,7 +281,8 @@ def grafted_experts(
         graft = (graft_gate_up_proj.to(dtype), graft_down_proj.to(dtype), graft_logits.to(wide))
     floats = (hidden_states.to(dtype), routing_weights.to(wide), gate_up_proj, down_proj, *graft)
     save = not recompute and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    out = _grafted_experts(floats[0], expert_indices, *floats[1:], combine, activation, save)[0]
+    scales = () if gate_up_scales is None else (gate_up_scales, down_scales)  # a dense call is what it always was
+    out = _grafted_experts(floats[0], expert_indices, *floats[1:], combine, activation, save, *scales)[0]
     return out.to(hidden_states.dtype)
 
 
@@ -267,3 +317,4 @@ def _check_layer(
     for name, tensor in named.items():
         check_float(name, tensor)
         check_device(name, tensor, hidden_states.device)
+    check_same_format(gate_up_proj, down_proj)

@@ -16,17 +16,38 @@ from flex_kernels.ops.checks import (
     check_float,
     check_integer,
     check_no_tangents,
+    check_same_format,
     check_shape,
 )
 from flex_kernels.ops.operation import Choose, operation
+from flex_kernels.weights import Experts, stored, unwrapped
 
 _COMPONENTS = "Tensor hidden_states, Tensor target, Tensor gate_up_proj, Tensor down_proj"
+_SCALES = "Tensor? gate_up_scales=None, Tensor? down_scales=None"  # of quantised experts, whose codes come as weights
 
 
-def _experts(choose: Choose, hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Tensor:
+def _components(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, scales: tuple[Tensor | None, ...]
+) -> tuple[Experts, Experts]:
+    gate_up_scales, down_scales = scales or (None, None)  # the dispatcher leaves trailing defaults out
+    gate_up = stored(gate_up_proj, gate_up_scales, hidden_states.shape[1])
+    return gate_up, stored(down_proj, down_scales, gate_up_proj.shape[1] // 2)
+
+
+def _experts(
+    choose: Choose,
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    batch_offsets: Tensor,
+    activation: str,
+    *scales: Tensor | None,
+) -> Tensor:
     with autocast_off(hidden_states):
         backend = choose("score", hidden_states.dtype, gate_up_proj.dtype)
-        return backend.score_experts(hidden_states, target, gate_up_proj, *rest)
+        components = _components(hidden_states, gate_up_proj, down_proj, scales)
+        return backend.score_experts(hidden_states, target, *components, batch_offsets, activation)
 
 
 def _experts_fake(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Tensor:
@@ -36,7 +57,10 @@ def _experts_fake(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *
 
 
 _score_experts = operation(
-    "score_experts", f"({_COMPONENTS}, Tensor batch_offsets, str activation) -> Tensor", _experts, _experts_fake
+    "score_experts",
+    f"({_COMPONENTS}, Tensor batch_offsets, str activation, {_SCALES}) -> Tensor",
+    _experts,
+    _experts_fake,
 )
 
 
@@ -57,7 +81,7 @@ def score_experts(
     Args:
         hidden_states: [T, H], the layer's input.
         target: [T, H], `F`: the layer's output, or what it is missing.
-        gate_up_proj: [E, 2I, H]; down_proj: [E, H, I].
+        gate_up_proj: [E, 2I, H]; down_proj: [E, H, I]; dense, or both a `FrozenWeight`.
         batch_offsets: [B+1] int64 or int32, ascending from 0 to T: batch `b` is tokens `[offsets[b], offsets[b+1])`.
         activation: "silu", "gelu" or "gelu_tanh".
 
@@ -78,26 +102,35 @@ def score_experts(
             raise ValueError(
                 f"batch_offsets is {offsets}, expected it to ascend from 0 to {len(hidden_states)}, the tokens"
             )
+    (gate_up_proj, gate_up_scales), (down_proj, down_scales) = unwrapped(gate_up_proj), unwrapped(down_proj)
+    inputs = (hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, batch_offsets, activation)
     with torch.no_grad():
-        return _score_experts(
-            hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, batch_offsets, activation
-        )
+        return _score_experts(*inputs, gate_up_scales, down_scales)
 
 
-def _neurons(choose: Choose, hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *rest: Any) -> Any:
+def _neurons(
+    choose: Choose,
+    hidden_states: Tensor,
+    target: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: str,
+    *scales: Tensor | None,
+) -> Any:
     with autocast_off(hidden_states):
         backend = choose("score", hidden_states.dtype, gate_up_proj.dtype)
-        return backend.score_neurons(hidden_states, target, gate_up_proj, *rest)
+        components = _components(hidden_states, gate_up_proj, down_proj, scales)
+        return backend.score_neurons(hidden_states, target, *components, activation)
 
 
-def _neurons_fake(hidden_states: Tensor, target: Tensor, _: Tensor, down_proj: Tensor, *__: Any) -> Any:
+def _neurons_fake(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, *_: Any) -> Any:
     torch._check(hidden_states.dim() == 2 and target.shape == hidden_states.shape)
-    shape = (down_proj.shape[0], down_proj.shape[2])
+    shape = (gate_up_proj.shape[0], gate_up_proj.shape[1] // 2)
     return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.float32)
 
 
 _score_neurons = operation(
-    "score_neurons", f"({_COMPONENTS}, str activation) -> (Tensor, Tensor)", _neurons, _neurons_fake
+    "score_neurons", f"({_COMPONENTS}, str activation, {_SCALES}) -> (Tensor, Tensor)", _neurons, _neurons_fake
 )
 
 
@@ -119,8 +152,10 @@ def score_neurons(
         ValueError: a shape or device that does not fit. TypeError: a dtype that does not.
     """
     _check(hidden_states, target, gate_up_proj, down_proj, activation)
+    (gate_up_proj, gate_up_scales), (down_proj, down_scales) = unwrapped(gate_up_proj), unwrapped(down_proj)
+    inputs = (hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, activation)
     with torch.no_grad():
-        return _score_neurons(hidden_states.contiguous(), target.contiguous(), gate_up_proj, down_proj, activation)
+        return _score_neurons(*inputs, gate_up_scales, down_scales)
 
 
 def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> None:
@@ -135,4 +170,5 @@ def _check(hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_pro
     for name, tensor in named.items():
         check_float(name, tensor)
         check_device(name, tensor, hidden_states.device)
+    check_same_format(gate_up_proj, down_proj)
     check_activation(activation)

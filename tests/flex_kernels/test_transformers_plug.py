@@ -220,8 +220,11 @@ def test_explain_names_path_and_reason(capsys: pytest.CaptureFixture[str], backe
     paths = flex_kernels.explain(model)
     name = plan.backend_name(plan.cpu_backend("experts", torch.float32, torch.float32))  # the model is on the CPU
     assert [path.path for path in paths] == ["fused", "fused"]
-    assert paths[0].why == f"{name} on cpu, float32, with a graft: not started"
-    assert capsys.readouterr().out.splitlines()[1] == f"model.layers.1.mlp.experts: fused ({name} on cpu, float32)"
+    assert paths[0].why == f"{name} on cpu, float32, weights dense, plain, with a graft: not started"
+    assert (
+        capsys.readouterr().out.splitlines()[1]
+        == f"model.layers.1.mlp.experts: fused ({name} on cpu, float32, weights dense, plain)"
+    )
     odd = tiny("gpt_oss")
     odd.set_experts_implementation("flex")
     assert {(path.path, path.why) for path in flex_kernels.explain(odd)} == {("general", "the experts have biases")}
