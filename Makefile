@@ -40,9 +40,11 @@ bench: $(STAMP)  ## the layer on this CPU beside transformers' own; writes bench
 aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; prints the table
 	$(BIN)/python -m benchmarks.aot
 
+# A hung kernel ends its process after a minute, with the stack of the test; a lost device ends it at once (conftest).
 test-gpu:  ## on a machine with a device whose torch, triton, transformers and peft are installed; no network
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider -o faulthandler_timeout=120 \
+	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider --maxfail=12 \
+		-o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true \
 		$(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile") $(KERNEL_TESTS) \
 		$(addprefix tests/flex_kernels/test_,layer.py transformers_plug.py subsets.py neurons.py refit.py)
 
@@ -50,9 +52,11 @@ test-gpu:  ## on a machine with a device whose torch, triton, transformers and p
 # OUTPUT is a folder for the results where those of the tree do not survive.
 # FLEX_TILES= : the tables' tiles, not what somebody's FLEX_TUNE=1 has remembered.
 MINUTES ?= 8
+EXPANDABLE := PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # where the driver can do it: memory is split less
 bench-gpu:  ## on such a machine: everything measured beside every peer; writes benchmarks/results and RESULTS.md
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
-	FLEX_TILES= PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
+	FLEX_TILES= $(shell $(EXPANDABLE) $(PYTHON) -c "import torch; torch.empty(1 << 30, device='cuda')" 2>/dev/null \
+		&& echo $(EXPANDABLE)) $(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) \
 		$(if $(PART),--part $(PART)) $(if $(OUTPUT),--output $(OUTPUT)) || test $$? -eq 3
 
 test-matrix: $(STAMP)  ## both ends of the supported range; installs each into a virtual environment of its own

@@ -36,7 +36,7 @@ from flex_kernels.backends.triton.tile_file import KERNELS, ExpertTiles, Kind, M
 from flex_kernels.backends.triton.tiles import table_tiles
 
 # Rows per expert measured for each class: a middle value of the class, not the first call's.
-ROWS_PER_EXPERT = {"few": 96, "many": 512}
+ROWS_PER_EXPERT = {"few": 48, "many": 512}
 TOP_K = 4  # experts per token; the result hardly depends on it
 WARM_UP_MS, MEASURE_MS = 10, 50
 # How a compiler or a launch refuses a tile.

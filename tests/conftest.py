@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     install()
 
 import torch
+from lost_device import end_if_lost
 
 from flex_kernels import plan
 from flex_kernels.backends import pytorch
@@ -33,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if torch.cuda.is_available():
+        end_if_lost(report, torch.cuda.synchronize)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The layer, its parts and a whole training step on a GPU, beside every peer (`make bench-gpu`).
 
-    python -m benchmarks.gpu [--part ceilings|layers|plan|scoring|small|step|sanitize|round|tiles|sweep ...]
+    python -m benchmarks.gpu [--part first|ceilings|layers|plan|scoring|small|step|sanitize|round|tiles|sweep ...]
         [--minutes N]
 
 Every measurement is written at once; a call that ran out of minutes, or was killed, is gone on with by the next one.
@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.gpu import (
     ceilings,
+    first_part,
     layer_part,
     pictures,
     plan_part,
@@ -85,6 +86,7 @@ def sanitize(session: Session) -> None:
 
 # In the order of what is most wanted, should the minutes end.
 PARTS: dict[str, Callable[[Session], None]] = {
+    "first": first_part.measure,
     "ceilings": ceilings.measure,
     "layers": layer_part.measure,
     "plan": plan_part.measure,

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import torch
@@ -83,16 +83,23 @@ class Device:
         self.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def launches(self, run: Run) -> int | None:
-        """Kernels on the device, copies and fills not counted; None where the profiler is not allowed to see them."""
+    def kernels(self, run: Run) -> dict[str, list[float]] | None:
+        """{kernel: [its microseconds together, launches]}, the longest first; copies and fills are left out.
+
+        None where the profiler is not allowed to see them.
+        """
+        self.synchronize()
         try:
             with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                 run()
                 self.synchronize()
         except (RuntimeError, AssertionError):
             return None
-        kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels) or None
+        kinds = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return by_kernel((event.name, event.self_device_time_total) for event in kinds) or None
+
+    def launches(self, run: Run) -> int | None:
+        return count_launches(self.kernels(run))
 
     def graphed(self, run: Run) -> Run:
         """The run as a CUDA graph; raises what capturing raises."""
@@ -164,8 +171,11 @@ class Cpu(Device):
     def peak_bytes(self, run: Run) -> None:
         run()
 
-    def launches(self, run: Run) -> None:
-        run()
+    def kernels(self, run: Run) -> dict[str, list[float]] | None:
+        """PyTorch's operations in place of kernels."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run()
+        return by_kernel((event.name, event.self_cpu_time_total) for event in profiled.events()) or None
 
     def graphed(self, run: Run) -> Run:
         run()
@@ -173,6 +183,21 @@ class Cpu(Device):
 
     def release(self) -> None:
         pass
+
+
+def by_kernel(events: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    """{name: [microseconds together, how many]} of (name, microseconds), the longest first."""
+    found: dict[str, list[float]] = {}
+    for name, microseconds in events:
+        if not name.startswith(("Memcpy", "Memset")):
+            entry = found.setdefault(name, [0.0, 0])
+            entry[0] += microseconds
+            entry[1] += 1
+    return dict(sorted(found.items(), key=lambda pair: -pair[1][0]))
+
+
+def count_launches(kernels: dict[str, list[float]] | None) -> int | None:
+    return None if kernels is None else int(sum(count for _, count in kernels.values()))
 
 
 def summary(times: list[float]) -> dict[str, float | int]:

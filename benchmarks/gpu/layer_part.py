@@ -1,13 +1,14 @@
 """The layer, forward and frozen backward with one trained graft, beside every peer, on the models' real sizes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.device import Run
+from benchmarks.gpu.device import Run, count_launches
 from benchmarks.gpu.peers import LIGER, BalancedProducts, Liger, RawGroupedMM, bare_layer, plain_layer
 from benchmarks.gpu.record import OURS, Key
 from benchmarks.gpu.session import Session
@@ -15,6 +16,7 @@ from benchmarks.layers import CHECKED_TOKENS, PROVIDERS, TOLERANCE, GraftedByHan
 from benchmarks.shapes import Shape
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
+PROFILED = (OURS, "grouped_mm")  # whose kernels the record lists, with their times
 
 
 class Passes:
@@ -132,18 +134,37 @@ def measure_layer(session: Session, model: Shape, tokens: int) -> None:
     layers = session.layers(model, tokens)
     found = providers(session, layers, place)
     saved = {name: layers.saved_bytes(name) for name in PROVIDERS if name in found}
+    names = sorted(found, key=lambda name: name == OURS)
     for what in PASSES:
-        runs = {name: passes.run(what) for name, passes in found.items()}
-        results = session.measure(runs)
-        for name in sorted(runs, key=lambda name: name == OURS):
-            tflop_s = useful_flops(layers.shape, what, name != "flex bare") / results[name]["ms"] / 1e9
-            session.record.add(
-                Key(*place, what, name),
-                **results[name],
-                tflop_s=tflop_s,
-                **session.record.percent(tflop_s),
-                **({"saved_bytes": saved[name]} if name in saved else {}),
-                peak_bytes=session.device.peak_bytes(runs[name]),
-                # The same for any number of tokens, and a profile takes its time.
-                launches=session.device.launches(runs[name]) if tokens == session.tokens[0] else None,
-            )
+        # `bwd` keeps the graph of every provider that takes its turn.
+        apart = what == "bwd" and crowded(saved, len(found), session.device.memory_bytes)
+        for group in [[name] for name in names] if apart else [names]:
+            measure_pass(session, place, what, {name: found[name].run(what) for name in group}, saved)
+
+
+def crowded(saved: dict[str, int], num_providers: int, memory_bytes: int | None) -> bool:
+    """Whether what all providers keep for the backward, those of unknown size at the others' mean, is more than half of
+    the memory: then they are measured one after another, without taking turns."""
+    together = sum(saved.values()) / len(saved) * num_providers
+    return memory_bytes is not None and together > memory_bytes / 2
+
+
+def measure_pass(
+    session: Session, place: tuple[str, str, int], what: str, runs: dict[str, Run], saved: dict[str, int]
+) -> None:
+    _, model, tokens = place
+    shape = replace(next(shape for shape in session.models if shape.name == model), num_tokens=tokens)
+    for name, times in session.measure(runs).items():
+        tflop_s = useful_flops(shape, what, name != "flex bare") / times["ms"] / 1e9
+        # The same kernels for any number of tokens, and a profile takes its time.
+        kernels = session.device.kernels(runs[name]) if tokens == session.tokens[0] else None
+        session.record.add(
+            Key(*place, what, name),
+            **times,
+            tflop_s=tflop_s,
+            **session.record.percent(tflop_s),
+            **({"saved_bytes": saved[name]} if name in saved else {}),
+            peak_bytes=session.device.peak_bytes(runs[name]),
+            launches=count_launches(kernels),
+            **({"kernels": kernels} if name in PROFILED and kernels else {}),
+        )

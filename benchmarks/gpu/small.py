@@ -1,4 +1,4 @@
-"""Where the host is the limit: few tokens, with and without a CUDA graph; the first call; the same bits every time."""
+"""Where the host is the limit: few tokens, with and without a CUDA graph; and the first call."""
 
 import json
 import os
@@ -16,18 +16,15 @@ from benchmarks.gpu.record import OURS, Key
 from benchmarks.gpu.session import Session
 from benchmarks.shapes import Shape
 
-REPEATS = 10
-
 
 def measure(session: Session) -> None:
     session.each("small", session.small_tokens, "fwd", measure_few_tokens)
     first = session.models[0]
-    unmeasured = session.wanted("first", first.name, session.tokens[0], "warm cache")
-    if session.wanted("bits", first.name, session.tokens[0], "fwd+bwd") or unmeasured:
-        measure_bits(session, first, session.tokens[0])  # which also warms the cache
+    if session.wanted("first call", first.name, session.tokens[0], "warm cache"):
+        first_call(session)  # which warms the cache
     for name, folder in (("warm cache", None), ("cold cache", tempfile.mkdtemp())):
-        if session.wanted("first", first.name, session.tokens[0], name):
-            measure_first_call(session, Key("first", first.name, session.tokens[0], name, OURS), folder)
+        if session.wanted("first call", first.name, session.tokens[0], name):
+            measure_first_call(session, Key("first call", first.name, session.tokens[0], name, OURS), folder)
 
 
 def measure_few_tokens(session: Session, model: Shape, tokens: int) -> None:
@@ -49,14 +46,6 @@ def measure_few_tokens(session: Session, model: Shape, tokens: int) -> None:
                 launches = session.device.launches(runs[name]) if counted else None
                 wall_ms = session.device.wall_ms(runs[name])
                 session.record.add(Key(*place, what, name), **values, wall_ms=wall_ms, launches=launches)
-
-
-def measure_bits(session: Session, model: Shape, tokens: int) -> None:
-    layers = session.layers(model, tokens)
-    passes = Passes(layers, layers.modules[OURS])
-    first = passes.both()
-    same = all(torch.equal(a, b) for _ in range(REPEATS - 1) for a, b in zip(first, passes.both(), strict=True))
-    session.record.add(Key("bits", model.name, tokens, "fwd+bwd", OURS), same_bits=same, repeats=REPEATS)
 
 
 def measure_first_call(session: Session, key: Key, cache: str | None) -> None:

@@ -8,6 +8,7 @@ from benchmarks.tables import table, write_sections
 
 PEERS = ("grouped_mm", "eager", "raw grouped_mm", "liger")
 BARE, BOUND = "flex bare", "bmm"
+MOST_KERNELS = 10  # of a provider, by name
 
 
 def write(record: Record, path: Path, command: str) -> None:
@@ -25,6 +26,7 @@ def section(record: Record, command: str) -> str:
         "Ceilings measured in the same way: "
         f"{number(copy, 0)} GB/s copied, {number(matmul, 0)} TFLOP/s of bf16 products of random matrices.",
         "",
+        *first_table(record),
         *layer_table(record),
         *graft_table(record),
         *simple_table(record, "plan", "The routing plan"),
@@ -36,6 +38,24 @@ def section(record: Record, command: str) -> str:
         *skipped_lines(record),
     ]
     return "\n".join(lines)
+
+
+def first_table(record: Record) -> list[str]:
+    """The kernels of a forward and backward, the longest first; what is left is one row."""
+    rows = []
+    for key, row in record.figures.items():
+        if (key.part, key.what) != ("first", "kernels") or not row["kernels"]:
+            continue
+        kernels = list(row["kernels"].items())
+        shown = [*kernels[:MOST_KERNELS]]
+        if rest := kernels[MOST_KERNELS:]:
+            shown.append(("all others", [sum(us for _, (us, _) in rest), sum(count for _, (_, count) in rest)]))
+        whole = sum(us for _, (us, _) in kernels)
+        for name, (us, count) in shown:
+            cells = [key.shape, key.tokens, key.provider, name[:60].replace("|", "/"), int(count)]
+            rows.append([*cells, number(us / 1e3, 3), percent(100 * us / whole)])
+    columns = ["shape", "T", "provider", "kernel", "launches", "ms", "of all"]
+    return table(columns, rows, "Kernel by kernel, one forward and backward")
 
 
 def layer_table(record: Record) -> list[str]:
@@ -85,10 +105,10 @@ def simple_table(record: Record, part: str, title: str) -> list[str]:
 
 
 def fact_lines(record: Record) -> list[str]:
-    """What is no time of a run: the first call, the same bits, the sanitizer."""
+    """What is no time of a run: right or wrong, the same bits, the first call, the sanitizer."""
     lines = []
     for key, row in record.figures.items():
-        if key.part in ("first", "bits", "sanitize"):
+        if key.part in ("first", "first call", "sanitize") and "kernels" not in row:
             facts = ", ".join(f"{name} {value}" for name, value in row.items() if name != "measured")
             lines.append(f"- {key.part}, {key.shape}, {key.what}: {facts}")
     return [*lines, ""] if lines else []

@@ -1,7 +1,8 @@
 """Compiles every candidate of the sweep for its chip, on all processors, without a device (`--part tiles`).
 
 What it leaves in Triton's cache is what the sweep launches, so that no device waits for a compiler; and a candidate
-that spills registers, or wants more shared memory than there is, is known before it costs a measurement.
+that spills registers in the loop of its product, or wants more shared memory than there is, is known before it costs
+a measurement.
 """
 
 import multiprocessing
@@ -27,7 +28,7 @@ GEMM_OF = {
 }
 # Triton compiles anew where an integer becomes a multiple of 16. Of the five models only the experts' number does so.
 CLASSES = {"60 experts": MODELS[0], "64 experts": MODELS[1]}
-KEPT = ("registers", "spills", "shared_bytes", "hgmma", "hgmma_waits", "resident", "compile_s")
+KEPT = ("registers", "spills", "loop_spills", "shared_bytes", "hgmma", "hgmma_waits", "resident", "compile_s")
 TOKENS = 8192
 
 
@@ -55,7 +56,7 @@ def compile_one(chip: str, kernel: str, tile: Tile, model: Shape) -> dict[str, o
         except Exception as error:  # whatever a compiler says of a tile that it cannot do
             return {"error": (str(error).strip() or repr(error)).splitlines()[0][:200]}
     compiled = next(row for row in found.values() if row.kernel == GEMM_OF[kernel])
-    return {**{name: asdict(compiled)[name] for name in KEPT}, "faults": compiled.faults()}
+    return {**{name: asdict(compiled)[name] for name in KEPT}, "faults": compiled.faults(outside_the_loop=False)}
 
 
 def jobs(chip: str, tiny: bool) -> Iterator[tuple[Key, tuple[str, str, Tile, Shape]]]:

@@ -22,6 +22,7 @@ from flex_kernels.backends.triton.activations import activation_slope, pass_thro
 from flex_kernels.backends.triton.combine import sum_rows
 from flex_kernels.backends.triton.grouped import (
     Schedule,
+    eighth_columns,
     find_weight,
     grouped_rows,
     load_rows,
@@ -45,20 +46,28 @@ from flex_kernels.backends.triton.tile_file import Tile
 
 
 @triton.jit
+def _load_preactivations(z_ptr, rows, row_mask, first_column, width, COLUMNS: tl.constexpr):
+    """Gate and up of a part of a tile's columns, as they were saved."""
+    columns = first_column + tl.arange(0, COLUMNS)
+    kept = row_mask[:, None] & (columns < width)[None, :]
+    z_ptrs = z_ptr + rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
+    return tl.load(z_ptrs, mask=kept, other=0.0), tl.load(z_ptrs + width, mask=kept, other=0.0)
+
+
+@triton.jit
 def _finish_columns(
-    d_activations, scale, rows, row_mask, first_column, width, is_graft,
-    z_ptr, d_z_ptr, opened_activations_ptr,
+    d_activations, gate, up, scale, rows, row_mask, first_column, width, is_graft,
+    d_z_ptr, opened_activations_ptr,
     ACTIVATION: tl.constexpr, STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr,
 ):  # fmt: skip
     """The epilogue for a part of a tile's columns: stores dZ (and s A for the graft), returns this part of `p`."""
     columns = first_column + tl.arange(0, d_activations.shape[1])
     kept = row_mask[:, None] & (columns < width)[None, :]
     z_offsets = rows.to(tl.int64)[:, None] * (2 * width) + columns[None, :]
-    gate = tl.load(z_ptr + z_offsets, mask=kept, other=0.0).to(tl.float32)
-    up = tl.load(z_ptr + z_offsets + width, mask=kept, other=0.0).to(tl.float32)
+    stored_type = gate.dtype
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
     share = pass_through(gate, ACTIVATION)
     products = tl.sum(tl.where(kept, d_activations * (gate * share * up), 0.0), axis=1)
-    stored_type = z_ptr.dtype.element_ty
     if STORE_OPENED:
         opened = gate * share * up * scale[:, None]
         a_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
@@ -139,11 +148,19 @@ def _d_preactivations_kernel(
                 scale *= 1.0 - opening
             scale = tl.where(is_graft, opening, scale)
         products = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        parts = quarter_columns(d_activations)
-        for part in tl.static_range(4):
+        # The compiler moves no load over a store that may hit the same memory, so the next part's are written first.
+        PARTS: tl.constexpr = 8 if BLOCK_N >= 64 else 4
+        COLUMNS: tl.constexpr = BLOCK_N // PARTS
+        parts = eighth_columns(d_activations) if PARTS == 8 else quarter_columns(d_activations)
+        next_gate, next_up = _load_preactivations(z_ptr, rows, row_mask, first_column, width, COLUMNS)
+        for part in tl.static_range(PARTS):
+            part_column = first_column + part * COLUMNS
+            gate, up = next_gate, next_up
+            if part + 1 < PARTS:
+                next_gate, next_up = _load_preactivations(z_ptr, rows, row_mask, part_column + COLUMNS, width, COLUMNS)
             products += _finish_columns(
-                parts[part], scale, rows, row_mask, first_column + part * (BLOCK_N // 4), width, is_graft,
-                z_ptr, d_z_ptr, opened_activations_ptr,
+                parts[part], gate, up, scale, rows, row_mask, part_column, width, is_graft,
+                d_z_ptr, opened_activations_ptr,
                 ACTIVATION, STORE_ROUTED, STORE_GRAFT, STORE_OPENED,
             )  # fmt: skip
         if PRODUCTS:

@@ -21,6 +21,7 @@ from flex_kernels.backends.triton.grouped import (
     Schedule,
     find_weight,
     grouped_rows,
+    halve_columns,
     load_rows,
     load_weight,
     locate_tile,
@@ -28,7 +29,7 @@ from flex_kernels.backends.triton.grouped import (
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.backends.triton.launch import Target, alignment, cdiv, operand, use_tma
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, pair_operand, use_tma
 from flex_kernels.backends.triton.tile_file import Tile
 
 
@@ -77,7 +78,7 @@ def _gate_up_fwd_kernel(
 
         weight = gate_up
         width = intermediate_size
-        weight_row = expert * 2 * intermediate_size
+        weight_row = expert * 2 if TMA else expert * 2 * intermediate_size
         a_ptr = activations_ptr
         z_ptr = preactivations_ptr
         tokens = tl.load(sorted_pairs_ptr + rows, mask=(rows < end_row) & (expert < num_experts), other=0) // top_k
@@ -89,22 +90,20 @@ def _gate_up_fwd_kernel(
             z_ptr = graft_preactivations_ptr
             tokens = tl.minimum(rows, num_tokens - 1)
         source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
-        gate_place = find_weight(weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K)
-        up_place = gate_place + width if TMA else gate_place + tl.cast(width, tl.int64) * hidden_size
+        place = find_weight(
+            weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K, PAIR=True
+        )
 
-        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # One operand of twice the columns: one load and half the matrix instructions a step.
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
             source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
-            gate_matrix = load_weight(
-                weight, gate_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
+            pair = load_weight(
+                weight, place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K, PAIR=True
             )
-            up_matrix = load_weight(
-                weight, up_place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K
-            )
-            gate = tl.dot(source, gate_matrix, gate, input_precision="ieee")
-            up = tl.dot(source, up_matrix, up, input_precision="ieee")
+            both = tl.dot(source, pair, both, input_precision="ieee")
 
+        gate, up = halve_columns(both)
         gate_parts, up_parts = quarter_columns(gate), quarter_columns(up)
         for part in tl.static_range(4):
             _activate_columns(
@@ -141,13 +140,13 @@ def gate_up_fwd(
     graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
     even = hidden_size % tile.block_k == 0
     tma = use_tma(target, gate_up_proj, graft_gate_up_proj)
-    block_shape = [tile.block_n, tile.block_k]
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
     max_tiles = schedule.max_row_tiles * cdiv(intermediate_size, tile.block_n)
     max_tiles += graft_row_tiles * cdiv(graft_size, tile.block_n)
     _gate_up_fwd_kernel[(target.programs(tile, max_tiles),)](
         hidden_states, sorted_pairs,
-        operand(gate_up_proj, tma, block_shape), operand(graft_gate_up_proj, tma, block_shape),
+        pair_operand(gate_up_proj, intermediate_size, tma, tile),
+        pair_operand(graft_gate_up_proj, graft_size, tma, tile),
         activations, graft_activations, preactivations, graft_preactivations,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,

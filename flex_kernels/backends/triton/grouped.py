@@ -155,23 +155,29 @@ def load_rows(row_ptrs, k, inner_size, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
 def find_weight(
     weight, first_row, first_column, inner_size, out_size,
     INNER_LAST: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIR: tl.constexpr = False,
 ):  # fmt: skip
     """Where `load_weight` begins: with TMA the matrix's first row, else pointers to the first tile of its sum.
 
-    The matrix is [N, K] (`INNER_LAST`) or [K, N], from row `first_row` of all rows on; N is `out_size`.
+    The matrix is [N, K] (`INNER_LAST`) or [K, N], from row `first_row` of all rows on; N is `out_size`. A `PAIR` is two
+    matrices [N, K], one after the other, of which the tile has BLOCK_N columns each; with TMA its `first_row` is the
+    number of its first matrix.
     """
     if TMA:
         place = first_row
     else:
-        columns = first_column + tl.arange(0, BLOCK_N)
         inner_offsets = tl.arange(0, BLOCK_K)
         if INNER_LAST:
             # Columns past the end repeat the last one: no mask for them, and the store drops them.
-            rows = (first_row + tl.minimum(columns, out_size - 1)).to(tl.int64)
-            place = weight + rows[None, :] * inner_size + inner_offsets[:, None]
+            if PAIR:
+                both = tl.arange(0, 2 * BLOCK_N)
+                rows = both // BLOCK_N * out_size + tl.minimum(first_column + both % BLOCK_N, out_size - 1)
+            else:
+                rows = tl.minimum(first_column + tl.arange(0, BLOCK_N), out_size - 1)
+            place = weight + (first_row + rows).to(tl.int64)[None, :] * inner_size + inner_offsets[:, None]
         else:
             rows = (first_row + inner_offsets).to(tl.int64)
-            place = weight + rows[:, None] * out_size + columns[None, :]
+            place = weight + rows[:, None] * out_size + (first_column + tl.arange(0, BLOCK_N))[None, :]
     return place
 
 
@@ -179,10 +185,17 @@ def find_weight(
 def load_weight(
     weight, place, k, first_column, inner_size, out_size,
     INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIR: tl.constexpr = False,
 ):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] of an expert's matrix from index `k` of the sum on: every grouped GEMM reads weights here."""
+    """[BLOCK_K, BLOCK_N] of an expert's matrix, of a `PAIR` [BLOCK_K, 2 BLOCK_N], from index `k` of the sum on: every
+    grouped GEMM reads weights here."""
     if TMA:
-        tile = weight.load([place + first_column, k]).T if INNER_LAST else weight.load([place + k, first_column])
+        if PAIR:
+            tile = tl.reshape(weight.load([place, first_column, k]), (2 * BLOCK_N, BLOCK_K)).T
+        elif INNER_LAST:
+            tile = weight.load([place + first_column, k]).T
+        else:
+            tile = weight.load([place + k, first_column])
     elif INNER_LAST:
         if EVEN:
             tile = tl.load(place + k)
@@ -196,7 +209,8 @@ def load_weight(
 
 
 @triton.jit
-def _halve_columns(x):
+def halve_columns(x):
+    """[M, N] -> two [M, N / 2]: left, right; each thread keeps what it has."""
     left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
     return tl.split(tl.permute(left_right, (0, 2, 1)))
 
@@ -208,10 +222,21 @@ def quarter_columns(x):
     For epilogues in parts: an activation's intermediate values are several times as large as the accumulator, and all
     of them at once do not fit in registers.
     """
-    left, right = _halve_columns(x)
-    far_left, middle_left = _halve_columns(left)
-    middle_right, far_right = _halve_columns(right)
+    left, right = halve_columns(x)
+    far_left, middle_left = halve_columns(left)
+    middle_right, far_right = halve_columns(right)
     return far_left, middle_left, middle_right, far_right
+
+
+@triton.jit
+def eighth_columns(x):
+    """[M, N] -> eight [M, N / 8], as `quarter_columns`."""
+    a, b, c, d = quarter_columns(x)
+    a0, a1 = halve_columns(a)
+    b0, b1 = halve_columns(b)
+    c0, c1 = halve_columns(c)
+    d0, d1 = halve_columns(d)
+    return a0, a1, b0, b1, c0, c1, d0, d1
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "max_row_tiles", "graft_row_tiles"])

@@ -107,6 +107,16 @@ def operand(weight: Tensor | None, tma: bool, block_shape: list[int]) -> Tensor 
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), block_shape)
 
 
+def pair_operand(weight: Tensor | None, width: int, tma: bool, tile: Tile) -> Tensor | TensorDescriptor | None:
+    """Gate and up, [..., 2 width, K], as a kernel takes them: a descriptor over all matrices [width, K], of which a box
+    holds two, or the tensor (a pointer), or None."""
+    if weight is None or not tma:
+        return weight
+    matrices = weight.view(-1, width, weight.shape[-1])
+    box = [2, tile.block_n, tile.block_k]
+    return TensorDescriptor(matrices, list(matrices.shape), list(matrices.stride()), box)
+
+
 def token_tile(device: torch.device, hidden_size: int) -> tuple[int, int, int]:
     """(tokens, columns, warps) of a kernel that streams rows of `hidden_size`: one 16-byte load per thread."""
     if target_of(device).chip == "interpreter":
