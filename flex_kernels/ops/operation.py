@@ -1,7 +1,7 @@
 """How an operation is told to torch: one body for every device, given the backends that `plan.py` chooses there.
 
-Not `torch.library.custom_op`, which checks in every call that no output shares memory with an input: 3 us of a call's 28.
-Here tests do it (`opcheck`).
+Not `torch.library.custom_op`, which checks in every call that no output shares memory with an input (3 us of a call's
+28). Here tests check it (`opcheck`).
 
 The order in each file: the body, the fake (what comes out, by shape and dtype) -> the backward as an operation of its
 own -> autograd -> the public function with checks and documentation.
