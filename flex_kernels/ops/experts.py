@@ -31,7 +31,7 @@ from flex_kernels.ops.checks import (
     compute_dtype,
     wide_dtype,
 )
-from flex_kernels.ops.operation import Choose, differentiable, operation
+from flex_kernels.ops.operation import Choose, operation
 from flex_kernels.weights import stored, unwrapped
 
 _EXPERTS = "Tensor routing_weights, Tensor gate_up_proj, Tensor down_proj"
@@ -195,7 +195,7 @@ def _autograd_backward(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor
     return *gradients, *(None,) * (len(needs) - len(grads))
 
 
-differentiable(_grafted_experts, _autograd_backward, _setup_context)
+_grafted_experts.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 _made_by: ContextVar[Callable[[], tuple[Tensor, Tensor]] | None] = ContextVar("made_by", default=None)
 

@@ -13,7 +13,7 @@ from flex_kernels.ops.checks import (
     check_shape,
     wide_dtype,
 )
-from flex_kernels.ops.operation import Choose, differentiable, operation
+from flex_kernels.ops.operation import Choose, operation
 
 
 def _forward(choose: Choose, hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _backward(ctx: Any, d_graft_logits: Tensor) -> tuple[Tensor | None, ...]:
     return d_hidden if need_hidden else None, d_weight if need_weight else None, d_bias
 
 
-differentiable(_graft_logits, _backward, _setup_context)
+_graft_logits.register_autograd(_backward, setup_context=_setup_context)
 
 
 def graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from flex_kernels.ops.checks import (
     compute_dtype,
     wide_dtype,
 )
-from flex_kernels.ops.operation import Choose, differentiable, operation
+from flex_kernels.ops.operation import Choose, operation
 
 _GATE = "Tensor? graft_logit_weight, Tensor? graft_logit_bias"
 
@@ -144,7 +144,7 @@ def _backward(
     return *grads, None, None, None
 
 
-differentiable(_grafted_route, _backward, _setup_context)
+_grafted_route.register_autograd(_backward, setup_context=_setup_context)
 
 
 def grafted_route(

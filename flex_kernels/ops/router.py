@@ -19,7 +19,7 @@ from flex_kernels.ops.checks import (
     check_shape,
     wide_dtype,
 )
-from flex_kernels.ops.operation import Choose, differentiable, operation
+from flex_kernels.ops.operation import Choose, operation
 
 
 def _route_fwd(choose: Choose, router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def _route_backward(ctx: Any, d_routing_weights: Tensor | None, _: None) -> tupl
     return _route_bwd(d_routing_weights, *ctx.saved_tensors, ctx.renormalize), None, None
 
 
-differentiable(_route, _route_backward, _route_setup)
+_route.register_autograd(_route_backward, setup_context=_route_setup)
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def _combine_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
-differentiable(_combine, _combine_backward, _combine_setup)
+_combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 
 def combine(
