@@ -155,6 +155,7 @@ class TrainSettings:
     # The state that is the result: of the last round, or of the one with the lowest loss on the validation parts
     keep: str = setting("last", choices=("last", "best"))
     patience: int = setting(0, least=0, zero="never stops early")  # rounds without a better one
+    track: str = setting("", choices=("", "tensorboard"))  # scalars of every round, into the run's folder
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
 
     def __post_init__(self) -> None:

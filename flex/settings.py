@@ -50,7 +50,8 @@ def _check_one(name: str, value: Any, limits: Any) -> None:
     several = isinstance(value, tuple)
     if limits["choices"]:
         wrong = [v for v in (value if several else (value,)) if v not in limits["choices"]]
-        expected = f"expected {'some' if several else 'one'} of {', '.join(limits['choices'])}"
+        named = ", ".join(choice or '""' for choice in limits["choices"])
+        expected = f"expected {'some' if several else 'one'} of {named}"
         require(not wrong, f"{name} {f'names {wrong}' if several else f'is {value!r}'}; {expected}")
     if limits["distinct"]:
         twice = [v for index, v in enumerate(value) if v in value[:index]]

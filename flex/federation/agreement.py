@@ -21,7 +21,7 @@ from flex.federation.strategy import make_strategy
 NOT_COMPARED = {
     *("output", "workers", "model.path", "model.device", "data.train", "data.test", "data.general"),
     *("data.files", "data.test_files", "data.columns"),
-    *("train.methods", "train.seeds", "train.gradient_checkpointing", "evaluate.batch_size"),
+    *("train.methods", "train.seeds", "train.gradient_checkpointing", "train.track", "evaluate.batch_size"),
 }
 # What a site chooses for itself: where its base and data are, and what its machine can bear.
 SITE_OWN = {

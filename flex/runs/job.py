@@ -90,7 +90,6 @@ class Job:
         self.header |= {**self.admit(sites), "clients": {site.client_id: site.data for site in sites}}
         per_round = (train.clients_per_round or len(sites)) * train.steps
         total = train.rounds * per_round if self.method.trains else 1
-        self.bar.begin(total)
         strategy = make_strategy(
             self.strategy_name, len(sites), clients_per_round=train.clients_per_round, **self.strategy_settings
         )
@@ -103,7 +102,7 @@ class Job:
             format=FORMAT,
         )
         shared, done = self._resume(strategy, started_event)
-        self.bar.step(done * per_round)
+        self.bar.begin(total, done * per_round if self.method.trains else 0, train.rounds)
         self.last_round = done
         if self.method.trains:
             run_rounds(
@@ -127,8 +126,7 @@ class Job:
         last = self.last_round if self.method.trains else train.rounds
         kept = self.best.round if self.keeps_best else None
         self._write([Done(last, seconds, self.tokens, kept=kept, stopped=last < train.rounds)])
-        self.bar.say(f"done, {self.verdict}")
-        self.bar.end()
+        self.bar.end(f"done, {self.verdict}")
 
     def _resume(self, strategy: Strategy, started: JobStarted) -> tuple[Arrays, int]:
         """(shared state, rounds done): from the newest server file, or the start. What came after it is forgotten."""
@@ -196,6 +194,7 @@ class Job:
 
     def _write(self, events: list[Event]) -> None:
         """Into the log; a choice of grafts that it has already is left out (a turn that was cut off tells it again)."""
+        told = []
         for event in events:
             if isinstance(event, Grafted):
                 if _place(event) in self.known:
@@ -204,6 +203,8 @@ class Job:
             if isinstance(event, Evaluated) and event.split == "test" and event.when == AFTER:
                 self.exact[event.client_id] = event.exact_match
             self.log.write(event)
+            told.append(event)
+        self.bar.hear(told)
 
 
 def sent_events(turn: Turn) -> list[Event]:

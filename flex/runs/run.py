@@ -29,7 +29,8 @@ from flex.methods import METHODS
 from flex.model.adapters import check_targets, unwrap
 from flex.runs.history import is_finished, plan_of
 from flex.runs.job import is_done
-from flex.runs.progress import line_of, progress_bars
+from flex.runs.progress import job_lines
+from flex.runs.track import check_track
 from flex.runs.workers import JobName, job_folder, make_job, run_apart
 from flex.runs.world import World, Worlds
 from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, read_events, write_events
@@ -52,6 +53,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     """
     folder, descriptions = Path(config.output), descriptions or {}
     config = _with_full_paths(config)
+    check_track(config.train.track)
     _check_free(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -69,12 +71,12 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     _check_growth(folder, config, jobs, clients)
     _tell_growth(folder, clients, console)
     _claim(folder, config)
-    with _alone_in(folder, console), progress_bars(console) as progress:
+    with _alone_in(folder, console), job_lines(console) as line:
         sites = [about(world.base, client, config) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, contents.data, title, descriptions, contents.client_data))
-        lines = {(seed, method): line_of(progress, f"{method} seed {seed}") for seed, method in jobs}
+        lines = {(seed, method): line(f"{method} seed {seed}") for seed, method in jobs}
         left = [job for job in jobs if not _is_finished(folder, job, config, clients)]
-        for job in set(jobs) - set(left):
+        for job in (job for job in jobs if job not in left):
             lines[job](total=1, advance=1, what="done before", ended=True)
         if config.workers > 1 and left:
             for _ in run_apart(config, left, lines):

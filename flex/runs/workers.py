@@ -22,6 +22,7 @@ from flex.federation.local import InProcessGrid
 from flex.federation.rounds import identity
 from flex.runs.job import Job
 from flex.runs.progress import Bar, Tell
+from flex.runs.track import tracked
 from flex.runs.world import Worlds
 
 JobName = tuple[int, str]  # seed, method
@@ -37,7 +38,8 @@ def job_folder(folder: Path, job: JobName) -> Path:
 
 def make_job(config: RunConfig, job: JobName, worlds: Worlds, tell: Tell) -> Job:
     """A job whose clients are all on this machine."""
-    (seed, method), folder, bar = job, job_folder(Path(config.output), job), Bar(tell)
+    (seed, method), folder = job, job_folder(Path(config.output), job)
+    bar = Bar(tracked(tell, folder) if config.train.track else tell)
     world = worlds.of(seed)
     sites = world.sites(config, method, seed, folder, bar)
     grid = InProcessGrid(
