@@ -1,4 +1,4 @@
-// The table of what Python can call: flex_kernels/native.py and native_experts.py check, then pass sizes and addresses.
+// The table of what Python can call: flex_kernels/backends/native.py checks, then pass sizes and addresses.
 // Address 0 is a null pointer. std::invalid_argument and std::length_error arrive in Python as ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,6 +16,13 @@ static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Of experts that are kept as codes.
+template <class Described>
+static void set_scales(Described& described, uintptr_t gate_up_scales, uintptr_t down_scales) {
+  described.gate_up_scales = at<const void>(gate_up_scales);
+  described.down_scales = at<const void>(down_scales);
+}
+
 PYBIND11_MODULE(_native, m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def(
@@ -30,7 +37,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_isas", &flex::available_isas);
   py::enum_<flex::Scalar>(m, "Scalar")
       .value("float32", flex::Scalar::kFloat32)
-      .value("bfloat16", flex::Scalar::kBfloat16);
+      .value("bfloat16", flex::Scalar::kBfloat16)
+      .value("int8", flex::Scalar::kInt8)
+      .value("nf4", flex::Scalar::kNf4);
   m.def(
       "grafted_route",
       [](int64_t num_tokens, int64_t hidden_size, int64_t num_experts, int64_t top_k, flex::Scalar scalar,
@@ -84,7 +93,8 @@ PYBIND11_MODULE(_native, m) {
                            at<const void>(graft_gate_up_proj),
                            at<const void>(graft_down_proj),
                            at<const float>(graft_logits)};
-      }));
+      }))
+      .def("set_scales", &set_scales<flex::Layer>);
   py::class_<flex::Gradients>(m, "Gradients")
       .def(py::init([](uintptr_t hidden_states, uintptr_t routing_weights, uintptr_t graft_gate_up_proj,
                        uintptr_t graft_down_proj, uintptr_t graft_logits) {
@@ -124,7 +134,8 @@ PYBIND11_MODULE(_native, m) {
                              at<const void>(target),
                              at<const void>(gate_up_proj),
                              at<const void>(down_proj)};
-      }));
+      }))
+      .def("set_scales", &set_scales<flex::Scoring>);
   m.def(
       "score_experts",
       [](const flex::Scoring& scoring, uintptr_t batch_offsets, int64_t num_batches, uintptr_t scores, int threads) {

@@ -62,7 +62,7 @@ std::vector<std::string> available_isas() {
 
 const Kernels& kernels_for(Scalar activations, Scalar weights) {
   const Isa& isa = chosen_isa();
-  const bool pairs = isa.bf16_pairs && activations == Scalar::kBfloat16 && weights == Scalar::kBfloat16;
+  const bool pairs = isa.bf16_pairs && activations == Scalar::kBfloat16 && weights != Scalar::kFloat32;
   return pairs ? *isa.bf16_pairs : *isa.kernels;
 }
 

@@ -62,20 +62,21 @@ struct Forward {
     const int64_t width = width_of(segment), hidden = layer.hidden_size;
     const int32_t* const gather = memory[token_of_row];
     const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
-    const void* const x = graft ? row_of(layer.hidden_states, segment.first, hidden, scalar) : layer.hidden_states;
-    const void* const weights =
-        graft ? layer.graft_gate_up_proj : row_of(layer.gate_up_proj, segment.expert * 2 * width, hidden, scalar);
+    const void* const x = graft ? row_of(layer.hidden_states, segment.first, hidden, layer.scalar) : layer.hidden_states;
+    const Rows weights =
+        graft ? Rows{layer.graft_gate_up_proj, hidden, nullptr}
+              : weight_rows(layer.gate_up_proj, layer.gate_up_scales, segment.expert * 2 * width, hidden, scalar);
     const Operand a{{x, hidden, graft || !gather ? nullptr : gather + segment.first}, layer.scalar, true};
-    return {a, {{weights, hidden, nullptr}, scalar, true}, segment.rows, width, hidden, width};
+    return {a, {weights, scalar, true}, segment.rows, width, hidden, width};
   }
   Product down_product(const Segment& segment) const {
     const bool graft = segment.expert == kGraft;
     const int64_t width = width_of(segment), hidden = layer.hidden_size;
     const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
-    const void* const weights =
-        graft ? layer.graft_down_proj : row_of(layer.down_proj, segment.expert * hidden, width, scalar);
+    const Rows weights = graft ? Rows{layer.graft_down_proj, width, nullptr}
+                               : weight_rows(layer.down_proj, layer.down_scales, segment.expert * hidden, width, scalar);
     const Operand a{{activation_rows(segment), width, nullptr}, layer.scalar, true};
-    return {a, {{weights, width, nullptr}, scalar, true}, segment.rows, hidden, width};
+    return {a, {weights, scalar, true}, segment.rows, hidden, width};
   }
 
   void multiply(const Wave& wave, Product (Forward::*of_segment)(const Segment&) const, const Epilogue& epilogue) {

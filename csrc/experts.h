@@ -1,5 +1,5 @@
 // The layer on the CPU: routed experts, the gated graft, their sum, and the backward with frozen experts.
-// Equations and names: flex_kernels/torch_experts.py, whose twin this is, and reference.grafted_experts.
+// Equations and names: flex_kernels/backends/pytorch.py, whose twin this is, and reference.grafted_experts.
 #pragma once
 #include <cstdint>
 
@@ -24,6 +24,8 @@ struct Layer {
   const void* graft_gate_up_proj;  // [2I_g, H]
   const void* graft_down_proj;     // [H, I_g]
   const float* graft_logits;       // [T]
+  const void* gate_up_scales = nullptr;  // of codes
+  const void* down_scales = nullptr;
 
   bool has_graft() const { return graft_width >= 0; }
 };

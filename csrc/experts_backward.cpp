@@ -95,20 +95,21 @@ struct Backward {
     const int32_t* const gather = memory[token_of_row];
     const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
     const void* const d_y = graft ? row_of(d_out, segment.first, hidden, layer.scalar) : d_out;
-    const void* const weights =
-        graft ? layer.graft_down_proj : row_of(layer.down_proj, segment.expert * hidden, width, scalar);
+    const Rows weights = graft ? Rows{layer.graft_down_proj, width, nullptr}
+                               : weight_rows(layer.down_proj, layer.down_scales, segment.expert * hidden, width, scalar);
     const Operand a{{d_y, hidden, graft || !gather ? nullptr : gather + segment.first}, layer.scalar, true};
-    return {a, {{weights, width, nullptr}, scalar, false}, segment.rows, width, hidden};
+    return {a, {weights, scalar, false}, segment.rows, width, hidden};
   }
   // dX = dZ [G; U]
   Product up_product(const Segment& segment) const {
     const bool graft = segment.expert == kGraft;
     const int64_t width = 2 * width_of(segment), hidden = layer.hidden_size;
     const Scalar scalar = graft ? layer.scalar : layer.weight_scalar;
-    const void* const weights =
-        graft ? layer.graft_gate_up_proj : row_of(layer.gate_up_proj, segment.expert * width, hidden, scalar);
+    const Rows weights =
+        graft ? Rows{layer.graft_gate_up_proj, hidden, nullptr}
+              : weight_rows(layer.gate_up_proj, layer.gate_up_scales, segment.expert * width, hidden, scalar);
     const Operand a{{d_z_rows(segment), width, nullptr}, layer.scalar, true};
-    return {a, {{weights, hidden, nullptr}, scalar, false}, segment.rows, hidden, width};
+    return {a, {weights, scalar, false}, segment.rows, hidden, width};
   }
   // d[G_g; U_g] = dZ^T X,  dD_g = (s dY)^T A: the tokens are the depth
   void add_weight_products(const Segment& segment, std::vector<Product>& products) const {

@@ -39,7 +39,7 @@ int64_t most_rows_in_place(const Kernels& kernels, const Product& product) {
   if (!product.a.along_depth || !product.b.along_depth || product.depth == 0) return 0;
   const int64_t panel_words = kernels.panel_rows * round_up(depth_words(kernels, product), kChunkWords);
   const int64_t fitting = std::max<int64_t>(kFewWords / panel_words, 1) * kernels.panel_rows;
-  return std::min<int64_t>(fitting, kernels.few_rows);
+  return std::min<int64_t>(fitting, kernels.few_rows[static_cast<int>(product.b.scalar)]);
 }
 
 Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products) {
@@ -125,7 +125,8 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
   };
   if (product.rows <= most_rows_in_place(kernels, product)) {
     const auto multiply = kernels.multiply_in_place[static_cast<int>(product.b.scalar)];
-    kernels.pack_few[static_cast<int>(product.a.scalar)](rows_from(product.a, task.row), task.rows, 0, product.depth, a);
+    const auto pack = is_dense(product.b.scalar) ? kernels.pack_few : kernels.pack_a_rows;
+    pack[static_cast<int>(product.a.scalar)](rows_from(product.a, task.row), task.rows, 0, product.depth, a);
     multiply(task.rows, task.columns, product.depth, a, product.b.rows, task.column, c, stride);
     if (product.twin)
       multiply(task.rows, task.columns, product.depth, a, product.b.rows, product.twin + task.column, c + half, stride);

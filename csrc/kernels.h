@@ -17,16 +17,23 @@
 
 namespace flex {
 
-enum class Scalar : int { kFloat32 = 0, kBfloat16 = 1 };
+// Of values in memory. The last two are frozen weights, codes with scales: flex_kernels/reference.py says what they mean.
+enum class Scalar : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kNf4 = 3 };
+constexpr int kWeightScalars = 4;
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 struct Bfloat16 {
   uint16_t bits;
 };
+struct Int8 {};
+struct Nf4 {};
 
 constexpr int64_t kLineBytes = 64;               // of a cache
 constexpr int64_t kChunkWords = kLineBytes / 4;  // of one row in an A panel
 
+constexpr int64_t kNf4Group = 64;  // neighbours along a row that share a scale; rows are padded to whole groups
+constexpr bool is_dense(Scalar scalar) { return scalar == Scalar::kFloat32 || scalar == Scalar::kBfloat16; }
+// Of a dense scalar.
 constexpr int64_t scalar_bytes(Scalar scalar) { return scalar == Scalar::kFloat32 ? 4 : 2; }
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -35,7 +42,17 @@ struct Rows {
   const void* data;
   int64_t stride;  // elements from one memory row to the next
   const int32_t* gather;
+  const void* scales = nullptr;  // of codes: a float per row (int8), a bf16 per kNf4Group elements of the stride (nf4)
 };
+
+// Rows from `row` on of a frozen matrix with rows of `columns`.
+inline Rows weight_rows(const void* data, const void* scales, int64_t row, int64_t columns, Scalar scalar) {
+  const int64_t stride = scalar == Scalar::kNf4 ? round_up(columns, kNf4Group) : columns;
+  const int64_t bytes = scalar == Scalar::kNf4 ? stride / 2 : scalar == Scalar::kInt8 ? stride : stride * scalar_bytes(scalar);
+  const int64_t scale_bytes = scalar == Scalar::kNf4 ? stride / kNf4Group * int64_t{sizeof(Bfloat16)} : sizeof(float);
+  return {static_cast<const char*>(data) + row * bytes, stride, nullptr,
+          scales ? static_cast<const char*>(scales) + row * scale_bytes : nullptr};
+}
 
 struct Kernels {
   const char* name;
@@ -48,17 +65,17 @@ struct Kernels {
   // depth_scale (or null): a factor per depth step. `begin` counts depth steps, `first` the matrix rows.
   void (*pack_a_depth[2])(Rows source, int64_t first, int64_t rows, int64_t begin, int64_t depth,
                           const float* depth_scale, float* panels);
-  void (*pack_b_rows[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
-  void (*pack_b_depth[2])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
+  void (*pack_b_rows[kWeightScalars])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
+  void (*pack_b_depth[kWeightScalars])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
   // C (+)= A B; columns is a multiple of panel_columns. C has room for whole panels of rows: what is beyond `rows` may be
   // overwritten.
   void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
                    int64_t c_stride, bool accumulate);
   // The same for at most `few_rows` rows and memory rows along the depth, by B's scalar type: B is read where it lies.
-  // `a` is what pack_few made of them, by A's type: whole panels of rows.
-  int few_rows;
+  // `a` is what pack_few made of them, by A's type: whole panels of rows. Beside codes it is what pack_a_rows made.
+  int few_rows[kWeightScalars];
   void (*pack_few[2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
-  void (*multiply_in_place[2])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
+  void (*multiply_in_place[kWeightScalars])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
                                float* c, int64_t c_stride);
 
   // Rows against rows, both read where they lie: out[i, j] = sum_k x[i, k] w[j, k], by the scalar type of x and w, to which
@@ -84,7 +101,8 @@ struct Kernels {
   void (*residual_sums[2])(int64_t n, const float* out, const void* target, float* sums);
   // energy += activations^2, correlation += activations * products
   void (*neuron_sums[2])(int64_t n, const void* activations, const float* products, float* energy, float* correlation);
-  void (*add_squares[2])(int64_t n, const void* row, float* sums);
+  // sums += row^2, by the scalar type of the row, a frozen weight's
+  void (*add_squares[kWeightScalars])(int64_t n, Rows row, float* sums);
 };
 
 // Null where this build or this machine has not got them. bf16_pairs: the table for products of bf16 in memory.

@@ -53,8 +53,14 @@ struct Step {
     return {{row_of(data, first_token, scoring.hidden_size, scoring.scalar), scoring.hidden_size, nullptr},
             scoring.scalar, true};
   }
-  Operand weights(const void* data, int64_t expert, int64_t rows, int64_t columns, bool along_depth) const {
-    return {{row_of(data, (first_expert + expert) * rows, columns, scoring.weight_scalar), columns, nullptr},
+  Operand gate_up(int64_t expert) const {
+    const int64_t row = (first_expert + expert) * 2 * scoring.intermediate_size;
+    return {weight_rows(scoring.gate_up_proj, scoring.gate_up_scales, row, scoring.hidden_size, scoring.weight_scalar),
+            scoring.weight_scalar, true};
+  }
+  Operand down(int64_t expert, bool along_depth) const {
+    const int64_t row = (first_expert + expert) * scoring.hidden_size;
+    return {weight_rows(scoring.down_proj, scoring.down_scales, row, scoring.intermediate_size, scoring.weight_scalar),
             scoring.weight_scalar, along_depth};
   }
   char* activation_row(int64_t expert, int64_t token) const {
@@ -62,18 +68,16 @@ struct Step {
   }
   Product up_product(int64_t expert) const {
     const int64_t width = scoring.intermediate_size, hidden = scoring.hidden_size;
-    const Operand b = weights(scoring.gate_up_proj, expert, 2 * width, hidden, true);
-    return {token_rows(scoring.hidden_states), b, tokens, width, hidden, width, expert};
+    return {token_rows(scoring.hidden_states), gate_up(expert), tokens, width, hidden, width, expert};
   }
   Product down_product(int64_t expert) const {
     const int64_t width = scoring.intermediate_size, hidden = scoring.hidden_size;
     const Operand a{{activation_row(expert, 0), width, nullptr}, scoring.scalar, true};
-    return {a, weights(scoring.down_proj, expert, hidden, width, true), tokens, hidden, width, 0, expert};
+    return {a, down(expert, true), tokens, hidden, width, 0, expert};
   }
   Product target_product(int64_t expert) const {
     const int64_t width = scoring.intermediate_size, hidden = scoring.hidden_size;
-    const Operand b = weights(scoring.down_proj, expert, hidden, width, false);
-    return {token_rows(scoring.target), b, tokens, width, hidden, 0, expert};
+    return {token_rows(scoring.target), down(expert, false), tokens, width, hidden, 0, expert};
   }
 
   void multiply(Product (Step::*of_expert)(int64_t) const, const Epilogue& epilogue) const {
@@ -180,7 +184,9 @@ void score_neurons(const Scoring& scoring, float* energy, float* correlation, in
     std::vector<float> squares(width, 0.f);  // ||d_j||^2
     for (int64_t row = 0; row < scoring.hidden_size; ++row)
       step.kernels.add_squares[static_cast<int>(scoring.weight_scalar)](
-          width, row_of(scoring.down_proj, expert * scoring.hidden_size + row, width, scoring.weight_scalar),
+          width,
+          weight_rows(scoring.down_proj, scoring.down_scales, expert * scoring.hidden_size + row, width,
+                      scoring.weight_scalar),
           squares.data());
     const double* const own = sums.data() + expert * 2 * width;
     for (int64_t j = 0; j < width; ++j) {

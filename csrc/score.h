@@ -16,6 +16,8 @@ struct Scoring {
   const void* target;         // [T, H]
   const void* gate_up_proj;   // [E, 2I, H]
   const void* down_proj;      // [E, H, I]
+  const void* gate_up_scales = nullptr;  // of codes
+  const void* down_scales = nullptr;
 };
 
 // scores [B, E, 3]: sum ||F - E_i||^2, <F, E_i>, ||E_i||^2 over the tokens [batch_offsets[b], batch_offsets[b + 1]).

@@ -1,7 +1,8 @@
 // Packing: operands in memory -> panels of 32-bit words. Layouts in kernels.h. T is the scalar type in memory; with
 // kPairs a word is two neighbouring bf16 along the depth, else bf16 is widened to fp32 here, once per use of the panel.
+// Codes are dequantised here.
 #pragma once
-#include "isa/lanes.h"
+#include "isa/weight_row.h"
 
 namespace flex {
 namespace {
@@ -11,24 +12,6 @@ constexpr int64_t word_count(int64_t depth) {
   return kPairs ? (depth + 1) / 2 : depth;
 }
 
-// `count` words that lie side by side in memory along the depth; `elements` are left from here to the end of the depth.
-template <bool kPairs, class T>
-FLEX_INLINE Float load_words(const T* source, int64_t elements) {
-  if constexpr (kPairs) {
-    static_assert(sizeof(T) == 2, "pairs are pairs of bf16");
-    Float words;
-    if (elements >= 2 * kLanes) {
-      std::memcpy(&words, source, sizeof(words));
-    } else {
-      words = zeros();
-      std::memcpy(&words, source, elements * sizeof(T));
-    }
-    return words;
-  } else {
-    return load(source, elements < kLanes ? elements : kLanes);
-  }
-}
-
 // One depth step (a pair: two) of `count` neighbouring columns; the memory rows run across the depth.
 template <bool kPairs, class T>
 FLEX_INLINE Float load_across(const T* source, int64_t stride, int64_t steps, int64_t count) {
@@ -36,6 +19,17 @@ FLEX_INLINE Float load_across(const T* source, int64_t stride, int64_t steps, in
   if constexpr (!kPairs) return first;
   const Float second = steps > 1 ? load(source + stride, count) : zeros();
   return (Float)(((Word)first >> 16) | (Word)second);
+}
+
+template <bool kPairs, class T>
+FLEX_INLINE Float row_across(const Row<T>& row, const Row<T>& next, int64_t at, int64_t steps, int64_t count) {
+  const Float first = row.lanes(at, count);
+  if constexpr (!kPairs) return first;
+  const Float second = steps > 1 ? next.lanes(at, count) : zeros();
+  if constexpr (sizeof(T) == sizeof(Bfloat16)) return (Float)(((Word)first >> 16) | (Word)second);
+#if defined(FLEX_BF16_PAIRS)
+  return pairs_of(first, second);
+#endif
 }
 
 // Weights come from main memory in pieces too short for the processor to see the pattern.
@@ -100,22 +94,23 @@ void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int
   const int64_t words = word_count<kPairs>(depth);
   for (int64_t column = 0; column < columns; column += kLanes) {
     const int64_t count = columns - column < kLanes ? columns - column : kLanes;
-    const T* from = static_cast<const T*>(source.data) + (first + column) * source.stride + begin;
+    Row<T> from[kLanes];  // past the last column: that one again, and what comes of it is zero
+    for (int64_t i = 0; i < kLanes; ++i)
+      from[i] = Row<T>::of(source, first + column + (i < count ? i : count - 1), begin);
+    const int64_t ahead = Row<T>::bytes(kRowsAhead * source.stride);
     float* to = panels + column / kPanelColumns * kPanelColumns * words + column % kPanelColumns;
     for (int64_t word = 0; word < words; word += kLanes) {
       const int64_t left = depth - word * kStep, last = words - word < kLanes ? words - word : kLanes;
       Float block[kLanes];
       if (count == kLanes && left >= kLanes * kStep) {
-        for (int64_t i = 0; i < kLanes; ++i)
-          __builtin_prefetch(from + (i + kRowsAhead) * source.stride + word * kStep, 0, 2);
-        for (int64_t i = 0; i < kLanes; ++i)
-          block[i] = load_words<kPairs>(from + i * source.stride + word * kStep, kLanes * kStep);
+        for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(from[i].address(word * kStep) + ahead, 0, 2);
+        for (int64_t i = 0; i < kLanes; ++i) block[i] = from[i].template words<kPairs>(word * kStep, kLanes * kStep);
         Simd::transpose(block);
         for (int64_t i = 0; i < kLanes; ++i) store(to + (word + i) * kPanelColumns, block[i]);
         continue;
       }
       for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = i < count ? load_words<kPairs>(from + i * source.stride + word * kStep, left) : zeros();
+        block[i] = i < count ? from[i].template words<kPairs>(word * kStep, left) : zeros();
       Simd::transpose(block);
       for (int64_t i = 0; i < last; ++i) store(to + (word + i) * kPanelColumns, block[i]);
     }
@@ -134,17 +129,19 @@ void pack_b_depth(Rows source, int64_t first, int64_t columns, int64_t begin, in
   for (int64_t group = 0; group < columns; group += kGroup) {
     const int64_t count = columns - group < kGroup ? columns - group : kGroup, whole = count / kPanelColumns;
     for (int64_t word = 0; word < words; ++word) {
-      const T* from = static_cast<const T*>(source.data) + (begin + word * kStep) * source.stride + first + group;
-      const int64_t steps = depth - word * kStep;
+      const int64_t steps = depth - word * kStep, row = begin + word * kStep;
+      const Row<T> from = Row<T>::of(source, row, first + group);
+      const Row<T> next = Row<T>::of(source, steps > 1 ? row + 1 : row, first + group);
       float* to = panels + group * words + word * kPanelColumns;
       for (int64_t step = 0; step < kStep; ++step)
-        prefetch_row(from + (kRowsAhead + step) * source.stride, count * sizeof(T));
-      for (int64_t panel = 0; panel < whole; ++panel, from += kPanelColumns, to += kPanelColumns * words)
+        prefetch_row(from.address(0) + Row<T>::bytes((kRowsAhead + step) * source.stride), Row<T>::bytes(count));
+      int64_t at = 0;
+      for (int64_t panel = 0; panel < whole; ++panel, at += kPanelColumns, to += kPanelColumns * words)
         for (int64_t v = 0; v < kPanelColumns; v += kLanes)
-          store(to + v, load_across<kPairs>(from + v, source.stride, steps, kLanes));
-      for (int64_t v = 0; whole * kPanelColumns < count && v < kPanelColumns; v += kLanes) {
-        const int64_t left = count - whole * kPanelColumns - v, lanes = left < 0 ? 0 : left < kLanes ? left : kLanes;
-        store(to + v, lanes ? load_across<kPairs>(from + v, source.stride, steps, lanes) : zeros());
+          store(to + v, row_across<kPairs>(from, next, at + v, steps, kLanes));
+      for (int64_t v = 0; at < count && v < kPanelColumns; v += kLanes) {
+        const int64_t left = count - at - v, lanes = left < 0 ? 0 : left < kLanes ? left : kLanes;
+        store(to + v, lanes ? row_across<kPairs>(from, next, at + v, steps, lanes) : zeros());
       }
     }
   }

@@ -88,11 +88,23 @@ void neuron_sums(int64_t n, const void* activations, const float* products, floa
 }
 
 template <class T>
-void add_squares(int64_t n, const void* row, float* sums) {
+void add_squares(int64_t n, Rows row, float* sums) {
+  const Row<T> own = Row<T>::of(row, 0, 0);
   for_lanes(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-    const Float x = load(static_cast<const T*>(row) + i, count);
+    const Float x = own.lanes(i, count);
     store(sums + i, Simd::fma(x, x, load(sums + i, count)), count);
   });
+}
+
+// Frozen weights kept as codes of type T.
+template <bool kPairs, class T>
+constexpr void add_codes(Kernels& table, Scalar scalar) {
+  const int index = static_cast<int>(scalar);
+  table.pack_b_rows[index] = pack_b_rows<kPairs, T>;
+  table.pack_b_depth[index] = pack_b_depth<kPairs, T>;
+  table.few_rows[index] = kRowsInPlace;
+  table.multiply_in_place[index] = multiply_few<kPairs, T>;
+  table.add_squares[index] = add_squares<T>;
 }
 
 template <bool kPairs>
@@ -115,7 +127,7 @@ constexpr Kernels kernel_table(const char* name) {
   table.pack_a_depth[1] = pack_a_depth<kPairs, Bfloat16>;
   table.pack_b_rows[1] = pack_b_rows<kPairs, Bfloat16>;
   table.pack_b_depth[1] = pack_b_depth<kPairs, Bfloat16>;
-  table.few_rows = kFewRows;
+  table.few_rows[0] = table.few_rows[1] = kFewRows;
   table.pack_few[1] = pack_few<kPairs, Bfloat16>;
   table.multiply_in_place[1] = multiply_in_place<kPairs, Bfloat16>;
   table.multiply = multiply<kPairs>;
@@ -128,6 +140,8 @@ constexpr Kernels kernel_table(const char* name) {
   table.residual_sums[0] = residual_sums<float>, table.residual_sums[1] = residual_sums<Bfloat16>;
   table.neuron_sums[0] = neuron_sums<float>, table.neuron_sums[1] = neuron_sums<Bfloat16>;
   table.add_squares[0] = add_squares<float>, table.add_squares[1] = add_squares<Bfloat16>;
+  add_codes<kPairs, Int8>(table, Scalar::kInt8);
+  add_codes<kPairs, Nf4>(table, Scalar::kNf4);
   return table;
 }
 

@@ -1,7 +1,7 @@
 // The product in AMX's tile registers: 16 rows of 64 bytes each. The panels are what they read: a chunk of an A panel is
 // 16 rows of 16 pairs, 16 depth steps of half a B panel are 16 rows of 16 columns.
 #pragma once
-#include "isa/kernels_pack.h"
+#include "isa/few_rows.h"
 
 namespace flex {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 #include <utility>
 
-#include "isa/kernels_pack.h"
+#include "isa/few_rows.h"
 
 namespace flex {
 namespace {
@@ -65,49 +65,17 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
     }
 }
 
-// So few rows do not pay for packing B: they read it where it lies, once from memory and then from cache.
-constexpr int kFewRows = 4;
+constexpr int kFewRows = kRowsInPlace;
 
 template <bool kPairs, class T>
 void pack_few(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels) {
   pack_a_rows<kPairs, T>(source, rows, begin, depth, panels);
 }
 
-// kLanes columns at a time, each summed along the depth in its own vector; the transposition turns the sums upright.
-// The next kLanes columns are fetched meanwhile: they lie behind these, and no prefetcher follows kLanes short streams.
 template <bool kPairs, class T>
 void multiply_in_place(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first, float* c,
                        int64_t c_stride) {
-  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes, kFetched = kLanes * kStep * sizeof(T);
-  for (int64_t column = 0; column < columns; column += kLanes) {
-    const T* from[kLanes];  // past the last column: that one again, and its sum is never read
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t own = column + i < columns ? column + i : columns - 1;
-      from[i] = static_cast<const T*>(b.data) + (first + own) * b.stride;
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* words = a + row * kChunkWords;
-      const char* next = reinterpret_cast<const char*>(from[0]) + kLanes * b.stride * int64_t{sizeof(T)};
-      Float sums[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) sums[i] = zeros();
-      int64_t step = 0;
-      for (; step + kStep <= depth; step += kStep) {
-        const Float x = load(words);
-        for (int64_t byte = 0; byte < kFetched; byte += kLineBytes) __builtin_prefetch(next + byte, 0, 2);
-        next += kFetched;
-        for (int64_t i = 0; i < kLanes; ++i)
-          sums[i] = multiply_add<kPairs>(x, load_words<kPairs>(from[i] + step, kStep), sums[i]);
-        words += kLanes;
-        if (step / kStep % (kChunkWords / kLanes) == kChunkWords / kLanes - 1) words += (kPanelRows - 1) * kChunkWords;
-      }
-      if (step < depth)
-        for (int64_t i = 0; i < kLanes; ++i)
-          sums[i] = multiply_add<kPairs>(load(words), load_words<kPairs>(from[i] + step, depth - step), sums[i]);
-      Simd::transpose(sums);
-      for (int64_t i = 1; i < kLanes; ++i) sums[0] = sums[0] + sums[i];
-      store(c + row * c_stride + column, sums[0]);
-    }
-  }
+  multiply_few<kPairs, T>(rows, columns, depth, a, b, first, c, c_stride);
 }
 
 }  // namespace

@@ -25,6 +25,27 @@ struct Simd {
     const __m256i halves = _mm256_packus_epi32((__m256i)words, (__m256i)words);
     return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8));
   }
+  // Bytes and half bytes of a vector's worth of neighbours, each in a word of its own.
+  static FLEX_INLINE Float signed_bytes(const int8_t* bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)bytes)));
+  }
+  static FLEX_INLINE Word nibbles(const uint8_t* bytes) {
+    int32_t four;
+    std::memcpy(&four, bytes, sizeof(four));
+    const __m128i once = _mm_cvtsi32_si128(four);
+    const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(once, once));
+    const __m256i shifts = _mm256_set_epi32(4, 0, 4, 0, 4, 0, 4, 0);
+    return (Word)_mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi32(15));
+  }
+  // 16 values, and those at the indices 0 to 15.
+  struct Table {
+    __m256 low, high;
+  };
+  static FLEX_INLINE Float lookup(const Table& table, Word indices) {
+    const __m256i at = (__m256i)indices;
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, at), _mm256_permutevar8x32_ps(table.high, at),
+                            (__m256)_mm256_slli_epi32(at, 28));
+  }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {
     return _mm256_max_ps(broadcast(low), x);

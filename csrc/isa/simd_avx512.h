@@ -37,6 +37,29 @@ struct Simd {
   static FLEX_INLINE Half low_halves(Word words) {
     return (Half)_mm512_cvtepi32_epi16((__m512i)words);
   }
+  // Bytes and half bytes of a vector's worth of neighbours, each in a word of its own.
+  static FLEX_INLINE Word unsigned_bytes(const uint8_t* bytes) {
+    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+  }
+  static FLEX_INLINE Float signed_bytes(const int8_t* bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+  }
+  static FLEX_INLINE void signed_byte_pairs(const int8_t* bytes, Float& low, Float& high) {
+    const __m512i both = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)bytes));
+    low = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 24), 24));
+    high = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 8));
+  }
+  static FLEX_INLINE Word nibbles(const uint8_t* bytes) {
+    const __m128i eight = _mm_loadl_epi64((const __m128i*)bytes);
+    const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(eight, eight));
+    const __m512i shifts = _mm512_set_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
+    return (Word)_mm512_and_si512(_mm512_srlv_epi32(twice, shifts), _mm512_set1_epi32(15));
+  }
+  // 16 values, and those at the indices 0 to 15.
+  typedef __m512 Table;
+  static FLEX_INLINE Float lookup(Table table, Word indices) {
+    return _mm512_permutexvar_ps((__m512i)indices, table);
+  }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {
     return _mm512_max_ps(broadcast(low), x);

@@ -25,6 +25,20 @@ struct Simd {
   }
   static Word widen(Half halves) { return __builtin_convertvector(halves, Word); }
   static Half low_halves(Word words) { return __builtin_convertvector(words, Half); }
+  // Bytes and half bytes of a vector's worth of neighbours, each in a word of its own.
+  static Float signed_bytes(const int8_t* bytes) {
+    return Float{float(bytes[0]), float(bytes[1]), float(bytes[2]), float(bytes[3])};
+  }
+  static Word nibbles(const uint8_t* bytes) {
+    return Word{bytes[0] & 15u, uint32_t{bytes[0]} >> 4, bytes[1] & 15u, uint32_t{bytes[1]} >> 4};
+  }
+  // 16 values, and those at the indices 0 to 15.
+  struct Table {
+    float values[16];
+  };
+  static Float lookup(const Table& table, Word indices) {
+    return Float{table.values[indices[0]], table.values[indices[1]], table.values[indices[2]], table.values[indices[3]]};
+  }
   // A NaN in x stays a NaN.
   static Float at_least(Float x, float low) {
     for (int i = 0; i < 4; ++i) x[i] = x[i] < low ? low : x[i];

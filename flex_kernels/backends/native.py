@@ -2,11 +2,12 @@
 
 csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here.
 It is two modules. `flex_kernels._native` computes on the CPU: fp32 and bf16, accumulated in fp32; the experts' weights
-may have either dtype. Threads are torch's own: as many as `torch.get_num_threads()`, in torch's OpenMP pool. The same
-input gives the same bits for any number of threads. The instruction set is the best one here; the environment variable
-`FLEX_ISA` (amx, avx512_bf16, avx512, avx2, portable) forces another. If it was not built, `covers` says no (and says so
-once, as a warning), and PyTorch computes instead. `flex_kernels._cuda` has the routing plan alone; it is built if nvcc
-is there (`setup.py`, FLEX_CUDA) and imports without a driver.
+may have either dtype or be codes of any format of `weights.py`, which are dequantised where they are packed, and read
+in place where a product has few rows. Threads are torch's own: as many as `torch.get_num_threads()`, in torch's OpenMP
+pool. The same input gives the same bits for any number of threads. The instruction set is the best one here; the
+environment variable `FLEX_ISA` (amx, avx512_bf16, avx512, avx2, portable) forces another. If it was not built, `covers`
+says no (and says so once, as a warning), and PyTorch computes instead. `flex_kernels._cuda` has the routing plan alone;
+it is built if nvcc is there (`setup.py`, FLEX_CUDA) and imports without a driver.
 """
 
 import importlib
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor
 
 from flex_kernels.backends.call import LayerCall
+from flex_kernels.weights import CODE_DTYPES, Experts, Stored
 
 MAX_PAIRS = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16)
-# stage -> dtypes of hidden states and weights, None: any
-STAGES: dict[str, tuple[torch.dtype, ...] | None] = {
+FROZEN = (*DTYPES, *CODE_DTYPES)
+# stage -> dtypes of hidden states, and of weights; None: any
+STAGES: dict[str, tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]] | None] = {
     "routing_plan": None,
-    "experts": DTYPES,
-    "score": DTYPES,
-    "grafted_route": DTYPES,
+    "experts": (DTYPES, FROZEN),
+    "score": (DTYPES, FROZEN),
+    "grafted_route": (DTYPES, DTYPES),
 }
 
 
@@ -60,7 +63,9 @@ def covers(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
     if stage not in STAGES:
         return False
     dtypes = STAGES[stage]
-    return (dtypes is None or (dtype in dtypes and weight_dtype in dtypes)) and module() is not None
+    if (dtypes is not None and not (dtype in dtypes[0] and weight_dtype in dtypes[1])) or module() is None:
+        return False
+    return weight_dtype not in CODE_DTYPES or hasattr(module().Scalar, "nf4")  # not in an extension built before
 
 
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,8 +211,8 @@ def experts_bwd(
 def score_experts(
     hidden_states: Tensor,
     target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Experts,
+    down_proj: Experts,
     batch_offsets: Tensor,
     activation: str,
 ) -> Tensor:
@@ -220,7 +225,7 @@ def score_experts(
 
 
 def score_neurons(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Experts, down_proj: Experts, activation: str
 ) -> tuple[Tensor, Tensor]:
     """`reference.score_neurons`: energy [E, I] fp32 and correlation [E, I] fp32."""
     scoring, _kept = _scoring(hidden_states, target, gate_up_proj, down_proj, activation)
@@ -239,6 +244,8 @@ def _described(call: LayerCall) -> tuple[object, LayerCall]:
             f"hidden_states has {num_tokens} tokens of {top_k} experts each, expected fewer than 2^31 pairs"
         )
     dtype, weight_dtype, graft_width = call.hidden_states.dtype, call.gate_up_proj.dtype, call.graft_width
+    _check_codes(call.gate_up_proj, hidden_size)
+    _check_codes(call.down_proj, width)
     expected = {
         "hidden_states": (dtype, (num_tokens, hidden_size)),
         "sorted_pairs": (torch.int32, (num_tokens * top_k,)),
@@ -266,8 +273,9 @@ def _described(call: LayerCall) -> tuple[object, LayerCall]:
         _scalar(weight_dtype),
         call.convex,
         _activation(call.activation),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in kept.tensors),
+        *(_address(tensor) for tensor in kept.tensors),
     )
+    _set_scales(described, kept.gate_up_proj, kept.down_proj)
     return described, kept
 
 
@@ -279,13 +287,15 @@ def _empty_preactivations(call: LayerCall, wanted: bool) -> tuple[Tensor, Tensor
 
 
 def _scoring(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
-) -> tuple[object, list[Tensor]]:
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Experts, down_proj: Experts, activation: str
+) -> tuple[object, list[Experts]]:
     """As `_described`. A target that is wider than the hidden states keeps its precision: both go to fp32."""
     if target.dtype != hidden_states.dtype:
         hidden_states, target = hidden_states.float(), target.float()
     num_experts, hidden_size, width = down_proj.shape
     dtype, weight_dtype, shape = hidden_states.dtype, gate_up_proj.dtype, (len(hidden_states), hidden_size)
+    _check_codes(gate_up_proj, hidden_size)
+    _check_codes(down_proj, width)
     kept = [
         _checked("hidden_states", hidden_states, dtype, shape),
         _checked("target", target, dtype, shape),
@@ -294,23 +304,47 @@ def _scoring(
     ]
     sizes = (len(hidden_states), hidden_size, num_experts, width)
     names = (_scalar(dtype), _scalar(weight_dtype), _activation(activation))
-    return module().Scoring(*sizes, *names, *(tensor.data_ptr() for tensor in kept)), kept
+    described = module().Scoring(*sizes, *names, *map(_address, kept))
+    _set_scales(described, *kept[2:])
+    return described, kept
 
 
-def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _checked(name: str, tensor: Experts, dtype: torch.dtype, shape: tuple[int, ...]) -> Experts:
     """The tensor, contiguous: from here on only its address is known."""
-    if not tensor.is_cpu or tensor.dtype != dtype:
+    if tensor.device.type != "cpu" or tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on the CPU")
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor.contiguous()
 
 
+def _check_codes(weights: Experts, columns: int) -> None:
+    """Codes and scales are as long as csrc will read them."""
+    if not isinstance(weights, Stored):
+        return
+    *leading, _ = weights.shape
+    groups = -(-columns // weights.format.group) if weights.format.group else 0
+    codes = groups * weights.format.group // weights.format.codes_per_byte if groups else columns
+    _checked("the codes", weights.codes, weights.codes.dtype, (*leading, codes))
+    _checked("the scales", weights.scales, weights.format.scales, (*leading, groups) if groups else (*leading,))
+
+
+def _address(tensor: Experts | None) -> int:
+    if tensor is None:
+        return 0
+    return tensor.codes.data_ptr() if isinstance(tensor, Stored) else tensor.data_ptr()
+
+
+def _set_scales(described: object, gate_up_proj: Experts, down_proj: Experts) -> None:
+    if isinstance(gate_up_proj, Stored):
+        described.set_scales(gate_up_proj.scales.data_ptr(), down_proj.scales.data_ptr())
+
+
 def _scalar(dtype: torch.dtype) -> object:
-    scalars = module().Scalar
-    if dtype not in (torch.float32, torch.bfloat16):
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "nf4"}
+    if dtype not in names:
         raise TypeError(f"csrc computes in float32 and bfloat16, got {dtype}")
-    return scalars.float32 if dtype == torch.float32 else scalars.bfloat16
+    return getattr(module().Scalar, names[dtype])
 
 
 def _activation(activation: str) -> object:

@@ -19,6 +19,7 @@ import flex_kernels
 from flex_kernels import plan, reference
 from flex_kernels.backends import native
 from flex_kernels.backends.call import LayerCall, Needs
+from flex_kernels.weights import QUANTIZED, FrozenWeight
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="the native module was not built")
 ISAS = native.module().available_isas() if native.module() is not None else []
@@ -78,6 +79,51 @@ def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 def test_every_instruction_set(case: Case, dtypes: tuple[torch.dtype, torch.dtype], isa: str) -> None:
     compare(case, *dtypes)
+
+
+def quantized(inputs: list, format: str) -> list:
+    return [FrozenWeight.quantize(x, format) if i in (3, 4) else x for i, x in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_every_instruction_set_on_codes(case: Case, dtype: torch.dtype, format: str, isa: str) -> None:
+    torch.set_num_threads(2)
+    inputs = quantized(inputs_of(case, dtype), format)
+    d_out = torch.randn(case.num_tokens, case.hidden_size).to(dtype)
+    plain = [x.dequantize() if isinstance(x, FrozenWeight) else x for x in inputs]
+    wide = double([x.float().dequantize() if isinstance(x, FrozenWeight) else x for x in inputs])
+    leaves = [x.requires_grad_() if x is not None and i in (0, 2, 5, 6, 7) else x for i, x in enumerate(inputs)]
+    out = flex_kernels.grafted_experts(*leaves, combine="convex")
+    out.backward(d_out)
+    ours = [out.detach(), *(None if x is None else x.grad for x in leaves if x is None or x.is_floating_point())]
+    theirs = forward_and_grads(reference.grafted_experts, plain, d_out, (3, 4), combine="convex")
+    with exact():
+        truth = forward_and_grads(reference.grafted_experts, wide, d_out.double(), (3, 4), combine="convex")
+    assert_double_rule(ours[: len(truth)], theirs, truth, dtype)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", [*SHAPES[:2], *SHAPES[-2:]], ids=lambda case: case.name)
+def test_any_number_of_threads_the_same_bits_on_codes(case: Case, dtype: torch.dtype, format: str, isa: str) -> None:
+    inputs = quantized(inputs_of(case, dtype), format)
+    inputs[3:5] = [weight.stored for weight in inputs[3:5]]
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(everything(inputs))
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_codes_that_are_too_short_are_refused(format: str) -> None:
+    inputs = quantized(inputs_of(BY_NAME["plain"], FP32), format)
+    own = inputs[3].stored
+    for short in (own._replace(codes=own.codes[..., :-1]), own._replace(scales=own.scales[:, :-1])):
+        with pytest.raises(ValueError, match=r"the (codes|scales) has shape"):
+            everything([*inputs[:3], short, inputs[4].stored, *inputs[5:]])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -62,6 +62,24 @@ Array random_array(int64_t count, Scalar scalar, std::mt19937& random) {
   return array;
 }
 
+// A frozen matrix of any scalar type; codes are any bytes, and their scales any small numbers.
+struct Matrix {
+  Array values, scales;
+};
+
+Matrix random_matrix(int64_t rows, int64_t columns, Scalar scalar, std::mt19937& random) {
+  if (is_dense(scalar)) return {random_array(rows * columns, scalar, random), Array(0, scalar)};
+  const bool nf4 = scalar == Scalar::kNf4;
+  const int64_t stride = nf4 ? round_up(columns, kNf4Group) : columns;
+  Matrix matrix{Array(0, Scalar::kFloat32),
+                nf4 ? random_array(rows * stride / kNf4Group, Scalar::kBfloat16, random)
+                    : Array(rows, Scalar::kFloat32)};
+  for (int64_t row = 0; !nf4 && row < rows; ++row) matrix.scales.floats()[row] = 0.003f;
+  matrix.values.bytes.resize(nf4 ? rows * stride / 2 : rows * stride);
+  for (char& byte : matrix.values.bytes) byte = static_cast<char>(random());
+  return matrix;
+}
+
 // All results of one shape, end to end.
 std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, bool convex, Activation activation,
                            int threads) {
@@ -74,13 +92,14 @@ std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, 
 
   Array x = random_array(s.tokens * s.hidden, scalar, random), d_out = random_array(s.tokens * s.hidden, scalar, random);
   Array weights = random_array(pairs, Scalar::kFloat32, random), logits = random_array(s.tokens, Scalar::kFloat32, random);
-  Array gate_up = random_array(s.experts * 2 * s.width * s.hidden, weight_scalar, random);
-  Array down = random_array(s.experts * s.hidden * s.width, weight_scalar, random);
+  Matrix gate_up = random_matrix(s.experts * 2 * s.width, s.hidden, weight_scalar, random);
+  Matrix down = random_matrix(s.experts * s.hidden, s.width, weight_scalar, random);
   Array graft_gate_up = random_array(2 * graft * s.hidden, scalar, random), graft_down = random_array(s.hidden * graft, scalar, random);
   const Layer layer{s.tokens,      s.hidden,         s.experts,         s.width,       s.top_k,
                     s.graft_width, scalar,           weight_scalar,     convex,        activation,
-                    x.data(),      sorted.data(),    offsets.data(),    weights.floats(), gate_up.data(),
-                    down.data(),   graft_gate_up.data(), graft_down.data(), logits.floats()};
+                    x.data(),      sorted.data(),    offsets.data(),    weights.floats(), gate_up.values.data(),
+                    down.values.data(), graft_gate_up.data(), graft_down.data(), logits.floats(),
+                    gate_up.scales.data(), down.scales.data()};
 
   const int64_t graft_rows = s.graft_width >= 0 ? s.tokens : 0;
   std::vector<Array> results;
@@ -100,7 +119,8 @@ std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, 
                             results[7].floats()};
   experts_backward(layer, d_out.data(), results[1].data(), results[2].data(), gradients, threads);
   const Scoring scoring{s.tokens, s.hidden,   s.experts,    s.width,        scalar,     weight_scalar,
-                        activation, x.data(), d_out.data(), gate_up.data(), down.data()};
+                        activation, x.data(), d_out.data(), gate_up.values.data(), down.values.data(),
+                        gate_up.scales.data(), down.scales.data()};
   const int64_t batches[] = {0, s.tokens / 3, s.tokens};
   score_experts(scoring, batches, 2, results[8].floats(), threads);
   score_neurons(scoring, results[9].floats(), results[10].floats(), threads);
@@ -112,7 +132,7 @@ std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, 
     results.emplace_back(s.experts, Scalar::kFloat32);         // 14 tokens per expert
     results.emplace_back(s.tokens * s.experts, scalar);        // 15 the router's logits
     Array gate = random_array(s.hidden, Scalar::kFloat32, random);
-    const Router router{s.tokens, s.hidden, s.experts, s.top_k, scalar, convex, x.data(), gate_up.data(), gate.floats(), 0.5f};
+    const Router router{s.tokens, s.hidden, s.experts, s.top_k, scalar, convex, x.data(), gate_up.values.data(), gate.floats(), 0.5f};
     const Routes routes{results[11].floats(), static_cast<int64_t*>(results[12].data()), results[13].floats(),
                         static_cast<int32_t*>(results[14].data()), results[15].data()};
     grafted_route(router, routes, threads);
@@ -184,6 +204,11 @@ int main() {
       compute(shape, kF, kB, true, Activation::kGelu, 2);
       const auto half = compute(shape, kB, kB, true, Activation::kGeluTanh, 2);
       require(same(half, compute(shape, kB, kB, true, Activation::kGeluTanh, 5)), "another number of threads, other bits");
+      for (Scalar codes : {Scalar::kInt8, Scalar::kNf4}) {
+        compute(shape, kF, codes, false, Activation::kSilu, 2);
+        const auto quantised = compute(shape, kB, codes, true, Activation::kSilu, 1);
+        require(same(quantised, compute(shape, kB, codes, true, Activation::kSilu, 3)), "another number of threads, other bits");
+      }
       // Two callers at once, each with threads of its own.
       std::vector<Array> others;
       std::thread other([&] { others = compute(shape, kF, kF, false, Activation::kSilu, 2); });
