@@ -27,6 +27,8 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedadagrad": ("eta", "tau"),
     "fedyogi": ("eta", "tau", "beta_1", "beta_2"),
     "fedadam": ("eta", "tau", "beta_1", "beta_2"),
+    "by_tokens": (),
+    "flexlora": ("ranks",),
 }
 PROXIMAL_MU = 0.01  # FedProx's, unless strategy.proximal_mu says another
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
@@ -156,6 +158,9 @@ class TrainSettings:
     keep: str = setting("last", choices=("last", "best"))
     patience: int = setting(0, least=0, zero="never stops early")  # rounds without a better one
     track: str = setting("", choices=("", "tensorboard"))  # scalars of every round, into the run's folder
+    # Of methods that end alone (fedavg-finetune)
+    finetune_rounds: int = setting(0, least=0, zero="a tenth of the rounds")
+    copy_mu: float = setting(0.1, least=0)  # holds a client's own copy of the LoRA to the shared one (Ditto)
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
 
     def __post_init__(self) -> None:
@@ -164,6 +169,11 @@ class TrainSettings:
             not self.patience or self.keep == "best",
             f'train.patience is {self.patience}, which train.keep = "last" has no use for; '
             'expected 0, or train.keep = "best"',
+        )
+        alone = [method for method in self.methods if METHODS[method].last_phases]
+        require(
+            not alone or self.finetune_rounds <= self.rounds,
+            f"train.finetune_rounds is {self.finetune_rounds}; expected at most train.rounds, {self.rounds}",
         )
 
 
@@ -181,11 +191,14 @@ class StrategySettings:
     beta_1: float | None = setting(None, least=0, below=1)
     beta_2: float | None = setting(None, least=0, below=1)
     proximal_mu: float | None = setting(None, least=0)
+    ranks: tuple[int, ...] | None = setting(None, empty="the rank of every client, or of the first ones in turn")
 
     def __post_init__(self) -> None:
         check("strategy", self)
+        wrong = [rank for rank in self.ranks or () if rank < 1]
+        require(not wrong, f"strategy.ranks names {wrong}; expected 1 or more")
 
-    def of(self, method: str) -> tuple[str, dict[str, float]]:
+    def of(self, method: str) -> tuple[str, dict[str, Any]]:
         """(name, settings that are given and that it takes) of the strategy that averages for `method`."""
         name = METHODS[method].strategy or self.name
         return name, self.given(name)
@@ -195,7 +208,7 @@ class StrategySettings:
         name, given = self.of(method)
         return given.get("proximal_mu", PROXIMAL_MU) if "proximal_mu" in STRATEGIES[name] else 0.0
 
-    def given(self, name: str) -> dict[str, float]:
+    def given(self, name: str) -> dict[str, Any]:
         """The settings that are given, of those that this strategy takes."""
         values = {key: getattr(self, key) for key in STRATEGIES[name]}
         return {key: value for key, value in values.items() if value is not None}
@@ -244,6 +257,11 @@ class RunConfig:
                 f"strategy.{key} is {value}, which {', '.join(sorted(names))} has no use for; "
                 f"expected it left out, or one of {', '.join(users)}",
             )
+        high = max(self.strategy.ranks or (0,))
+        require(
+            high <= self.lora.rank,
+            f"strategy.ranks names {high}; expected at most lora.rank, {self.lora.rank}, which the server keeps",
+        )
 
     def scores_after(self, round_index: int) -> bool:
         """Whether a round of training ends with an evaluation: every `evaluate.every` rounds, and the last."""

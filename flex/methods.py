@@ -21,14 +21,23 @@ CRITERIA = (*WHOLE_EXPERT, *MERGED_EXPERTS, *NEW_MODULE, "neurons")
 TARGETS = ("output", "correction")
 CONFIGURED = "configured"  # the method uses [graft] of the configuration unchanged
 LORAS = ("shared", "personal")
-PRIVATES = ("graft", "lora", "expert")
+KEEPS = ("B", "upper")
+PRIVATES = ("graft", "lora", "copy", "expert", "expert_loras")
+SHARED_LORA, SECOND_LORA = "default", "private"  # the LoRA that everyone has, and one beside it, as peft names them
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Local steps of one turn. `trains`: the roles of the parameters that move (`model/partition.py`)."""
+    """Local steps of one turn.
+
+    trains: the roles of the parameters that move (`model/partition.py`).
+    loras: which LoRAs are at work meanwhile; empty: all there are.
+    held: the second LoRA is held to the shared values of the turn's start by `train.copy_mu / 2 ||v - w||²`.
+    """
 
     trains: tuple[str, ...]
+    loras: tuple[str, ...] = ()
+    held: bool = False
 
 
 JOINT = (Phase(("shared", "personal")),)  # everything at once, as FLEx does
@@ -40,10 +49,18 @@ class Method:
 
     label, about: its name in tables, and what it is in one line.
     lora: the LoRA on attention is "shared" (averaged), "personal" (never sent), or None (there is none).
-    private: what a client keeps to itself besides: a "graft", a second "lora", an "expert" adapted in place, or None.
+    keeps: what of a shared LoRA stays with its client all the same: every matrix "B", the LoRA of the "upper" half of
+        the layers, or "" for nothing.
+    private: what a client has besides: a "graft", a second "lora", a "copy" of the shared LoRA, an "expert" adapted in
+        place, LoRAs on all experts ("expert_loras"), or None.
+    module_role: of that module: "personal" (it stays with its client) or "shared" (it is averaged as well).
     start: what a graft or adapted expert starts from: `CONFIGURED`, or a criterion that stays what it is whatever the
         configuration says of the graft's choice (`GraftSettings.of`).
-    phases: of a client's turn, in order; empty: nothing trains.
+    phases: of a client's turn, in order, with equal shares of its steps; empty: nothing trains.
+    last_phases: of a turn in the last `train.finetune_rounds` rounds, in which nothing is averaged; empty: as all.
+    loras: which LoRAs answer when a client is scored; empty: all there are.
+    weighed: the two LoRAs are weighed against each other: halves in training, by the likeness of the input to the
+        client's own data when it is scored.
     strategy: of the server; empty: that of the configuration (section [strategy]).
     control_of: for a control, the method that it is compared with; the two differ in the private part alone.
     in_place, unproven: for a control, what stands in place of the graft, and what a run fails to show if that does as
@@ -55,9 +72,14 @@ class Method:
     label: str
     about: str
     lora: str | None = "shared"
+    keeps: str = ""
     private: str | None = None
+    module_role: str = "personal"
     start: str | None = None
     phases: tuple[Phase, ...] = JOINT
+    last_phases: tuple[Phase, ...] = ()
+    loras: tuple[str, ...] = ()
+    weighed: bool = False
     strategy: str = ""
     control_of: str = ""
     in_place: str = ""
@@ -66,14 +88,28 @@ class Method:
     in_words: str = ""
 
     def __post_init__(self) -> None:
-        for name, choices in (("lora", (None, *LORAS)), ("private", (None, *PRIVATES))):
+        for name, choices in (
+            ("lora", (None, *LORAS)),
+            ("keeps", ("", *KEEPS)),
+            ("private", (None, *PRIVATES)),
+            ("module_role", ("personal", "shared")),
+        ):
             value = getattr(self, name)
             require(value in choices, f"a method's {name} is {value!r}; expected one of {choices}")
         require((self.start is not None) == (self.private in ("graft", "expert")), "a graft or expert needs a start")
+        require(
+            self.module_role == "personal" or self.start is None or self.start in NEW_MODULE,
+            f"a shared graft that starts as {self.start!r} would be chosen on one client's data; expected a new module",
+        )
 
     @property
     def trains(self) -> bool:
         return bool(self.phases)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether each client chooses on its own data what its module starts from."""
+        return self.start is not None and self.module_role == "personal"
 
     @property
     def averages(self) -> bool:
@@ -153,6 +189,60 @@ METHODS = {
         control_of="flex",
         in_place="an expert adapted in place",
         unproven="that a graft is better than adapting an expert",
+    ),
+    "fedavg-finetune": Method(
+        "FedAvg + tuning",
+        "FedAvg, then a client's copy of the averaged LoRA trains on its own data in the last rounds",
+        private="copy",
+        phases=(Phase(("shared",), (SHARED_LORA,)),),
+        last_phases=(Phase(("personal",), (SECOND_LORA,)),),
+        loras=(SECOND_LORA,),
+        in_words="FedAvg with local fine-tuning",
+    ),
+    "fedsa": Method("FedSA-LoRA", "the matrices A of the LoRA are averaged, the matrices B stay", keeps="B"),
+    "fedper": Method("FedPer", "the LoRA of the lower layers is averaged, that of the upper half stays", keeps="upper"),
+    "fedrep": Method(
+        "FedRep",
+        "FLEx's parts in FedRep's order: first the private module alone, then the shared LoRA alone",
+        private="graft",
+        start=CONFIGURED,
+        phases=(Phase(("personal",)), Phase(("shared",))),
+        in_words="FedRep's order",
+    ),
+    "ditto": Method(
+        "Ditto",
+        "an averaged LoRA, and a client's own of equal rank that is held to it and alone answers",
+        private="copy",
+        phases=(Phase(("personal",), (SECOND_LORA,), held=True), Phase(("shared",), (SHARED_LORA,))),
+        loras=(SECOND_LORA,),
+    ),
+    "feddpa": Method(
+        "FedDPA",
+        "an averaged and a private LoRA in turn, weighed for each input by its likeness to the client's data",
+        private="lora",
+        phases=(Phase(("shared",)), Phase(("personal",))),
+        weighed=True,
+    ),
+    "flexlora": Method(
+        "FlexLoRA",
+        "LoRAs of unequal rank: their products are averaged, and cut to each client's rank",
+        strategy="flexlora",
+    ),
+    "shared-graft": Method(
+        "Shared expert",
+        "FLEx's capacity without its privacy: one new expert per layer, averaged as the LoRA is",
+        private="graft",
+        module_role="shared",
+        start="fresh",
+        in_words="an averaged expert",
+    ),
+    "fedavg-experts": Method(
+        "Expert LoRA",
+        "averaged LoRA on attention and on every expert, an expert's weighed by the tokens routed to it",
+        private="expert_loras",
+        module_role="shared",
+        strategy="by_tokens",
+        in_words="averaged LoRA on all experts",
     ),
 }
 DEFAULT_METHODS = ("base", "local", "fedavg", "flex", "flex-paper", "flex-random", "flex-fresh")

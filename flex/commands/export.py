@@ -8,8 +8,8 @@ import torch
 import flex_kernels
 from flex.commands.saved import Saved, load_saved
 from flex.errors import FlexError, first_line, require
-from flex.methods import METHODS
-from flex.model.adapters import SECOND_LORA, unwrap
+from flex.methods import METHODS, SECOND_LORA, SHARED_LORA
+from flex.model.adapters import copies, unwrap
 from flex.model.partition import load_into
 from flex.store.events import AFTER, METRICS, Evaluated, read_events
 
@@ -52,8 +52,20 @@ def export(
             f"{method} shares nothing: each client has a model of its own; expected --client NAME",
         )
         require(
+            not row.keeps or client_id is not None,
+            f"{method} averages a part of each client's LoRA, which alone is no model; expected --client NAME",
+        )
+        require(
             row.private != "expert" or client_id is None,
             f"{method} adapts an expert inside the base, which no adapter's file holds; expected no --client",
+        )
+        require(
+            row.private != "expert_loras",
+            f"{method} has LoRAs inside the experts, which no adapter's file holds; expected another --method",
+        )
+        require(
+            not row.weighed or client_id is None,
+            f"{method} weighs two LoRAs for each input, which no adapter's file says; expected no --client",
         )
     require(
         not target.exists() or (target.is_dir() and not any(target.iterdir())),
@@ -87,15 +99,20 @@ def export(
 def _write(saved: Saved, folder: Path, private: bool, merge: bool) -> None:
     base, model = saved.world.base, next(iter(saved.sites.values())).model
     second = private and model.method.private == "lora"
-    if private and model.method.private == "graft":
+    if private and model.method.private == "copy":  # the client's own alone answers; it is written as the only one
+        own = copies(base)
+        load_into({name: shared for name, (_, shared) in own.items()}, {name: p for name, (p, _) in own.items()}, "it")
+    if model.method.private == "graft" and (private or model.method.module_role == "shared"):
         flex_kernels.save_grafts(base.model, folder)
     flex_kernels.detach_graft(base.model)
     if merge:
-        whole = base.adapter.merge_and_unload(adapter_names=["default", SECOND_LORA] if second else ["default"])
+        whole = base.adapter.merge_and_unload(adapter_names=[SHARED_LORA, SECOND_LORA] if second else [SHARED_LORA])
         base.adapter = None
         whole.save_pretrained(folder)
     else:
-        base.adapter.save_pretrained(str(folder), selected_adapters=["default", SECOND_LORA] if second else ["default"])
+        base.adapter.save_pretrained(
+            str(folder), selected_adapters=[SHARED_LORA, SECOND_LORA] if second else [SHARED_LORA]
+        )
     base.tokenizer.save_pretrained(folder)
     unwrap(base)
 
@@ -108,7 +125,7 @@ def _card(saved: Saved, folder: Path, method: str, client_id: str | None, merge:
     said = ["Plain transformers loads it." if merge else "Plain transformers and peft load it."]
     if client_id is not None and row.private == "lora" and not merge:
         load += SECOND.format(name=SECOND_LORA)
-    if row.private == "graft" and client_id is not None:
+    if row.private == "graft" and (client_id is not None or row.module_role == "shared"):
         load += GRAFTS
         said = ["The grafts need `flex_kernels`; without its last two lines this is the shared half alone."]
     elif row.private is not None and client_id is None:

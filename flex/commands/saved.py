@@ -74,8 +74,8 @@ def generate(
     require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
     saved = load_saved(folder, method, seed, with_data=False)
     saved.attach(client_id)
-    encoder = saved.world.encoder
-    print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens)[0])
+    encoder, prepare = saved.world.encoder, saved.site(client_id).prepare()
+    print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens, prepare)[0])
     return 0
 
 

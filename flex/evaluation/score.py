@@ -1,10 +1,11 @@
-"""How good a model is on a set of examples: response loss, exact match, ROUGE-L.
+"""How good a model is on a set of examples: response loss, exact match, ROUGE-L and ROUGE-1.
 
 Exact match is by teacher forcing: greedy decoding gives the reference exactly if and only if every argmax under the
-reference's own prefix is right, end token included; one forward pass decides it. ROUGE-L is of real greedy decoding.
+reference's own prefix is right, end token included; one forward pass decides it. ROUGE is of real greedy decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from flex.config import EvaluateSettings
 from flex.data.examples import IGNORED, Batch, Encoder, Example
 from flex.evaluation.words import rouge_scorer
 
+# Called with the prompts of a batch before the model answers them, in their order; a method that looks at its input
+# first hangs itself in here.
+Prepare = Callable[[Sequence[Sequence[int]]], None]
+
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(logits [N, V], targets [N], row [N]) of the N response tokens of a batch; `row` is the example's place in it."""
@@ -23,6 +28,28 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Ten
     targets = batch.labels[:, 1:]
     row, column = torch.where(targets != IGNORED)
     return output.logits[:, :-1][row, column], targets[row, column], row
+
+
+@torch.no_grad()
+def token_logits(model: nn.Module, batch: Batch, row: Tensor, column: Tensor) -> Tensor:
+    """[N, V]: the logits at N places of a batch. The model's head sees those places alone, so that the logits of all
+    others are never made."""
+    with _head_sees(model, row, column):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits[row, column] if logits.shape[:2] == batch.input_ids.shape else logits[0]
+
+
+@contextmanager
+def _head_sees(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][row, column][None], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -33,15 +60,24 @@ def by_length(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
-    """`num_examples`, `loss` (nats a response token), `exact_match`, `rouge_l` or None; all but the last by group."""
+    """`num_examples`, `loss` (nats a response token), `exact_match`, by group as well; `rouge_l`, `rouge_1` or None."""
     device = next(model.parameters()).device
     model.eval()
     losses, tokens, exact = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
     for indices in by_length(examples, settings.batch_size):
-        batch = encoder.batch([examples[i] for i in indices], device, last_alone=True)
-        logits, targets, row = response_logits(model, batch)
+        chosen = [examples[i] for i in indices]
+        if prepare:
+            prepare([e.input_ids[: e.prompt_length] for e in chosen])
+        batch = encoder.batch(chosen, device, last_alone=True)
+        row, column = torch.where(batch.labels[:, 1:] != IGNORED)
+        targets = batch.labels[:, 1:][row, column]
+        logits = token_logits(model, batch, row, column)
         loss = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
         wrong = (logits.argmax(-1) != targets).double().cpu()
         at = torch.tensor(indices)[row.cpu()]
@@ -60,28 +96,47 @@ def score(
     groups = sorted({e.group for e in examples} - {""})
     scores = summary(torch.ones(len(examples), dtype=torch.bool))
     scores["groups"] = {g: summary(torch.tensor([e.group == g for e in examples])) for g in groups}
-    scores["rouge_l"] = rouge_l(model, encoder, examples, settings) if settings.rouge else None
+    none = {"rouge_l": None, "rouge_1": None}
+    scores |= rouge(model, encoder, examples, settings, prepare) if settings.rouge else none
     return scores
 
 
-def rouge_l(model: nn.Module, encoder: Encoder, examples: Sequence[Example], settings: EvaluateSettings) -> float:
-    """Mean ROUGE-L F1 (stemmed) of greedy decoding, in [0, 1]."""
-    scorer = rouge_scorer("rougeL")
-    total = 0.0
+def rouge(
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+    prepare: Prepare | None = None,
+) -> dict[str, float]:
+    """`rouge_l` and `rouge_1`: mean F1 (stemmed) of greedy decoding, in [0, 1]."""
+    kinds = {"rouge_l": "rougeL", "rouge_1": "rouge1"}
+    scorer, totals = rouge_scorer(*kinds.values()), dict.fromkeys(kinds, 0.0)
     for indices in by_length(examples, settings.batch_size):
         chosen = [examples[i] for i in indices]
-        texts = generate(model, encoder, [e.input_ids[: e.prompt_length] for e in chosen], settings.max_new_tokens)
-        total += sum(scorer.score(e.response, text)["rougeL"].fmeasure for e, text in zip(chosen, texts, strict=True))
-    return total / len(examples)
+        prompts = [e.input_ids[: e.prompt_length] for e in chosen]
+        texts = generate(model, encoder, prompts, settings.max_new_tokens, prepare)
+        for example, text in zip(chosen, texts, strict=True):
+            found = scorer.score(example.response, text)
+            for key, kind in kinds.items():
+                totals[key] += found[kind].fmeasure
+    return {key: total / len(examples) for key, total in totals.items()}
 
 
 @torch.no_grad()
-def generate(model: nn.Module, encoder: Encoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+def generate(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    prepare: Prepare | None = None,
+) -> list[str]:
     """Greedy continuations of tokenised prompts as text, cut at the end tokens. Padded on the left.
 
     What the checkpoint's own generation_config.json asks for (penalties, beams, forced tokens) is left aside.
     """
     device = next(model.parameters()).device
+    if prepare:
+        prepare(prompts)
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), encoder.pad_id)
     mask = torch.zeros_like(ids)

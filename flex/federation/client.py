@@ -19,17 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flex.config import RunConfig
+from flex.config import STRATEGIES, RunConfig
 from flex.data.examples import ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
-from flex.evaluation.score import response_logits, score
+from flex.evaluation.score import Prepare, response_logits, score
 from flex.federation.agreement import settings_digest, versions
+from flex.federation.alone import first_round_alone
 from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
+from flex.federation.unequal import cut_to, padded_to
+from flex.federation.weighing import ANCHORS, Weighing
 from flex.graft.calibrate import Calibration
-from flex.graft.choose import choose_grafts
+from flex.graft.choose import choose_grafts, new_modules
 from flex.methods import METHODS, Phase
-from flex.model.adapters import PRIVATE, recomputed, wrap
+from flex.model.adapters import PRIVATE, copies, recomputed, weigh, work_with, wrap
 from flex.model.base import Base
 from flex.model.partition import (
     Partition,
@@ -97,6 +100,7 @@ class JobModel:
         own: what a client owns by name: all that it trains alone, and what of its private modules is frozen (the copy
             beneath a low-rank graft).
         start: the values of `own` of a client that never trained.
+        own_rate: the identities of the parameters that train with `train.graft_learning_rate`.
     """
 
     def __init__(self, base: Base, encoder: Encoder, config: RunConfig, method: str, seed: int):
@@ -104,11 +108,17 @@ class JobModel:
         self.method_name, self.method = method, METHODS[method]
         self.graft = config.graft.of(self.method)
         self.private = PRIVATE[self.method.private]
+        self.unequal = "ranks" in STRATEGIES[config.strategy.of(method)[0]]
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
         added = {id(p) for module in self.private.modules(base) for p in module.parameters()}
-        copies = [name for name, p in base.model.named_parameters() if id(p) in added and name in self.parts.frozen]
-        self.own = {**self.parts.personal, **{name: self.parts.frozen[name] for name in sorted(copies)}}
+        beneath = [name for name, p in base.model.named_parameters() if id(p) in added and name in self.parts.frozen]
+        self.own = {**self.parts.personal, **{name: self.parts.frozen[name] for name in sorted(beneath)}}
+        own_rate = self.private.own_rate and self.method.private is not None
+        self.own_rate = added | ({id(p) for p in self.parts.personal.values()} if own_rate else set())
+        if self.method.start and not self.method.chooses:  # all clients start from one module, drawn from the seed
+            modules = new_modules(base, self.graft)
+            self.private.start(base, modules, self.graft, derived_seed("graft", seed))
         self.start = snapshot(self.own)
 
     @property
@@ -139,8 +149,9 @@ class TurnReport:
 
 @dataclass(frozen=True)
 class Held:
-    """What holds the local steps of a turn back: FedProx's `mu / 2 ||p - anchor||²` for each shared tensor, and
-    SCAFFOLD's `c - c_k`, added to its gradient; both by the tensor's name."""
+    """What holds the local steps of a phase back: `mu / 2 ||p - anchor||²` for each tensor that has an anchor (FedProx:
+    the shared ones; Ditto: the client's copy of them), and SCAFFOLD's `c - c_k`, added to a shared tensor's gradient;
+    both by the tensor's name."""
 
     mu: float = 0.0
     anchors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -200,7 +211,7 @@ class Site:
         self.store.forget(after=round_index - 1 if round_index > 1 else -1)
         shared, control = split_control(shared)
         own = self.attach(round_index - 1, shared)
-        if model.method.start and round_index > model.graft.after_rounds and not model.private.started(model.base):
+        if model.method.chooses and round_index > model.graft.after_rounds and not model.private.started(model.base):
             own = PersonalState(control=own.control)
             own.parameters = self._choose(round_index, own)
         optimizer = self.optimizer(round_index)
@@ -211,6 +222,10 @@ class Site:
             {name: p.detach().clone() for name, p in model.parts.shared.items()} if mu else {},
             {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()},
         )
+        first_alone = first_round_alone(model.method, train)
+        alone = first_alone is not None and round_index >= first_alone
+        phases = model.method.last_phases if alone else model.method.phases
+        held_copy = Held(train.copy_mu, {n: shared.detach().clone() for n, (_, shared) in copies(model.base).items()})
         # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
         seed = derived_seed(model.seed, round_index, self.client_id)
         torch.manual_seed(seed)
@@ -218,19 +233,26 @@ class Site:
         model.base.model.train()
         told = Told()
         with recomputed(model.base.model, train.gradient_checkpointing):
-            for phase, count in _share_out(train.steps, model.method.phases):
+            for phase, count in _share_out(train.steps, phases):
                 trained = {name: p for role in phase.trains for name, p in getattr(model.parts, role).items()}
-                self.steps(round_index, itertools.islice(batches, count), optimizer, trained, held, told)
-        update = model.shared_arrays()
-        if control:
+                work_with(model.base, phase.loras)
+                back = held_copy if phase.held else held if "shared" in phase.trains else Held()
+                self.steps(round_index, itertools.islice(batches, count), optimizer, trained, back, told)
+        work_with(model.base, model.method.loras)
+        update = {} if alone else model.shared_arrays()
+        if model.unequal and update:
+            update = cut_to(update, shared)
+        if control and update:
             c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
             step = rate(train.learning_rate, self.config, round_index)
             c_own, change = control_update(shared, update, control, c_own, train.steps, step)
             own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
             update |= change
-        if model.own or control:
-            own.parameters = snapshot(model.own)
-            own.moments = optimizer_moments(optimizer, model.parts.personal)
+        trains_own = any("personal" in phase.trains for phase in phases)
+        if (model.own and trains_own) or control:
+            if trains_own:
+                own.parameters = snapshot(model.own)
+                own.moments = optimizer_moments(optimizer, model.parts.personal)
             own.choices = [choice for choice in own.choices if choice.round >= round_index - 1]
             self.store.save(round_index, own, kept)
         metrics = {
@@ -259,12 +281,13 @@ class Site:
         if shared is not None:
             own = self.attach(round_index, shared)
             found += [choice for choice in own.choices if choice.round >= round_index]
+        prepare = self.prepare()
         there = {"test": self.client.test, "general": self.general, VALIDATION: self.client.validation}
         for split, examples in there.items():
             if examples and split in splits:
                 # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
                 settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
-                scores = score(self.model.base.model, self.model.encoder, examples, settings)
+                scores = score(self.model.base.model, self.model.encoder, examples, settings, prepare)
                 if not math.isfinite(scores["loss"]):
                     raise FlexError(
                         f"the {split} loss of client {self.client_id!r} is {scores['loss']} after round {round_index}; "
@@ -273,21 +296,36 @@ class Site:
                 found.append(Evaluated(round_index, self.client_id, when, split, **scores))
         return found
 
+    def prepare(self) -> Prepare | None:
+        """What looks at each batch of prompts before the model answers it; None for a method that needs no look."""
+        model = self.model
+        if not model.method.weighed:
+            return None
+        drawn = random.Random(derived_seed("anchors", model.seed, self.client_id))
+        own = drawn.sample(self.client.train, min(ANCHORS, len(self.client.train)))
+        return Weighing(model.base, [e.input_ids[: e.prompt_length] for e in own], model.encoder.pad_id)
+
     def attach(self, round_index: int, shared: Arrays) -> PersonalState:
         """Shared and personal values, as after `round_index`, into the model; returns what the client owns."""
         model = self.model
+        if model.unequal:
+            shared = padded_to(shared, {name: tuple(p.shape) for name, p in model.parts.shared.items()})
         load_into(model.parts.shared, {k: torch.from_numpy(v) for k, v in shared.items()}, "the shared state")
         own = self.store.load(round_index)
         if own is None:
             load_into(model.own, model.start, "the start")
             own = PersonalState()
-            if model.method.start and not model.graft.after_rounds:
+            if model.method.chooses and not model.graft.after_rounds:
                 own.parameters = self._choose(round_index, own)
             else:
                 own.parameters = snapshot(model.own)
             if own.parameters:
                 self.store.save(round_index, own)
         load_into(model.own, own.parameters, f"the personal file of client {self.client_id!r}")
+        if not model.private.started(model.base):
+            model.private.begin(model.base)
+        if model.method.weighed:
+            weigh(model.base, 0.5)
         return own
 
     def _choose(self, round_index: int, own: PersonalState) -> dict[str, Tensor]:
@@ -310,8 +348,7 @@ class Site:
 
     def optimizer(self, round_index: int) -> torch.optim.Optimizer:
         """AdamW: fresh moments for what is shared (it moved on the server), kept ones for what is personal."""
-        train, parts = self.config.train, self.model.parts
-        own = {id(p) for p in parts.personal.values()} if self.model.method.private else set()
+        train, parts, own = self.config.train, self.model.parts, self.model.own_rate
         trained = parts.trained().values()
         groups = [
             ([p for p in trained if id(p) not in own], train.learning_rate),
@@ -344,7 +381,7 @@ class Site:
                     "expected a finite number (a lower learning rate may help)"
                 )
             for name, anchor in held.anchors.items():
-                loss = loss + 0.5 * held.mu * ((model.parts.shared[name] - anchor) ** 2).sum()
+                loss = loss + 0.5 * held.mu * ((trained[name] - anchor) ** 2).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for name, correction in held.drift.items():  # SCAFFOLD: c - c_k

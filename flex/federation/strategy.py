@@ -10,6 +10,9 @@ With `w` the shared state of the round, `w_k` what client k sends back, `n_k` it
     fedadagrad  v <- v + d²;                              w <- w + eta d / (sqrt(v) + tau)
     fedyogi     m as above, v <- v - (1 - b2) m² sign(v - m²);   w <- w + eta m / (sqrt(v) + tau)
     fedadam     m as above, v <- b2 v + (1 - b2) m²;             w <- w + eta m / (sqrt(v) + tau)
+    by_tokens   LoRA of expert e: w <- sum_k t_ke w_ke / sum_k t_ke, t_ke the tokens that client k routed to e; where
+                nobody routed any, w stays. All else as fedavg
+    flexlora    clients of unequal rank: the mean of the products B_k A_k, see `unequal.py`. All else as fedavg
 
 The last three weigh every client alike and start from v = tau²; there is no bias correction. These are the formulas
 behind the paper's table (OpenFedLLM). Flower's classes of the same names differ in each of FedAvgM, FedAdagrad, FedYogi
@@ -22,6 +25,7 @@ is held against what it was sent, tensor by tensor; nothing is drawn from a glob
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +54,14 @@ from flex.federation.messages import (
     same_tensors,
     shares,
     size_of,
+    to_arrays,
     to_control,
     to_record,
     update_of,
     weighted_mean,
 )
 from flex.federation.scaffold import CONTROL_PREFIX
+from flex.federation.unequal import averaged_product, cut_to_rank, pairs
 
 
 def sample_clients(num_clients: int, clients_per_round: int, round_index: int) -> list[int]:
@@ -304,6 +310,66 @@ class FedAdam(_Adaptive):
         return self.beta_2 * v + (1 - self.beta_2) * m**2
 
 
+class ByTokens(FedAvg):
+    """FedAvg, but the LoRA of each expert is weighed by the tokens that were routed to that expert.
+
+    A layer's LoRAs have the expert in front and travel with `tokens` [E] beside them (`model/expert_loras.py`).
+    """
+
+    def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
+        arrays = weighted_mean(updates, sizes)
+        for counted in [name for name in arrays if name.endswith(".tokens")]:
+            tokens = np.stack([update[counted].numpy() for update in updates])  # [K, E]
+            whole = tokens.sum(0)
+            weights = tokens / np.maximum(whole, 1)
+            for name in [n for n in arrays if n.startswith(counted.removesuffix("tokens")) and n != counted]:
+                each = np.stack([update[name].numpy() for update in updates])
+                mean = np.einsum("ke,ke...->e...", weights, each)
+                used = (whole > 0).reshape(-1, *[1] * (mean.ndim - 1))
+                arrays[name] = np.where(used, mean, self.sent[name].numpy()).astype(np.float32)
+            arrays[counted] = np.zeros_like(whole)  # each turn counts its own
+        return arrays
+
+
+class FlexLora(FedAvg):
+    """FlexLoRA: client k has a LoRA of rank `ranks[k % len(ranks)]`; none given: the server's rank for all."""
+
+    def __init__(self, ranks: Sequence[int] | None = None):
+        super().__init__()
+        self.ranks = tuple(ranks or ())
+
+    def rank_of(self, node: int) -> int | None:
+        return self.ranks[list(self.clients).index(node) % len(self.ranks)] if self.ranks and self.clients else None
+
+    def _cut_for(self, node: int, arrays: ArrayRecord) -> ArrayRecord:
+        rank = self.rank_of(node)
+        return arrays if rank is None else to_record(cut_to_rank(to_arrays(arrays), rank))
+
+    def _messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int]
+    ) -> list[Message]:
+        return [
+            message
+            for node in nodes
+            for message in super(FlexLora, self)._messages(
+                kind, server_round, self._cut_for(node, arrays), config, [node]
+            )
+        ]
+
+    def _update(self, reply: Message) -> dict[str, Array]:
+        sent = self._cut_for(reply.metadata.src_node_id, self.sent)
+        return update_of(reply, sent, self._name(reply), self.arrayrecord_key)
+
+    def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
+        products = pairs(list(self.sent))
+        paired = {name for pair in products for name in pair}
+        arrays = weighted_mean([{n: t for n, t in update.items() if n not in paired} for update in updates], sizes)
+        for a, b in products:
+            factors = [(update[a].numpy(), update[b].numpy()) for update in updates]
+            arrays[a], arrays[b] = averaged_product(factors, shares(sizes), self.sent[a].shape[0])
+        return {name: arrays[name] for name in self.sent}
+
+
 # Which settings each of them takes is declared in `config.STRATEGIES`; their defaults are those of the paper's base.
 SETTINGS = {key for keys in STRATEGIES.values() for key in keys}
 CLASSES: dict[str, type[FedAvg]] = {
@@ -314,10 +380,12 @@ CLASSES: dict[str, type[FedAvg]] = {
     "fedadagrad": FedAdagrad,
     "fedyogi": FedYogi,
     "fedadam": FedAdam,
+    "by_tokens": ByTokens,
+    "flexlora": FlexLora,
 }
 
 
-def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **settings: float) -> FedAvg:
+def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **settings: Any) -> FedAvg:
     """The strategy `name`, a Flower `Strategy` for `run_rounds`.
 
     Args:

@@ -105,6 +105,11 @@ def _unscored(index: int, name: str, layer: nn.Module, settings: GraftSettings) 
     )
 
 
+def new_modules(base: Base, settings: GraftSettings) -> list[Choice]:
+    """The "choice" of a new module in every layer: nothing is scored, and no data are looked at."""
+    return [_unscored(index, name, layer, settings) for index, (name, layer) in enumerate(base.layers.items())]
+
+
 def _groups(scores: dict[str, LayerScores], parts: dict[str, Parts]) -> list[list[str]]:
     """The layers, in order, in groups whose sums of a second pass take at most `FIT_BYTES` together, if one does."""
     groups: list[list[str]] = []

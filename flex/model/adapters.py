@@ -4,13 +4,16 @@
 
     graft    one gated expert per MoE layer (`flex_kernels.attach_graft`), started from what was chosen for the client
     lora     a second LoRA on the attention, beside the shared one, with about as many parameters as the grafts have
+    copy     a second LoRA of the shared one's rank, which starts as the first shared values that its client meets
     expert   in each layer the expert that most of the client's tokens are routed to, trained in place: a token routed
              to it with weight w gets w E'(x) instead of w E(x), where E' starts as E
+    expert_loras   a LoRA on every matrix of every expert, with about as many parameters as the grafts have together
 
-The last two are controls: they separate what a graft contains from the capacity that it adds.
+`lora` and `expert` are controls: they separate what a graft contains from the capacity that it adds.
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
@@ -23,11 +26,12 @@ from torch import Tensor, nn
 import flex_kernels
 from flex.config import LoraSettings
 from flex.errors import FlexError
-from flex.methods import GraftSettings, Method
+from flex.methods import SECOND_LORA, SHARED_LORA, GraftSettings, Method
 from flex.model.base import Base, experts_sizes, router_of, weights_of
+from flex.model.expert_loras import ExpertLoras
 from flex_kernels import reference
 
-SECOND_LORA = "private"  # as peft names it
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 class Choice(Protocol):
@@ -44,9 +48,14 @@ class Choice(Protocol):
 
 
 class Private:
-    """One kind of private module. `attribute`: the name under which it hangs on an experts module, if it does."""
+    """One kind of private module.
+
+    attribute: the name under which it hangs on an experts module, if it does.
+    own_rate: whether it trains with `train.graft_learning_rate`, not with that of the LoRA.
+    """
 
     attribute = ""
+    own_rate = True
 
     def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
         """Adds the module to the base, at zero or as initialised; its parameters declare their roles."""
@@ -60,6 +69,9 @@ class Private:
     def started(self, base: Base) -> bool:
         """Whether `start` has been called for what stands in the model."""
         return True
+
+    def begin(self, base: Base) -> None:
+        """What a module that nobody chooses a start for does when its client first takes part: for most nothing."""
 
     def modules(self, base: Base) -> list[nn.Module]:
         found = [getattr(layer, self.attribute, None) for layer in base.layers.values()] if self.attribute else []
@@ -135,7 +147,26 @@ class SecondLora(Private):
         wanted = sum(graft_parameters(graft, layer) for layer in base.layers.values())
         rank = max(1, round(wanted / parameters_per_rank))
         base.adapter.add_adapter(SECOND_LORA, _lora_config(lora, rank, lora.alpha * rank / lora.rank))
-        base.adapter.base_model.set_adapter(["default", SECOND_LORA])
+        work_with(base, ())
+
+
+class LoraCopy(Private):
+    """A second LoRA like the shared one; until it trains for the first time it is a copy of the shared values of the
+    moment, and its client's file holds zeros."""
+
+    own_rate = False
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+        base.adapter.add_adapter(SECOND_LORA, _lora_config(lora, lora.rank, lora.alpha))
+
+    def started(self, base: Base) -> bool:
+        """A LoRA whose every B is zero has not trained."""
+        return any(bool(p.any()) for name, p in base.model.named_parameters() if f"lora_B.{SECOND_LORA}." in name)
+
+    @torch.no_grad()
+    def begin(self, base: Base) -> None:
+        for own, shared in copies(base).values():
+            own.copy_(shared)
 
 
 class AdaptedExpert(nn.Module):
@@ -200,12 +231,63 @@ class ExpertInPlace(Private):
             base.layers[choice.module].adapted.adapt(base.layers[choice.module], choice.chosen)
 
 
+class LorasOnExperts(Private):
+    """An `ExpertLoras` on every MoE layer, which computes the layer in its experts' place."""
+
+    attribute = "expert_loras"
+
+    def put_on(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+        for name, layer in base.layers.items():
+            weights = weights_of(name, layer)
+            num_experts, hidden_size, intermediate_size = weights.down_proj.shape
+            per_rank = num_experts * (2 * hidden_size + 3 * intermediate_size)
+            rank = max(1, round(graft_parameters(graft, layer) / per_rank))
+            layer.expert_loras = ExpertLoras(weights, rank, lora.alpha / lora.rank)
+            layer.expert_loras.stand_in_for(layer)
+
+    def take_off(self, base: Base) -> None:
+        for layer in base.layers.values():
+            if hasattr(layer, "expert_loras"):
+                ExpertLoras.step_aside(layer)
+                del layer.expert_loras
+
+
 PRIVATE: dict[str | None, Private] = {
     None: Private(),
     "graft": GraftOn(),
     "lora": SecondLora(),
+    "copy": LoraCopy(),
     "expert": ExpertInPlace(),
+    "expert_loras": LorasOnExperts(),
 }
+
+
+def copies(base: Base) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(a parameter of the second LoRA, the one of the shared LoRA that it is a copy of) by the name of the first;
+    nothing unless the two are of one shape."""
+    parameters = dict(base.model.named_parameters())
+    pairs = {
+        name: (p, parameters[name.replace(f".{SECOND_LORA}.", f".{SHARED_LORA}.")])
+        for name, p in parameters.items()
+        if f".{SECOND_LORA}." in name
+    }
+    return pairs if all(own.shape == shared.shape for own, shared in pairs.values()) else {}
+
+
+def work_with(base: Base, loras: tuple[str, ...]) -> None:
+    """Which LoRAs are at work; none named: all there are."""
+    if base.adapter is not None:
+        base.adapter.base_model.set_adapter(list(loras or base.adapter.peft_config))
+
+
+def weigh(base: Base, second: Tensor | float) -> None:
+    """The second LoRA counts `second` times and the shared one the rest: a number, or one for each row of the batches
+    that follow ([B] or [B, 1, 1])."""
+    share = second if isinstance(second, float) else second.reshape(-1, 1, 1)
+    for layer in base.model.modules():
+        if isinstance(layer, LoraLayer):
+            for name, part in ((SHARED_LORA, 1 - share), (SECOND_LORA, share)):
+                layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * part
 
 
 def graft_parameters(graft: GraftSettings, layer: nn.Module) -> int:
@@ -223,14 +305,37 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
         warnings.simplefilter("ignore", FutureWarning)
         if method.lora:
-            check_targets(base.model, lora.targets)
+            check_targets(base.model, lora)
             torch.manual_seed(seed)
             base.adapter = peft.get_peft_model(base.model, _lora_config(lora, lora.rank, lora.alpha))
         private.put_on(base, lora, graft.of(method))
-    for layer in base.model.modules():
-        if isinstance(layer, LoraLayer):
-            for name, matrix in (*layer.lora_A.items(), *layer.lora_B.items()):
-                matrix.parameter_roles = {"weight": "personal" if name == SECOND_LORA else method.lora}
+    if method.module_role == "shared":
+        for module in private.modules(base):
+            roles = module.parameter_roles.items()
+            module.parameter_roles = {name: "shared" if role == "personal" else role for name, role in roles}
+    _declare_loras(base, method)
+    work_with(base, method.loras)
+    if method.weighed:
+        weigh(base, 0.5)
+
+
+def _declare_loras(base: Base, method: Method) -> None:
+    """Who owns which matrix of the LoRAs."""
+    layers = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
+    numbers = sorted({number for name in layers if (number := _layer_number(name)) is not None})
+    upper = set(numbers[len(numbers) // 2 :])
+    for name, layer in layers.items():
+        stays = method.keeps == "upper" and _layer_number(name) in upper
+        for which, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+            for lora, matrix in matrices.items():
+                own = lora == SECOND_LORA or stays or method.keeps == which
+                matrix.parameter_roles = {"weight": "personal" if own else method.lora}
+
+
+def _layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a module stands in."""
+    found = LAYER_NUMBER.search(f"{name}.")
+    return int(found[1]) if found else None
 
 
 def _lora_config(lora: LoraSettings, rank: int, alpha: float) -> peft.LoraConfig:
@@ -247,12 +352,19 @@ def unwrap(base: Base) -> None:
     base.model.requires_grad_(False)
 
 
-def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raises FlexError where the model has no linear layer of one of these names."""
-    linears = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    missing = [t for t in targets if t not in linears]
+def check_targets(model: nn.Module, lora: LoraSettings) -> None:
+    """Raises FlexError where the model lacks a linear layer of one of the names, or has one smaller than the rank."""
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = {name.rpartition(".")[2] for name, _ in linears}
+    missing = [t for t in lora.targets if t not in names]
     if missing:
-        raise FlexError(f"lora.targets names {missing}, which the model lacks; it has {', '.join(sorted(linears))}")
+        raise FlexError(f"lora.targets names {missing}, which the model lacks; it has {', '.join(sorted(names))}")
+    for name, linear in linears:
+        if name.rpartition(".")[2] in lora.targets and lora.rank > min(linear.in_features, linear.out_features):
+            raise FlexError(
+                f"lora.rank is {lora.rank}; expected at most {min(linear.in_features, linear.out_features)}, the "
+                f"smaller side of {name} ({linear.out_features} x {linear.in_features})"
+            )
 
 
 @contextlib.contextmanager

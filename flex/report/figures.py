@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 INK, SOFT, LINE, PAGE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"  # text, lesser text, grid lines, background
-MARKS = 20  # method colours --mark-0 ... --mark-19 in report.css
+MARKS = 28  # method colours --mark-0 ... --mark-27 in report.css
 LAYERS = 6  # layer colours --layer-0 ... --layer-5
 _VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PAGE: "--card"}
 _VARIABLES |= {f"#0b0c{i:02x}": f"--mark-{i}" for i in range(MARKS)}

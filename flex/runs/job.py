@@ -17,6 +17,7 @@ from typing import Any
 from flex.config import RunConfig
 from flex.errors import FlexError
 from flex.federation.agreement import check_sites
+from flex.federation.alone import EndsAlone, first_round_alone
 from flex.federation.checkpoint import load_server, save_server
 from flex.federation.flower import Grid, Strategy
 from flex.federation.messages import KEPT_ROUND, NUM_EXAMPLES, Arrays, SiteAbout
@@ -105,8 +106,9 @@ class Job:
         self.bar.begin(total, done * per_round if self.method.trains else 0, train.rounds)
         self.last_round = done
         if self.method.trains:
+            first_alone = first_round_alone(self.method, train)
             run_rounds(
-                strategy,
+                strategy if first_alone is None else EndsAlone(strategy, first_alone),
                 self.grid,
                 shared,
                 done if self._is_stalled else train.rounds,

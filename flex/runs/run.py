@@ -98,7 +98,7 @@ def pinned(config: RunConfig, world: World) -> RunConfig:
 def _check_methods(config: RunConfig, world: World) -> None:
     """What is wrong with a method's settings is said before any method trains."""
     if any(METHODS[method].lora for method in config.train.methods):
-        check_targets(world.base.model, config.lora.targets)
+        check_targets(world.base.model, config.lora)
     for method in config.train.methods:
         name, settings = config.strategy.of(method)
         make_strategy(name, len(world.clients), clients_per_round=config.train.clients_per_round, **settings)

@@ -146,7 +146,8 @@ class Trained(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """A client's scores on a `split`, `when` before or after aggregation; `groups`: the first three by group."""
+    """A client's scores on a `split` (a task of `evaluation/tasks.py`), `when` before or after aggregation; `groups`:
+    what of them was scored by group; `details`: what a reader must know of the task, by name."""
 
     event: ClassVar[str] = "evaluate"
     round: int
@@ -158,6 +159,10 @@ class Evaluated(Event):
     exact_match: float | None = None
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     rouge_l: float | None = None
+    rouge_1: float | None = None
+    accuracy: float | None = None
+    perplexity: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ def test_missing_file_is_named(tmp_path):
 def test_methods_share_what_they_say():
     assert METHODS["local"].lora == "personal"
     grafted = [m for m, v in METHODS.items() if v.private == "graft"]
-    assert grafted == ["flex", "flex-paper", "flex-random", "flex-fresh"]
+    assert grafted == ["flex", "flex-paper", "flex-random", "flex-fresh", "fedrep", "shared-graft"]
     assert METHODS["flex"].start not in CRITERIA  # flex has no criterion of its own
-    assert all(METHODS[m].start in CRITERIA for m in grafted if m != "flex")
+    assert all(METHODS[m].start in CRITERIA for m in grafted if m not in ("flex", "fedrep"))
 
 
 def test_what_won_the_study_is_the_default_and_the_papers_rule_stands_beside_it():

@@ -36,16 +36,20 @@ def test_partition_is_disjoint_and_complete_for_every_method(base, method):
     assert set(names) == {name for name, _ in loaded.model.named_parameters()}
     assert all(p.requires_grad for p in parts.trained().values())
     assert not any(p.requires_grad for p in parts.frozen.values())
-    # What is whose, by the layers' own word: LoRA as the method says, everything of a graft personal, the rest frozen.
+    # What is whose, by the layers' own word: LoRA and module as the method's row says, the rest frozen.
+    row = METHODS[method]
     lora = {n for n in names if ".lora_A." in n or ".lora_B." in n}
-    private = {n for n in lora if ".private." in n}
-    grafts = {n for n in names if ".graft." in n}
-    adapted = {n for n in names if ".adapted." in n and not n.endswith(".expert")}
-    shares = METHODS[method].lora == "shared"
-    assert set(parts.shared) == (lora - private if shares else set())
-    assert set(parts.personal) == grafts | adapted | private | (set() if shares else lora)
-    assert bool(grafts) == (METHODS[method].private == "graft")
-    assert (bool(private), bool(adapted)) == (METHODS[method].private == "lora", METHODS[method].private == "expert")
+    second = {n for n in lora if ".private." in n}
+    marks = {"graft": ".graft.", "expert": ".adapted.", "expert_loras": ".expert_loras."}
+    modules = {m: {n for n in names if mark in n and not n.endswith(".expert")} for m, mark in marks.items()}
+    kept = {"": "nothing", "B": ".lora_B.", "upper": "layers.1."}[row.keeps]
+    first_kept = {n for n in lora - second if row.lora == "personal" or kept in n}
+    added = set().union(*modules.values())
+    shared_module = added if row.module_role == "shared" else set()
+    assert set(parts.shared) == (lora - second - first_kept) | shared_module
+    assert set(parts.personal) == second | first_kept | (added - shared_module)
+    assert {m for m, found in modules.items() if found} == {row.private} & marks.keys()
+    assert bool(second) == (row.private in ("lora", "copy"))
     # `gate_proj` and the router's `gate` hold the word that other code goes by: here they are frozen like their layer.
     assert any("mlp.gate.weight" in n for n in parts.frozen)
     assert any("shared_expert.gate_proj" in n for n in parts.frozen)

@@ -83,14 +83,17 @@ def play(strategy, first_round: int, last_round: int, w: dict, shuffle: random.R
     return w
 
 
+MEANS = ("fedavg", "fedprox", "scaffold", "by_tokens", "flexlora")  # of tensors that are no LoRA: the mean
+
+
 def paper(name: str, w: np.ndarray, changes: list[list[np.ndarray]]) -> np.ndarray:
     """The formulas of the paper's base in float64, one tensor; changes[round][client] = w_k - w."""
     m, v = 0.0, 1e-3**2
     for r, dk in enumerate(changes):
         weighted = sum(n * d for n, d in zip(SIZES, dk, strict=True)) / sum(SIZES)
-        d = weighted if name in ("fedavg", "fedprox", "scaffold", "fedavgm") else sum(dk) / len(dk)
+        d = weighted if name in (*MEANS, "fedavgm") else sum(dk) / len(dk)
         m = d if r == 0 or name == "fedadagrad" else 0.9 * m + 0.1 * d
-        if name in ("fedavg", "fedprox", "scaffold"):
+        if name in MEANS:
             w = w + d
         elif name == "fedavgm":
             w = w + m
