@@ -24,6 +24,9 @@ EXAMPLES = """examples:
 NAMED = {
     "model": "model.path",
     "clients_by": "data.clients_by",
+    "split": "data.split",
+    "label_by": "data.label_by",
+    "num_clients": "data.num_clients",
     "clients": "data.clients",
     "output": "output",
     "strategy": "strategy.name",
@@ -118,6 +121,9 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
         help="what the files call instruction, context, response or messages, e.g. --columns instruction=question",
     )
     parser.add_argument("--clients-by", help="the column that says whose an example is")
+    parser.add_argument("--split", help="how records are dealt out: column (default), iid, pathological, dirichlet")
+    parser.add_argument("--label-by", help="the column of the categories that a drawn split deals out")
+    parser.add_argument("--num-clients", type=int, help="of a drawn split")
     parser.add_argument("--clients", nargs="+", help="only these values of that column (default: all)")
     _add_overrides(parser)
 

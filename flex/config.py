@@ -31,6 +31,15 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     "flexlora": ("ranks",),
 }
 PROXIMAL_MU = 0.01  # FedProx's, unless strategy.proximal_mu says another
+# How records come to be a client's (`data/splits.py`), and which settings of [data] each way has a use for.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "column": (),
+    "files": (),
+    "iid": ("num_clients",),
+    "pathological": ("num_clients", "classes_per_client"),
+    "dirichlet": ("num_clients", "alpha", "min_size", "replace"),
+}
+LABELLED = ("pathological", "dirichlet")  # those that go by data.label_by
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
 OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
 
@@ -85,6 +94,14 @@ class DataConfig:
     general: str = ""  # a held-out set that belongs to nobody: what is forgotten shows there
     clients_by: str = setting("client", empty="the column that says whose an example is")
     clients: tuple[str, ...] = setting((), distinct=True)  # empty: every value of the column
+    split: str = setting("column", choices=tuple(SPLITS))  # `files` alone says "files"
+    label_by: str = ""  # the column of the categories that a split deals out, and that its table shows
+    num_clients: int = setting(0, least=0, zero="as many as the column or the files name")  # of a split that is drawn
+    classes_per_client: int = setting(2, least=1)
+    alpha: float = setting(0.5, above=0)
+    min_size: int = setting(1, least=1)  # training records that every client must get
+    replace: bool = False  # clients may have records in common
+    split_seed: int = 0  # of what is drawn; the same for all seeds of a run, so that they differ in training alone
     group_by: str = ""  # a column to report the exact match by, e.g. the skill
     max_train: int = setting(0, least=0, zero="all")  # per client
     max_test: int = setting(0, least=0, zero="all")
@@ -109,6 +126,35 @@ class DataConfig:
                 require(bool(path), f"data.{name} has an empty path for {client!r}; expected a file")
         strangers = sorted(self.test_files.keys() - self.files.keys())
         require(not strangers, f"data.test_files names {strangers}, which data.files does not; expected its clients")
+
+        self._check_split()
+
+    def _check_split(self) -> None:
+        if self.split == "files":
+            require(bool(self.files), 'data.split is "files", but data.files names none; expected one for each client')
+        drawn = bool(SPLITS[self.split])
+        require(
+            not (self.files and drawn),
+            f'data.split is "{self.split}", which deals out one file, but data.files has one for each client; '
+            "expected data.train",
+        )
+        require(
+            drawn == bool(self.num_clients),
+            f'data.num_clients is {self.num_clients} and data.split "{self.split}"; expected '
+            + ("a number of clients to deal the records to" if drawn else "0, or a split that is drawn"),
+        )
+        require(
+            self.split not in LABELLED or bool(self.label_by),
+            f'data.label_by is empty, and data.split "{self.split}" goes by it; expected the column of the categories',
+        )
+        for field_ in dataclasses.fields(self):
+            takers = [name for name, keys in SPLITS.items() if field_.name in keys]
+            value = getattr(self, field_.name)
+            require(
+                not takers or self.split in takers or value == field_.default,
+                f'data.{field_.name} is {value}, which data.split "{self.split}" has no use for; expected it left out, '
+                f"or one of {', '.join(takers)}",
+            )
 
     def with_paths(self, change: Callable[[str], str]) -> "DataConfig":
         """The same with every path of a file changed."""

@@ -1,14 +1,19 @@
-"""Whose record is whose: every client's training and test records, from one file by a column, or from a file a client.
+"""Whose record is whose: every client's training and test records, by one of the ways of `SPLITS`: by a column of one
+file, a file a client, or drawn from a seed.
 
 Nothing here needs a tokenizer or a model: what is wrong with the data is found before either is loaded.
 """
 
 import itertools
 import os
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flex.config import DataConfig
+from flex.data.mixtures import deal, dirichlet, iid, pathological, shuffled
 from flex.data.records import Record, read_records, texts_of, unread_columns
 from flex.data.splits import split_clients, split_held_out, split_validation
 from flex.errors import FlexError, require
@@ -39,7 +44,7 @@ def read_clients(config: DataConfig, notes: list[str] | None = None, seed: int =
             client has nothing to train or to test on, or all that would be tested is trained on.
     """
     notes = [] if notes is None else notes
-    train, test = _from_files(config, notes) if config.files else _from_column(config, notes)
+    train, test = SPLITS["files" if config.files else config.split](config, notes)
     clients, trained_on = [], 0
     for name, records in train.items():
         parts = (records, test.get(name, [])) if test else split_held_out(records, config.test_fraction, name)
@@ -108,8 +113,75 @@ def _from_files(config: DataConfig, notes: list[str]) -> tuple[Parts, Parts]:
     return train, test
 
 
+def _drawn(config: DataConfig, notes: list[str]) -> tuple[Parts, Parts]:
+    """Both parts dealt out by one mixture, which the training records decide."""
+    require(bool(config.train), "data.train is empty; expected a .jsonl or .jsonl.gz file (--data FILE)")
+    needs = _needs(config)
+    train, test = read_records(config.train, config.columns, needs=needs), []
+    _note_unread(config.train, train, needs, notes)
+    if config.test:
+        test = read_records(config.test, config.columns, needs=needs)
+    elif config.replace:  # before anything is dealt: what one client is tested on may be another's to train on
+        train, test = split_held_out(train, config.test_fraction, "all clients")
+
+    def labels(records: list[Record]) -> list[str]:
+        return [str(record[config.label_by]) if config.label_by else "" for record in records]
+
+    rng = random.Random(f"{config.split} {config.split_seed}")
+    known = labels(train)
+    if config.split == "iid":
+        mixture = iid(known, config.num_clients)
+    elif config.split == "pathological":
+        mixture = pathological(known, config.num_clients, config.classes_per_client, rng)
+    else:
+        mixture = dirichlet(known, config.num_clients, config.alpha, config.min_size, config.replace, rng)
+    if strangers := sorted(set(labels(test)) - set(known)) if config.label_by else []:
+        notes.append(f"{config.test} has {config.label_by} {', '.join(map(repr, strangers))}, which nobody trains on")
+    names = [f"client {number:0{len(str(config.num_clients))}d}" for number in range(1, config.num_clients + 1)]
+    parts = []
+    for records in (train, test):
+        dealt = deal(labels(records), mixture, rng)
+        parts.append({n: [records[i] for i in shuffled(own, rng)] for n, own in zip(names, dealt, strict=True)})
+    if nobody := len(train) - len({id(record) for own in parts[0].values() for record in own}):
+        notes.append(f"{nobody} of {len(train)} training records are no client's")
+    for name in config.clients:
+        require(name in names, f"data.clients names {name!r}; the clients are {names[0]!r} to {names[-1]!r}")
+    chosen = config.clients or names
+    return {n: parts[0][n] for n in chosen}, {n: parts[1][n] for n in chosen} if test else {}
+
+
+SPLITS: dict[str, Callable[[DataConfig, list[str]], tuple[Parts, Parts]]] = {
+    "column": _from_column,
+    "files": _from_files,
+    "iid": _drawn,
+    "pathological": _drawn,
+    "dirichlet": _drawn,
+}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a client got: how many records of each part, and of its training records how many of each label."""
+
+    client_id: str
+    sizes: dict[str, int]
+    labels: dict[str, int]
+
+
+def tally(clients: Sequence[ClientRecords], config: DataConfig) -> list[Tally]:
+    """One line a client; without labels where neither `label_by` nor `group_by` says what they are."""
+    column = config.label_by or config.group_by
+    found = []
+    for client in clients:
+        sizes = {"train": len(client.train), "test": len(client.test)}
+        sizes |= {"validation": len(client.validation)} if client.validation else {}
+        counts = Counter(str(r[column]) for r in client.train if r.get(column) is not None) if column else {}
+        found.append(Tally(client.client_id, sizes, dict(counts)))
+    return found
+
+
 def _needs(config: DataConfig) -> list[str]:
-    return [config.group_by] if config.group_by else []
+    return list(dict.fromkeys(column for column in (config.group_by, config.label_by) if column))
 
 
 def _note_unread(path: str, records: list[Record], read: list[str], notes: list[str]) -> None:

@@ -30,6 +30,7 @@ from flex.model.adapters import check_targets, unwrap
 from flex.runs.history import is_finished, plan_of
 from flex.runs.job import is_done
 from flex.runs.progress import job_lines
+from flex.runs.tally import split_table
 from flex.runs.track import check_track
 from flex.runs.workers import JobName, job_folder, make_job, run_apart
 from flex.runs.world import World, Worlds
@@ -62,6 +63,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     world = worlds.of(config.train.seeds[0])
     for note in world.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    console.print(split_table(world.tally))
     config = pinned(config, world)
     _check_free(folder, config)
     _check_methods(config, world)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flex.config import RunConfig
-from flex.data.clients import read_clients, read_general
+from flex.data.clients import Tally, read_clients, read_general, tally
 from flex.data.examples import ClientData, Encoder, Example, encode, encode_clients
 from flex.federation.client import JobModel, Listener, Site
 from flex.model.adapters import unwrap
@@ -15,13 +15,15 @@ from flex.model.base import Base, load_base
 
 @dataclass(frozen=True)
 class World:
-    """The base and the data of a seed. `notes`: what a person should know of the files, in sentences."""
+    """The base and the data of a seed. `notes`: what a person should know of the files, in sentences; `tally`: which
+    client got how many records of what."""
 
     base: Base
     encoder: Encoder
     clients: list[ClientData]
     general: list[Example]
     notes: list[str] = field(default_factory=list)
+    tally: list[Tally] = field(default_factory=list)
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -64,7 +66,8 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     if data.template != encoder.template:
         has = "a" if encoder.template == "chat" else "no"
         notes.append(f'data.template = "auto" stands for "{encoder.template}": the tokenizer has {has} chat template')
-    return World(base, encoder, encode_clients(records, data, encoder), encode(general, data, encoder), notes)
+    clients, others = encode_clients(records, data, encoder), encode(general, data, encoder)
+    return World(base, encoder, clients, others, notes, tally(records, data))
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:
