@@ -34,8 +34,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# With SHAPE=T,H,E,K,I (or names of benchmarks/shapes.py), PEER=eager or my_module:MyExperts (commas between several) or
+# DTYPE=bfloat16, the layer's rows of what was picked are printed, and RESULTS.md stays as it is.
+PICKED = $(if $(SHAPE),--shape "$(SHAPE)") $(if $(PEER),--peer "$(PEER)") $(if $(DTYPE),--dtype "$(DTYPE)")
 bench: $(STAMP)  ## the layer on this CPU beside transformers' own; writes benchmarks/RESULTS.md
-	$(BIN)/python -m pytest benchmarks --benchmark-only -q
+	$(BIN)/python -m pytest --benchmark-only -q \
+		$(if $(strip $(PICKED)),benchmarks/bench_experts.py --benchmark-quiet $(PICKED),benchmarks)
 
 aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; prints the table
 	$(BIN)/python -m benchmarks.aot

@@ -1,4 +1,5 @@
-"""The layer beside transformers' `eager` and `grouped_mm`, on the same frozen experts, in one process.
+"""The layer beside transformers' `eager` and `grouped_mm` and whoever was added or picked (`layers.py`), on the same
+frozen experts, in one process.
 
 `forward` is without gradients; `training` is forward and backward with a trained graft and frozen experts. The best of
 several rounds counts: on a shared machine everything else is somebody else's time.
@@ -10,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks.layers import CHECKED_TOKENS, PROVIDERS, Layers
+from benchmarks.layers import CHECKED_TOKENS, Layers
 from benchmarks.results import Ceiling, Row, measure_ceiling
 from benchmarks.shapes import Shape
 
@@ -19,8 +20,8 @@ MOST_ROUNDS = 100
 
 
 @lru_cache(maxsize=1)  # the weights of one layer may be 2 GB
-def layers_of(shape: Shape, dtype: torch.dtype) -> Layers:
-    layers = Layers(shape, dtype)
+def layers_of(shape: Shape, dtype: torch.dtype, peers: tuple[str, ...]) -> Layers:
+    layers = Layers(shape, dtype, peers)
     layers.check()
     return layers
 
@@ -31,10 +32,17 @@ def ceiling_beside(shape: Shape, dtype: torch.dtype) -> Ceiling:
     return measure_ceiling()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("what", ["forward", "training"])
-def test_layer(shape: Shape, dtype: torch.dtype, what: str, provider: str, benchmark, rows: list[Row]) -> None:
-    layers = layers_of(shape, dtype)
+def test_layer(
+    shape: Shape,
+    dtype: torch.dtype,
+    what: str,
+    layer_provider: str,
+    peers: tuple[str, ...],
+    benchmark,
+    rows: list[Row],
+) -> None:
+    layers, provider = layers_of(shape, dtype, peers), layer_provider
     run = getattr(layers, what)(provider)
     if not benchmark.enabled:
         benchmark(run)

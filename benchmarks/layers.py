@@ -1,31 +1,42 @@
 """The same frozen experts and the same graft, in flex and in what a user of transformers would write.
 
-`flex` is transformers' experts module with its implementation set to "flex" and a `Graft` attached. The peers are the
-same module set to "eager" or "grouped_mm", and beside it the graft as a plain SwiGLU module with a sigmoid gate.
+`flex` is transformers' experts module with its implementation set to "flex" and a `Graft` attached. A peer is the same
+module set to another implementation, or somebody's own (`ADDED`), and beside it the graft as a plain SwiGLU
+module with a sigmoid gate.
 """
 
 import copy
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2MoeConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 import flex_kernels
 from benchmarks.shapes import Shape
 
-PROVIDERS = ("flex", "grouped_mm", "eager")
+# hidden_states [T, H], top_k_index [T, K] int64, top_k_weights [T, K] in the dtype of the layer -> [T, H]
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+TRANSFORMERS = ("grouped_mm", "eager")  # the peers of every table
+PROVIDERS = ("flex", *TRANSFORMERS)
+# Further peers, each a column of RESULTS.md: name -> what makes its experts of the frozen weights, gate_up_proj
+# [E, 2I, H] and down_proj [E, H, I]. A class of yours goes here; `make bench PEER=module:Class` names one for a run.
+ADDED: dict[str, Callable[[Tensor, Tensor], Experts]] = {}
 # Relative to the whole tensor, between two ways to compute the same in one dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 CHECKED_TOKENS = 64
+CHECKED_TOKENS_OF_PEERS = 16  # batched_mm copies the weights of every token's experts
 
 
 class GraftedByHand(nn.Module):
     """The layer as a user writes it around somebody else's experts."""
 
-    def __init__(self, experts: nn.Module, graft: flex_kernels.Graft) -> None:
+    def __init__(self, experts: Experts, graft: flex_kernels.Graft) -> None:
         super().__init__()
         self.experts = experts
         self.gate_up_proj = nn.Parameter(graft.gate_up_proj.detach().clone())
@@ -40,10 +51,44 @@ class GraftedByHand(nn.Module):
         return self.experts(hidden_states, top_k_index, top_k_weights) + opening[:, None] * graft_out
 
 
-class Layers:
-    """All providers of one shape and dtype, on the same weights and inputs."""
+def maker_of(name: str) -> Callable[[Tensor, Tensor], Experts] | None:
+    """Who makes a peer's experts of the frozen weights; None for an implementation that transformers has.
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    Raises:
+        ValueError: there is no peer of this name: none of `ADDED`, of transformers, and no `module:callable`.
+    """
+    known = {"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()} - {"flex"}
+    if name in ADDED or name in known:
+        return ADDED.get(name)
+    module, _, attribute = name.partition(":")
+    try:
+        maker = getattr(importlib.import_module(module), attribute) if module and attribute else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"PEER={name}: {error}; expected module:callable, importable from here") from None
+    if not callable(maker):
+        listed = ", ".join(sorted({*known, *ADDED}))
+        raise ValueError(f"PEER={name}: no such peer; expected module:callable or one of {listed}")
+    return maker
+
+
+def experts_of(name: str, config: Qwen2MoeConfig, gate_up_proj: Tensor, down_proj: Tensor) -> Experts:
+    """The experts of flex or of a peer, on these weights, which stay frozen."""
+    maker = None if name == "flex" else maker_of(name)
+    if maker is not None:
+        made = maker(gate_up_proj, down_proj)
+        return made.requires_grad_(False) if isinstance(made, nn.Module) else made
+    own_config = copy.deepcopy(config)
+    own_config._experts_implementation = name
+    with torch.device("meta"):
+        experts = Qwen2MoeExperts(own_config)
+    experts.gate_up_proj, experts.down_proj = gate_up_proj, down_proj
+    return experts
+
+
+class Layers:
+    """All providers of one shape and dtype, on the same weights and inputs; `peers` by name (`maker_of`)."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, peers: Sequence[str] = (*TRANSFORMERS, *ADDED)) -> None:
         torch.manual_seed(0)
         flex_kernels.register()
         self.shape, self.dtype = shape, dtype
@@ -64,17 +109,15 @@ class Layers:
             self.graft.logit_weight.copy_(torch.randn(H) * H**-0.5)
 
         self.modules: dict[str, nn.Module] = {}
-        for provider in PROVIDERS:
-            own_config = copy.deepcopy(config)
-            own_config._experts_implementation = provider
-            with torch.device("meta"):
-                experts = Qwen2MoeExperts(own_config)
-            experts.gate_up_proj, experts.down_proj = gate_up_proj, down_proj
+        self._weights = (gate_up_proj, down_proj)
+        for provider in ("flex", *peers):
+            experts = experts_of(provider, config, gate_up_proj, down_proj)
             if provider == "flex":
                 experts.graft = self.graft
                 self.modules[provider] = experts
             else:
                 self.modules[provider] = GraftedByHand(experts, self.graft)
+        self._eager = GraftedByHand(experts_of("eager", config, gate_up_proj, down_proj), self.graft)
 
         self._draw_inputs(shape.num_tokens)
 
@@ -89,7 +132,10 @@ class Layers:
 
     def training(self, provider: str, num_tokens: int | None = None) -> Callable[[], list[Tensor]]:
         """Forward and backward: gradients of the input, the routing weights and the graft with its gate."""
-        module, (hidden_states, index, weights) = self.modules[provider], self._inputs(num_tokens)
+        return self._training(self.modules[provider], num_tokens)
+
+    def _training(self, module: nn.Module, num_tokens: int | None) -> Callable[[], list[Tensor]]:
+        hidden_states, index, weights = self._inputs(num_tokens)
         leaves = [hidden_states.detach().requires_grad_(), weights.detach().requires_grad_()]
         leaves += [parameter for name, parameter in self._trained(module)]
         d_out = self.d_out[:num_tokens]
@@ -101,14 +147,17 @@ class Layers:
         return run
 
     def check(self) -> None:
-        """No number is published for a kernel that is wrong.
+        """No number is published for a kernel that is wrong: each is held against transformers' eager.
 
         On tokens of its own: of a single one, a gradient may be all rounding.
         """
         checked = copy.copy(self)
-        checked._draw_inputs(CHECKED_TOKENS)
-        ours, theirs = (checked.training(provider)() for provider in ("flex", "eager"))
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for provider in self.modules:
+            checked._draw_inputs(CHECKED_TOKENS if provider in PROVIDERS else CHECKED_TOKENS_OF_PEERS)
+            self._compare(provider, checked.training(provider)(), checked._training(self._eager, None)())
+
+    def _compare(self, provider: str, results: list[Tensor], theirs: list[Tensor]) -> None:
+        for index, (a, b) in enumerate(zip(results, theirs, strict=True)):
             scale = b.double().norm()
             if (
                 b.numel() == 1
@@ -116,13 +165,15 @@ class Layers:
                 scale = max(scale, theirs[-1].double().norm() * self.shape.hidden_size**-0.5)
             error = (a.double() - b.double()).norm() / scale
             limit = TOLERANCE[self.dtype] * (1 + 4 * a.numel() ** -0.5)
-            assert error < limit, f"{self.shape.name}, result {index}: relative error {error:.3g}, limit {limit:.3g}"
+            assert error < limit, (
+                f"{provider} at {self.shape.name}, result {index}: relative error {error:.3g}, limit {limit:.3g}"
+            )
 
     def saved_bytes(self, provider: str) -> int:
         """What autograd keeps for the backward, weights not counted; storages, so that a view counts once."""
         module, (hidden_states, index, weights) = self.modules[provider], self._inputs(None)
         weights = weights.detach().requires_grad_()
-        own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        own = {weight.untyped_storage().data_ptr() for weight in (*module.parameters(), *self._weights)}
         storages: dict[int, int] = {}
         kept = []
 

@@ -4,30 +4,42 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from benchmarks.layers import TRANSFORMERS
 from benchmarks.shapes import Shape
 from benchmarks.tables import table, write_sections
+from benchmarks.verdict import BEST, FORWARD, TRAINING, verdict
 from flex_kernels.backends import native
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-INTRODUCTION = """# The layer on a CPU, measured
-
-Best of several rounds; GFLOP/s count useful operations only; every provider has the same frozen experts, and a graft as
-wide as an expert (`layers.py`). "Dense" is `torch.mm` of 2048 x 2048 x 2048 in fp32, measured beside each layer.
-"Saved" is what autograd keeps for the backward, weights not counted. Scoring (`bench_score.py`) runs all experts on all
-tokens; its "products" are the bare matrix products of the same rows by `torch.mm`, its "published" the forward of every
-expert with all outputs kept. Written by `make bench`, sections for each instruction set; this is how another one is
-forced, on both sides:
+TITLE = "# The layer on a CPU, measured\n"
+INTRODUCTION = """Best of several rounds; GFLOP/s count useful operations only; every provider has the same frozen
+experts, and a graft as wide as an expert (`layers.py`). "Dense" is `torch.mm` of 2048 x 2048 x 2048 in fp32, measured
+beside each layer. "Saved" is what autograd keeps for the backward, weights not counted. Scoring (`bench_score.py`) runs
+all experts on all tokens; its "products" are the bare matrix products of the same rows by `torch.mm`, its "published"
+the forward of every expert with all outputs kept. Transformers' `batched_mm` is no column: it copies the weights of
+every token's experts, 26 GB at mid-2048 in fp32 (`NOTES.md` has what it takes where it fits). Written by `make bench`,
+a section for each instruction set; this is how another one is forced, on both sides:
 
     FLEX_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 make bench
+
+Your shape, and your kernel beside it, without touching this file ([how](../CONTRIBUTING.md)):
+
+    make bench SHAPE=512,2048,60,4,1408 PEER=my_kernels:MyExperts
 """
-PEERS = ("grouped_mm", "eager")
+LEGEND = f"""| column | what it says |
+|---|---|
+| GFLOP/s, of dense | useful operations a second, beside a dense product there in fp32 (bf16 may exceed 100 %) |
+| ... ms | the best round of that provider; – where it was not measured |
+| {BEST} | time of the fastest other provider over flex's: above 1 flex is faster |
+| saved MB, of grouped_mm | what autograd keeps for the backward, and beside what grouped_mm keeps |
+"""
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,11 @@ def machine() -> str:
 
 
 def section(rows: list[Row], command: str) -> str:
-    peers = [name for name in dict.fromkeys([*PEERS, *(row.provider for row in rows)]) if name != "flex"]
-    header = ["shape", "dtype", "flex ms", "GFLOP/s", "of dense", *(f"{peer} ms" for peer in peers), "gain over best"]
+    measured = dict.fromkeys(row.provider for row in rows)
+    peers = [name for name in dict.fromkeys([*TRANSFORMERS, *measured]) if name in measured and name != "flex"]
+    header = ["shape", "dtype", "flex ms", "GFLOP/s", "of dense", *(f"{peer} ms" for peer in peers), BEST]
     lines = [machine(), "", f"    {command}", ""]
-    for what, title in (("forward", "Forward, no gradients"), ("training", "Forward and backward, trained graft")):
+    for what, title in (("forward", FORWARD), ("training", TRAINING)):
         columns = [*header, "saved MB", "of grouped_mm"] if what == "training" else header
         mine = [row for row in rows if row.what == what and row.provider == "flex"]
         lines += table(columns, [cells_of(row, rows, peers) for row in mine], title)
@@ -196,5 +209,14 @@ def plan_section(rows: list[PlanRow], command: str) -> str:
 
 
 def write(measured: dict[str, str]) -> None:
-    """Title -> section; replaces the sections of these titles and leaves the others."""
-    write_sections(RESULTS, measured, INTRODUCTION)
+    """Title -> section; replaces the sections of these titles and leaves the others; the top is of all of them."""
+    write_sections(RESULTS, measured, top)
+
+
+def top(sections: Mapping[str, str]) -> str:
+    """What stands above the sections: the verdict of all of them, what the columns mean, what is measured and how."""
+    return "\n".join([TITLE, *verdict(sections), LEGEND, INTRODUCTION])
+
+
+if __name__ == "__main__":  # the top anew, of what is recorded
+    write({})

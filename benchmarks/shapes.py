@@ -27,6 +27,24 @@ class Shape:
         return 2 * self.forward_flops + weight_gradients
 
 
+def parse(text: str) -> Shape:
+    """A shape by its name in `SHAPES`, or "T,H,E,K,I": tokens, hidden size, experts, experts a token, expert width.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    named = {shape.name: shape for shape in SHAPES}
+    if text in named:
+        return named[text]
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if len(sizes) != 5 or min(sizes) < 1 or sizes[3] > sizes[2]:
+        raise ValueError(
+            f"SHAPE={text}: expected T,H,E,K,I (tokens, hidden size, experts, experts a token, expert width: five "
+            f"whole numbers above 0, K at most E) or one of {', '.join(named)}"
+        )
+    return Shape(text, *sizes, "picked")
+
+
 SHAPES = (
     Shape("demo", 400, 128, 16, 2, 96, "a step of `make demo`"),
     Shape("mid-256", 256, 512, 16, 2, 1024, "32 rows an expert: packing the weights counts"),

@@ -1,7 +1,7 @@
 """Markdown tables, and a file of sections of which some are written anew and the others stay."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -19,9 +19,34 @@ def _line(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def write_sections(path: Path, sections: Mapping[str, str], introduction: str) -> None:
-    """Title -> text of each section, in the order of the titles; those that the file has besides stay as they are."""
-    old = path.read_text() if path.exists() else ""
-    kept = {part.partition("\n")[0]: part for part in re.split(r"^## ", old, flags=re.MULTILINE)[1:]}
-    kept |= {title: f"{title}\n\n{text}" for title, text in sections.items()}
-    path.write_text("\n".join([introduction, *(f"## {kept[title].rstrip()}\n" for title in sorted(kept))]))
+def rows_of(text: str, title: str) -> list[dict[str, str]]:
+    """What `table` has written under a title within a text, each row as {column: cell}; none where there is no such."""
+    lines = iter(text.partition(f"### {title}\n")[2].splitlines())
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in _first_block(lines)]
+    return [dict(zip(found[0], cells, strict=True)) for cells in found[2:]]
+
+
+def _first_block(lines: Iterator[str]) -> list[str]:
+    block: list[str] = []
+    for line in lines:
+        if line.startswith("|"):
+            block.append(line)
+        elif block or line.startswith("#"):
+            break
+    return block
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """Title -> text of each section of a file that `write_sections` wrote."""
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    return {title: body.strip() for title, _, body in (part.partition("\n") for part in parts)}
+
+
+def write_sections(path: Path, sections: Mapping[str, str], top: Callable[[Mapping[str, str]], str]) -> None:
+    """Title -> text of each section, in the order of the titles; those that the file has besides stay as they are.
+
+    `top` makes what stands above them, of all of them.
+    """
+    kept = sections_of(path.read_text()) if path.exists() else {}
+    kept |= {title: text.strip() for title, text in sections.items()}
+    path.write_text("\n".join([top(kept), *(f"## {title}\n\n{kept[title]}\n" for title in sorted(kept))]))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.gpu.record import OURS, Key, Record
-from benchmarks.results import INTRODUCTION
+from benchmarks.results import top
 from benchmarks.tables import table, write_sections
 
 PEERS = ("grouped_mm", "eager", "raw grouped_mm", "liger")
@@ -12,7 +12,7 @@ MOST_KERNELS = 10  # of a provider, by name
 
 
 def write(record: Record, path: Path, command: str) -> None:
-    write_sections(path, {record.machine["device"]: section(record, command)}, INTRODUCTION)
+    write_sections(path, {record.machine["device"]: section(record, command)}, top)
 
 
 def section(record: Record, command: str) -> str:
