@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     )
     from flwr.clientapp import ClientApp
     from flwr.clientapp.typing import Mod
-    from flwr.serverapp import Grid
+    from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
     from flwr.serverapp.strategy import FedProx as FlowerFedProx
     from flwr.serverapp.strategy import Strategy
@@ -49,6 +49,7 @@ __all__ = [
     "MetricRecord",
     "Mod",
     "RecordDict",
+    "ServerApp",
     "Strategy",
     "become_server",
     "empty_run",

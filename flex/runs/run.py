@@ -55,7 +55,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     folder, descriptions = Path(config.output), descriptions or {}
     config = _with_full_paths(config)
     check_track(config.train.track)
-    _check_free(folder, config)
+    check_free(folder, config)
     if config.threads:
         torch.set_num_threads(config.threads)
     console.print(f"[dim]loading {config.model.path} ...[/dim]")
@@ -65,15 +65,15 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     console.print(split_table(world.tally))
     config = pinned(config, world)
-    _check_free(folder, config)
+    check_free(folder, config)
     _check_methods(config, world)
     contents = check_contents(folder, world, config.train.seeds[0])
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     clients = [client.client_id for client in world.clients]
     _check_growth(folder, config, jobs, clients)
     _tell_growth(folder, clients, console)
-    _claim(folder, config)
-    with _alone_in(folder, console), job_lines(console) as line:
+    claim(folder, config)
+    with alone_in(folder, console), job_lines(console) as line:
         sites = [about(world.base, client, config) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, contents.data, title, descriptions, contents.client_data))
         lines = {(seed, method): line(f"{method} seed {seed}") for seed, method in jobs}
@@ -170,7 +170,7 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _check_free(folder: Path, config: RunConfig) -> None:
+def check_free(folder: Path, config: RunConfig) -> None:
     """`folder` is empty, holds a run with these settings, or one without results."""
     path = folder / CONFIG
     if path.exists() and _has_results(folder):
@@ -238,7 +238,7 @@ def check_contents(folder: Path, world: World, seed: int | None) -> RunStarted:
     )
 
 
-def _claim(folder: Path, config: RunConfig) -> None:
+def claim(folder: Path, config: RunConfig) -> None:
     """Methods and seeds of earlier calls stay in the run's file: the report shows them all."""
     path = folder / CONFIG
     try:
@@ -254,7 +254,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path, console: Console) -> Iterator[None]:
+def alone_in(folder: Path, console: Console) -> Iterator[None]:
     """No two processes write one run: the system drops the lock when its holder ends, however it ends."""
     with (folder / ".lock").open("w") as lock:
         try:

@@ -1,0 +1,213 @@
+"""The coordinator's folder: certificates, the configuration, a package a site, the run.
+
+    deploy.toml            address, the run's name, sites with their public keys
+    flex.toml              the configuration, without anybody's paths
+    keys/                  CA, server (secret)
+    sites/NAME.pub         the sites' public keys
+    packages/NAME(.tar.gz) what each site gets
+    units/                 the server's systemd unit
+    server/                Flower's database and homes, node ids by site
+    run/                   what `flex report` reads
+"""
+
+import dataclasses
+import secrets
+import shutil
+import tarfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flex.config import RunConfig, config_text, parse_config, read_config, to_toml
+from flex.deploy.certificates import make_ca, make_node_key, make_server, read_public_key
+from flex.deploy.package import (
+    CA,
+    CONFIG,
+    KEY,
+    PUBLIC_KEY,
+    UNITS,
+    WHEELS,
+    Package,
+    split_address,
+    write_package,
+)
+from flex.deploy.units import server_unit, site_units
+from flex.errors import FlexError, require
+from flex.federation.agreement import SITE_OWN
+from flex.store.files import SIMPLE_NAME
+
+DEPLOY, KEYS, SITES, PACKAGES, SERVER, RUN = "deploy.toml", "keys", "sites", "packages", "server", "run"
+FORMAT = 1  # of deploy.toml
+LISTEN = "0.0.0.0"
+README = """The package of site {name}.
+
+Unpack it on the site's machine, where flex is installed{wheels}. For a trial, as one user:
+
+    flex worker {name} --model MODEL --data FILE --with-node
+
+For real, with two users: docs/deploy.md of flex, section "A site", and units/ here. {key}
+"""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A federation as its coordinator has it. `sites`: those of the configuration, in its order."""
+
+    folder: Path
+    address: str
+    run_name: str
+    config: RunConfig
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.config.data.clients
+
+    @property
+    def port(self) -> int:
+        return split_address(self.address)[1]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / RUN
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / KEYS / CA
+
+    def public_key(self, name: str) -> Path:
+        return self.folder / SITES / f"{name}.pub"
+
+
+def read_deployment(folder: Path) -> Deployment:
+    """Raises FlexError where `folder` is none."""
+    path = folder / DEPLOY
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FlexError(f"no federation at {folder}; expected a folder that `flex deploy init` made") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FlexError(f"{path} cannot be read: {error}") from None
+    require(values.get("format") == FORMAT, f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
+    folder = folder.absolute()
+    config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / RUN))
+    return Deployment(folder, str(values["address"]), str(values["run"]), config)
+
+
+def without_paths(config: RunConfig, sites: Sequence[str]) -> RunConfig:
+    """The configuration as it travels: no path, no machine's own setting, the sites in their order."""
+    bare = RunConfig()
+    own: dict[str, dict[str, object]] = {}
+    for section, _, key in (name.rpartition(".") for name in SITE_OWN if "." in name):
+        own.setdefault(section, {})[key] = getattr(getattr(bare, section), key)
+    own["data"] |= {"clients": tuple(sites)}
+    return dataclasses.replace(config.with_values(**own), output=bare.output, workers=bare.workers)
+
+
+def init(
+    folder: Path, config: RunConfig, address: str, sites: Sequence[str], keys: Mapping[str, Path], wheels: Path | None
+) -> Deployment:
+    """A new federation.
+
+    Raises:
+        FlexError: `folder` is not empty, or a name, an address or a key is not what it should be.
+    """
+    host, _ = split_address(address)
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; expected a folder that is not there")
+    _check_sites(sites, keys)
+    public = {name: read_public_key(path) for name, path in keys.items()}
+    secret = folder / KEYS
+    secret.mkdir(parents=True)
+    secret.chmod(0o700)
+    make_ca(secret / "ca.key", secret / CA)
+    make_server(secret / "ca.key", secret / CA, host, secret / "server.key", secret / "server.crt")
+    return _lay_out(folder, config, address, sites, public, wheels)
+
+
+def update(
+    folder: Path, config: RunConfig, sites: Sequence[str], keys: Mapping[str, Path], wheels: Path | None
+) -> Deployment:
+    """New packages with another configuration, other sites or a new certificate: another run. The last one's folder
+    stays, as `run-<its name>`."""
+    old = read_deployment(folder)
+    sites = sites or old.sites
+    _check_sites(sites, keys)
+    public = {name: read_public_key(path) for name, path in keys.items()}
+    if old.run.exists():
+        old.run.rename(old.folder / f"{RUN}-{old.run_name}")
+    secret = folder / KEYS
+    host, _ = split_address(old.address)
+    make_server(secret / "ca.key", secret / CA, host, secret / "server.key", secret / "server.crt")
+    for name in set(old.sites) - set(sites):
+        old.public_key(name).unlink(missing_ok=True)
+    return _lay_out(folder, config, old.address, sites, public, wheels)
+
+
+def _check_sites(sites: Sequence[str], keys: Mapping[str, Path]) -> None:
+    require(bool(sites), "no site is named; expected --sites NAME...")
+    for name in sites:
+        good = bool(SIMPLE_NAME.fullmatch(name)) and len(name) <= 64
+        require(good, f"the site {name!r} cannot name a folder; expected letters, digits, spaces, '_', '-' or '.'")
+    twice = [name for index, name in enumerate(sites) if name in sites[:index]]
+    require(not twice, f"--sites names {twice[0] if twice else ''!r} twice; expected each site once")
+    strangers = [name for name in keys if name not in sites]
+    require(not strangers, f"--key names {strangers}, which --sites does not; expected {', '.join(sites)}")
+
+
+def _lay_out(
+    folder: Path,
+    config: RunConfig,
+    address: str,
+    sites: Sequence[str],
+    public: Mapping[str, bytes],
+    wheels: Path | None,
+) -> Deployment:
+    found = sorted(wheels.glob("*.whl")) if wheels else []
+    require(wheels is None or bool(found), f"{wheels} holds no wheels; expected what `pip wheel -w {wheels} .` made")
+    run_name, text = secrets.token_hex(4), config_text(without_paths(config, sites))
+    (folder / SITES).mkdir(exist_ok=True)
+    (folder / SERVER).mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    values = {"format": FORMAT, "address": address, "run": run_name, "base": config.model.path}
+    body = "".join(f"{key} = {to_toml(value)}\n" for key, value in values.items())
+    (folder / DEPLOY).write_text(body, encoding="utf-8")
+    (folder / UNITS).mkdir(exist_ok=True)
+    unit = server_unit(str(folder.absolute()), LISTEN)
+    (folder / UNITS / "flex-server.service").write_text(unit, encoding="utf-8")
+    for name in sites:
+        _pack(folder, name, address, run_name, text, public.get(name), found)
+    for path in (folder / PACKAGES).iterdir():
+        if path.name.removesuffix(".tar.gz") not in sites:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return read_deployment(folder)
+
+
+def _pack(
+    folder: Path, name: str, address: str, run_name: str, text: str, public: bytes | None, wheels: Sequence[Path]
+) -> None:
+    """One site's package, as a folder and a file; a key pair that was made before stays."""
+    path = folder / PACKAGES / name
+    package = Package(path, name, address, run_name, parse_config(text))
+    write_package(package, text, (folder / KEYS / CA).read_bytes())
+    registered = folder / SITES / f"{name}.pub"
+    if public is not None:
+        (path / KEY).unlink(missing_ok=True)
+        registered.write_bytes(public)
+    elif not registered.exists():
+        make_node_key(path / KEY, registered)
+    shutil.copyfile(registered, path / PUBLIC_KEY)
+    (path / UNITS).mkdir(exist_ok=True)
+    for unit, content in site_units(name).items():
+        (path / UNITS / unit).write_text(content, encoding="utf-8")
+    if wheels:
+        shutil.rmtree(path / WHEELS, ignore_errors=True)
+        (path / WHEELS).mkdir()
+        for wheel in wheels:
+            shutil.copy2(wheel, path / WHEELS)
+    own = "" if (path / KEY).exists() else "This site made its own key: give it to the SuperNode with --key FILE."
+    has = f" (pip install --no-index --find-links {name}/{WHEELS} flex-moe)" if wheels else ""
+    (path / "README").write_text(README.format(name=name, wheels=has, key=own), encoding="utf-8")
+    archive = folder / PACKAGES / f"{name}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(path, arcname=name)
+    archive.chmod(0o600)

@@ -1,0 +1,144 @@
+"""Flower's own programs as child processes: their environment, their start, their end, what they last said."""
+
+import collections
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flex.errors import FlexError
+
+END_S = 20.0
+CALL_S = 120.0
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: nothing leaves but what they are for, nothing is installed, and they find each other."""
+    own = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # they start each other by bare names
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2"),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def program(name: str) -> str:
+    """The path of one of Flower's programs; FlexError where it is not installed."""
+    found = shutil.which(name, path=environment(Path())["PATH"])
+    if found is None:
+        raise FlexError(f"{name} is not installed beside {sys.executable}; expected `pip install flwr`")
+    return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises FlexError where the port cannot be listened at."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FlexError(
+                f"cannot listen at {host}:{port} ({error.strerror}); expected a free port (another server may run)"
+            ) from None
+
+
+class Child:
+    """A child process whose output goes to a log file or the terminal, and whose last lines are kept."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None):
+        self.last: collections.deque[str] = collections.deque(maxlen=40)
+        self.process = subprocess.Popen(
+            list(command),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
+        self._reader.start()
+
+    def _read(self, log: Path | None) -> None:
+        file = log.open("a", encoding="utf-8") if log else sys.stderr
+        try:
+            for line in self.process.stdout or ():
+                self.last.append(line.rstrip())
+                file.write(line)
+                file.flush()
+        finally:
+            if log:
+                file.close()
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit status, once it has ended."""
+        return self.process.poll()
+
+    def said(self, *words: str) -> bool:
+        """Whether one of `words` is among its last lines."""
+        self._reader.join(1 if self.ended is not None else 0)
+        return any(word in line for line in self.last for word in words)
+
+    def end(self) -> None:
+        """Ends it: first asks, then insists."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(1)
+
+
+@contextmanager
+def until_stopped() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT set the event instead of ending the process at once."""
+    stopped = threading.Event()
+    before = {sign: signal.signal(sign, lambda *_: stopped.set()) for sign in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+def call(command: Sequence[str], env: Mapping[str, str]) -> str:
+    """What one of Flower's commands prints on its standard output.
+
+    Raises:
+        FlexError: it fails, or takes too long; with the last line it said.
+    """
+    name = " ".join(Path(word).name for word in command[:3])
+    try:
+        done = subprocess.run(
+            list(command), env=dict(env), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALL_S
+        )
+    except subprocess.TimeoutExpired:
+        raise FlexError(f"`{name}` gave no answer within {CALL_S:g} s") from None
+    if done.returncode:
+        lines = [line.strip(" │╭╰─╮╯") for line in (done.stdout + done.stderr).splitlines()]
+        said = next((line for line in reversed(lines) if line), "nothing")
+        raise FlexError(f"`{name}` failed: {said}")
+    return done.stdout

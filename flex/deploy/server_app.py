@@ -1,0 +1,112 @@
+"""The server's half of a run at several sites: Flower's ServerApp. It has neither model nor data.
+
+Every method and seed of the configuration in turn, on Flower's Grid; what comes out is a run's folder like that of
+`flex train`, made from the sites' replies alone. Stopped at any moment, the next Flower run goes on from that folder.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from flex.config import RunConfig
+from flex.deploy.folder import Deployment, read_deployment
+from flex.deploy.grid import SiteGrid, wait_for
+from flex.deploy.job import JobName, job_record
+from flex.deploy.progress import DONE, ENDED, PROGRESS, Teller
+from flex.deploy.superlink import nodes
+from flex.errors import FlexError, first_line
+from flex.federation.agreement import settings_digest
+from flex.federation.flower import Context, Grid, ServerApp
+from flex.federation.messages import SiteAbout
+from flex.federation.rounds import ClientFailed
+from flex.runs.job import Job, is_done
+from flex.runs.progress import Bar
+from flex.runs.run import RUN, alone_in, check_free, claim, collect, run_events, started
+from flex.runs.workers import job_folder
+from flex.store.events import write_events
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One Flower run: what is left of every job. `folder` of the run's configuration is the coordinator's."""
+    folder = Path(str(context.run_config["folder"]))
+    teller = Teller(folder / PROGRESS, context.run_id)
+    try:
+        deployment = read_deployment(folder)
+        serve(deployment, grid, nodes(deployment), float(context.run_config["wait"]), teller)
+        teller.tell(**{ENDED: DONE})
+    except (FlexError, ClientFailed) as error:
+        teller.tell(**{ENDED: str(error)})
+        raise
+    except Exception as error:
+        teller.tell(**{ENDED: f"{type(error).__name__}: {first_line(error)}"})
+        raise
+
+
+def serve(deployment: Deployment, grid: Grid, clients: dict[int, str], wait: float, teller: Teller) -> None:
+    """Runs every job that is not done.
+
+    Raises:
+        FlexError, ClientFailed: a site is not there, is refused, or fails; what is done is kept.
+    """
+    config, folder = deployment.config, deployment.run
+    check_free(folder, config)
+    claim(folder, config)
+    with alone_in(folder, Console(stderr=True)):
+        jobs = [JobName(method, seed) for seed in config.train.seeds for method in config.train.methods]
+        left = [name for name in jobs if not is_done(job_folder(folder, (name.seed, name.method)))]
+        for name in set(jobs) - set(left):
+            teller.line(title(name))(total=1, advance=1, what="done before", ended=True)
+        if left:
+            enough = 1 if getattr(config.train, "skip_failed", False) else len(clients)
+            wait_for(lambda: set(grid.get_node_ids()), clients, wait, lambda what: teller.tell(what=what), enough)
+        for name in left:
+            run_job(deployment, grid, clients, name, teller)
+            collect(folder)
+        collect(folder)
+
+
+def title(name: JobName) -> str:
+    return f"{name.method} seed {name.seed}"
+
+
+def run_job(deployment: Deployment, grid: Grid, clients: dict[int, str], name: JobName, teller: Teller) -> None:
+    """One method and seed."""
+    config, folder, bar = deployment.config, deployment.run, Bar(teller.line(title(name)))
+    settings = settings_digest(config)
+    sites = SiteGrid(grid, clients, job_record(name, deployment.run_name, settings), bar.say)
+
+    def admit(told: Sequence[SiteAbout]) -> Mapping[str, str]:
+        base = told[0].fingerprint
+        data = check_resumed(folder, config, name.seed, told)
+        sites.job = job_record(name, deployment.run_name, settings, base)
+        write_events(folder / RUN, run_events(config, told, data, deployment.folder.name, {}))
+        return {"base": base}
+
+    Job(config, name.method, name.seed, job_folder(folder, (name.seed, name.method)), sites, admit, bar).run()
+
+
+def check_resumed(folder: Path, config: RunConfig, seed: int, told: Sequence[SiteAbout]) -> dict[str, str]:
+    """The fingerprints of the sites' data, of this run's earlier parts too.
+
+    Raises:
+        FlexError: a site has another base or other data than when the run began.
+    """
+    old = started(folder)
+    if old.fingerprint and told[0].fingerprint != old.fingerprint:
+        raise FlexError(
+            f"the sites have base {told[0].fingerprint}, this run began with {old.fingerprint}; expected that one, or "
+            "`flex deploy update` for another run"
+        )
+    data = dict(old.data)
+    for site in told:
+        key = f"{site.client_id}, seed {seed}"
+        if data.setdefault(key, site.data) != site.data:
+            raise FlexError(
+                f"site {site.client_id!r} has other data than when this run began ({site.data}, not {data[key]}); "
+                "expected the same files, or `flex deploy update` for another run"
+            )
+    return data

@@ -1,0 +1,239 @@
+"""The resident worker of a site: it owns the base, the data and the personal state, and takes turns when it is asked.
+
+It is the wall between the code that others submit to a site's SuperNode and what must not leave: it runs as a user of
+its own, reads its own configuration, and answers four questions (who, about, start, and a turn) and no other. What it
+is asked and what leaves stands in its own record (`record.py`).
+"""
+
+import dataclasses
+import fcntl
+import json
+import queue
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flex.config import RunConfig
+from flex.deploy.door import LOOK_S, Question
+from flex.deploy.job import JOB, JobName, job_of
+from flex.deploy.package import Package
+from flex.deploy.record import Entry, Record, left
+from flex.errors import FlexError, require
+from flex.federation.agreement import SITE_OWN, flat
+from flex.federation.client import Site
+from flex.federation.client_app import make_client_app
+from flex.federation.flower import Message, MessageType, RecordDict
+from flex.federation.local import FIRST_NODE_ID, InProcessGrid
+from flex.federation.messages import ASK, CONFIG, EVENTS
+from flex.federation.seal import digest, round_of
+from flex.federation.strategy import sample_clients
+from flex.runs.workers import job_folder
+from flex.runs.world import Worlds
+
+ACCEPTED, RECORD, LOCK = "accepted.json", "record.jsonl", ".lock"
+MOST_SCORED = 3  # different shared states that a site scores in one round: a run that is resumed may ask again
+
+
+class Worker:
+    """One site's worker.
+
+    Args:
+        package: what the coordinator sent.
+        own: the site's own settings (`agreement.SITE_OWN`), by section; `data.train` and `data.test` are this site's
+            files, every line of them.
+        state: its folder, for nobody else.
+
+    Raises:
+        FlexError: base or data cannot be loaded, or a setting is not the site's own.
+    """
+
+    def __init__(self, package: Package, own: Mapping[str, Mapping[str, Any]], threads: int, state: Path):
+        self.package, self.state = package, state
+        self.config = with_own(package, own, threads)
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        self.record = Record(state / RECORD)
+        self.worlds = Worlds(_at_home(self.config, package.name))
+        self.world = self.worlds.of(package.config.train.seeds[0])  # what is wrong is said now, not in the first turn
+        self._job: JobName | None = None
+        self._grid: InProcessGrid | None = None
+
+    @property
+    def client(self):
+        """The site's examples, of the first seed."""
+        return self.world.clients[0]
+
+    def serve(self, questions: "queue.Queue[Question]", stopped: Callable[[], bool]) -> None:
+        """Answers questions, one after another, until it is stopped."""
+        while not stopped():
+            try:
+                question = questions.get(timeout=LOOK_S)
+            except queue.Empty:
+                continue
+            if question.gone:
+                continue
+            try:
+                question.records = self.answer(question.kind, question.content, question.peer)
+            except FlexError as error:
+                question.error = str(error)
+            finally:
+                question.answered.set()
+
+    def answer(self, kind: str, content: RecordDict, peer: int) -> RecordDict:
+        """What a message gets in reply; recorded before it leaves, or when it is refused.
+
+        Raises:
+            FlexError: the question is not one for this site, now; or the turn failed.
+        """
+        asked = str(content.config_records.get(CONFIG, {}).get(ASK, "who")) if kind == MessageType.QUERY else kind
+        entry = Entry(asked, peer, round=_round_in(content), start=digest(content))
+        try:
+            name = job_of(content, self.package, self.world.base.fingerprint)
+            entry = dataclasses.replace(entry, run=self.package.run, method=name.method, seed=name.seed)
+            self._check(name, asked, entry)
+            reply = self._turn(name, kind, content)
+            events = reply.config_records.get(EVENTS, {}).get("json", "[]")
+            told = {"events": len(json.loads(str(events))), **left(content, reply)}
+            self.record.write(dataclasses.replace(entry, **told))
+            return reply
+        except FlexError as error:
+            self.record.write(dataclasses.replace(entry, refused=str(error)))
+            raise
+
+    def _check(self, name: JobName, asked: str, entry: Entry) -> None:
+        """Refuses a question out of its turn; a site, too, counts rounds."""
+        if asked in ("who", "about", "start"):
+            return
+        job, train = (self.package.run, name.method, name.seed), self.config.train
+        last, at = self.record.last.get(job, 0), entry.round
+        who = f"{name.method} seed {name.seed}, round {at}: site {self.package.name!r}"
+        if asked == "train":
+            allowed = self._next_rounds(last)
+            require(at in allowed, f"{who} has trained up to round {last}; expected round {_either(allowed)}")
+            return
+        scores = at == 0 if not name.trains else self.config.scores_after(at)
+        require(scores, f"{who} does not score itself then; its configuration says when")
+        require(not name.trains or at <= max(last, 1), f"{who} has trained up to round {last}; expected no later round")
+        known = self.record.starts.get((*job, at), set())
+        require(
+            entry.start in known or len(known) < MOST_SCORED,
+            f"{who} has scored {len(known)} different shared states in this round; expected no more",
+        )
+
+    def _next_rounds(self, last: int) -> list[int]:
+        """The rounds that may be trained now: the last one again, the next one in which this site is drawn, and where
+        the run goes on without a site that failed, those after it."""
+        train, sites = self.config.train, self.config.data.clients
+        drawn = [
+            index
+            for index in range(last + 1, train.rounds + 1)
+            if self.package.index in sample_clients(len(sites), train.clients_per_round, index)
+        ]
+        later = drawn if getattr(train, "skip_failed", False) else drawn[:1]
+        return [*([last] if last else []), *later]
+
+    def _turn(self, name: JobName, kind: str, content: RecordDict) -> RecordDict:
+        """The same ClientApp as on one machine answers, on this site's own model, data and files."""
+        grid = self._grid_of(name)
+        content = RecordDict({key: record for key, record in content.items() if key != JOB})
+        reply = next(iter(grid.send_and_receive([Message(content, FIRST_NODE_ID, kind)])))
+        if reply.has_content():
+            return reply.content
+        error = grid.raised.get(FIRST_NODE_ID)
+        if isinstance(error, FlexError):
+            raise error
+        if error is not None:  # what it says may name files or examples: it stays here
+            traceback.print_exception(error, file=sys.stderr)
+        raise FlexError(f"site {self.package.name!r} failed ({type(error).__name__}); its worker's log says how")
+
+    def _grid_of(self, name: JobName) -> InProcessGrid:
+        if name != self._job:
+            self._job = None
+            self.world = self.worlds.of(name.seed)
+            folder = job_folder(self.state / self.package.run, (name.seed, name.method))
+            site: Site = self.world.sites(self.config, name.method, name.seed, folder)[self.package.name]
+            self._grid = InProcessGrid(make_client_app(lambda *_: site), [self.package.name])
+            self._job = name
+        return self._grid
+
+
+def _round_in(content: RecordDict) -> int:
+    try:
+        return round_of(content)
+    except (TypeError, ValueError):
+        raise FlexError("the question names no round; expected a number") from None
+
+
+def _either(rounds: list[int]) -> str:
+    return " or ".join(map(str, rounds[:2])) if rounds else "none: the run is over"
+
+
+def with_own(package: Package, own: Mapping[str, Mapping[str, Any]], threads: int) -> RunConfig:
+    """The package's configuration with the site's own settings.
+
+    Raises:
+        FlexError: a setting is not the site's own.
+    """
+    for section, values in own.items():
+        for key in values:
+            require(
+                f"{section}.{key}" in SITE_OWN,
+                f"{section}.{key} is not a site's own setting; expected one of {', '.join(sorted(SITE_OWN))}",
+            )
+    return dataclasses.replace(package.config.with_values(**own), threads=threads or package.config.threads)
+
+
+def _at_home(config: RunConfig, name: str) -> RunConfig:
+    """The configuration with which this site's files are read: each of them is all its own."""
+    data = config.data
+    files = {"files": {name: data.train}, "test_files": {name: data.test} if data.test else {}}
+    return config.with_values(data={"clients": (name,), "train": "", "test": "", **files})
+
+
+@contextmanager
+def state_of(package: Package, state: Path, accept: bool) -> Iterator[Path]:
+    """The state folder, for this worker alone, with a configuration that the site has accepted.
+
+    Raises:
+        FlexError: another worker has it, it cannot be written, or the configuration is not the accepted one.
+    """
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (state / LOCK).open("w")
+    except OSError as error:
+        raise FlexError(f"the state folder {state} cannot be written ({error.strerror}); expected one (--state)") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FlexError(
+                f"another worker has the state folder {state}; expected it to end first, or another --state"
+            ) from None
+        _check_accepted(package, state / ACCEPTED, accept)
+        yield state
+
+
+def _check_accepted(package: Package, path: Path, accept: bool) -> None:
+    now = {"run": package.run, "settings": json.loads(json.dumps(flat(package.config)))}
+    try:
+        before = json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise FlexError(f"{path} cannot be read: {error}") from None
+    if before is not None and before != now and not accept:
+        old, new = before.get("settings", {}), now["settings"]
+        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        changes = "; ".join(f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in keys)
+        raise FlexError(
+            f"the configuration in {package.folder} is not the one that this site has accepted "
+            f"({changes or 'the same settings, but another run'}); expected `flex worker {package.folder} --accept`"
+        )
+    if before != now:
+        try:
+            path.write_text(json.dumps(now, indent=1) + "\n")
+        except OSError as error:
+            raise FlexError(f"cannot write {path}: {error}") from None
