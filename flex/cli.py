@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from flex.commands import sites
 from flex.config import to_toml
 from flex.errors import FlexError, require
 from flex.methods import MAIN
@@ -83,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--client", help="with what this client keeps to itself (default: the shared half alone)")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     export.add_argument("--merge", action="store_true", help="merge the LoRA into the base; grafts stay files")
+
+    sites.add_parsers(commands)
 
     report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
@@ -231,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
                 from flex.commands import saved
 
                 return saved.evaluate(given.run, given.method, given.seed, given.client)
+            case "deploy" | "worker" | "node":
+                return sites.dispatch(given)
             case _:
                 from flex.commands import saved
 

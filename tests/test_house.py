@@ -38,6 +38,7 @@ FLOORS = (
     ("flex.graft",),
     ("flex.federation",),
     ("flex.runs",),
+    ("flex.deploy",),
     ("flex.commands",),
     ("flex.cli",),
 )

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from flex.config import read_config
 from flex.demo.data import demo_config, describe_clients, write_demo_data
-from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
+from flex.report.terminal import findings, read_events, summarise, terminal_table
 from flex.runs.run import run
 
 console = Console()
@@ -18,15 +18,16 @@ def demo(folder: Path, overrides: list[str]) -> int:
     for seed in config.train.seeds:
         write_demo_data(Path(config.data.for_seed(seed).train).parent, seed)
     title = "FLEx demo: five clients, conventions of their own, one new skill in common"
-    return _report(run(config, console, title, describe_clients(config.train.seeds[0])))
+    return report_on(run(config, console, title, describe_clients(config.train.seeds[0])))
 
 
 def train(path: Path | None, overrides: list[str]) -> int:
     """Every method and seed of a configuration, from data to report; resumes what was stopped."""
-    return _report(run(read_config(path, overrides), console))
+    return report_on(run(read_config(path, overrides), console))
 
 
-def _report(folder: Path) -> int:
+def report_on(folder: Path) -> int:
+    """Writes the page of a run and shows its table."""
     page = write_report(folder)  # before anything is printed: a terminal may refuse a character
     summary = summarise(read_events(folder))
     console.print(terminal_table(summary, console.width))

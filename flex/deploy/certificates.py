@@ -160,13 +160,18 @@ def check_server(host: str, port: int, ca: Path) -> None:
     except (ssl.SSLError, OSError):
         raise FlexError(f"{ca} is no certificate; expected the CA's, as the coordinator sent it") from None
     try:
-        with socket.create_connection((host, port), CONNECT_S) as plain, context.wrap_socket(plain, server_hostname=host):
+        with (
+            socket.create_connection((host, port), CONNECT_S) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
             return
     except ssl.SSLCertVerificationError as error:
         if "expired" in error.verify_message:
             reason = "its certificate has expired; expected the coordinator to renew it (`flex deploy update`)"
         elif "match" in error.verify_message:
-            reason = f"its certificate is for another name ({error.verify_message}); expected the address of the package"
+            reason = (
+                f"its certificate is for another name ({error.verify_message}); expected the address of the package"
+            )
         else:
             reason = f"{ca} does not vouch for it ({error.verify_message}); expected this federation's CA and server"
         raise FlexError(f"the server at {at} is not trusted: {reason}") from None

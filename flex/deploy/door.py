@@ -157,7 +157,9 @@ def _clear(path: Path) -> None:
     """Takes away the socket of a worker that was killed; refuses where one is listening, or what is no socket."""
     if not path.exists():
         return
-    require(stat.S_ISSOCK(path.stat().st_mode), f"{path} is there and is no socket; expected a free path (--socket PATH)")
+    require(
+        stat.S_ISSOCK(path.stat().st_mode), f"{path} is there and is no socket; expected a free path (--socket PATH)"
+    )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

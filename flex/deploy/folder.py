@@ -1,13 +1,13 @@
 """The coordinator's folder: certificates, the configuration, a package a site, the run.
 
-    deploy.toml            address, the run's name, sites with their public keys
-    flex.toml              the configuration, without anybody's paths
-    keys/                  CA, server (secret)
-    sites/NAME.pub         the sites' public keys
-    packages/NAME(.tar.gz) what each site gets
-    units/                 the server's systemd unit
-    server/                Flower's database and homes, node ids by site
-    run/                   what `flex report` reads
+deploy.toml            address, the run's name, sites with their public keys
+flex.toml              the configuration, without anybody's paths
+keys/                  CA, server (secret)
+sites/NAME.pub         the sites' public keys
+packages/NAME(.tar.gz) what each site gets
+units/                 the server's systemd unit
+server/                Flower's database and homes, node ids by site
+run/                   what `flex report` reads
 """
 
 import dataclasses
@@ -113,7 +113,9 @@ def init(
         FlexError: `folder` is not empty, or a name, an address or a key is not what it should be.
     """
     host, _ = split_address(address)
-    require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; expected a folder that is not there")
+    require(
+        not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; expected a folder that is not there"
+    )
     _check_sites(sites, keys)
     public = {name: read_public_key(path) for name, path in keys.items()}
     secret = folder / KEYS

@@ -1,12 +1,12 @@
 """What a site gets from the coordinator: a folder, or a .tar.gz of it.
 
-    site.toml     the site's name, the server's address, the run's name
-    flex.toml     the configuration of the run, without anybody's paths
-    ca.crt        what the server's certificate is checked against
-    node.key      the site's key pair, unless the site made its own and sent the public half
-    node.pub
-    units/        systemd units of the worker and the SuperNode
-    wheels/       where the coordinator put some in
+site.toml     the site's name, the server's address, the run's name
+flex.toml     the configuration of the run, without anybody's paths
+ca.crt        what the server's certificate is checked against
+node.key      the site's key pair, unless the site made its own and sent the public half
+node.pub
+units/        systemd units of the worker and the SuperNode
+wheels/       where the coordinator put some in
 """
 
 import dataclasses

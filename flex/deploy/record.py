@@ -138,4 +138,10 @@ def record_table(entries: Iterator[Entry]) -> Table:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{len(value)} numbers" if isinstance(value, list) else str(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{len(value)} numbers"
+        if isinstance(value, list)
+        else str(value)
+    )

@@ -109,3 +109,17 @@ def flwr(deployment: Deployment, *command: str, options: Sequence[str] = (), as_
         return json.loads(said[said.index("{") :])
     except ValueError:
         raise FlexError(f"`flwr {command[0]}` answered {said[-200:]!r}; expected JSON") from None
+
+
+def is_alive(deployment: Deployment, run_id: int) -> bool:
+    """Whether Flower still has this run at work; False too where the SuperLink does not answer."""
+    try:
+        told = flwr(deployment, "list", options=["--run-id", str(run_id)], as_json=True)
+    except FlexError:
+        return False
+    return not any(str(run.get("status", "")).startswith("finished") for run in told.get("runs", []))
+
+
+def stop(deployment: Deployment, run_id: int) -> None:
+    """Ends a run at the server."""
+    flwr(deployment, "stop", str(run_id))

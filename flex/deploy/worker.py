@@ -11,14 +11,13 @@ import json
 import queue
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flex.config import RunConfig
+from flex.config import RunConfig, config_text, parse_config
 from flex.deploy.door import LOOK_S, Question
 from flex.deploy.job import JOB, JobName, job_of
 from flex.deploy.package import Package
@@ -44,17 +43,17 @@ class Worker:
 
     Args:
         package: what the coordinator sent.
-        own: the site's own settings (`agreement.SITE_OWN`), by section; `data.train` and `data.test` are this site's
-            files, every line of them.
+        overrides: the site's own settings (`agreement.SITE_OWN`), as `section.key=value`; `data.train` and `data.test`
+            are this site's files, every line of them.
         state: its folder, for nobody else.
 
     Raises:
         FlexError: base or data cannot be loaded, or a setting is not the site's own.
     """
 
-    def __init__(self, package: Package, own: Mapping[str, Mapping[str, Any]], threads: int, state: Path):
+    def __init__(self, package: Package, overrides: Sequence[str], state: Path):
         self.package, self.state = package, state
-        self.config = with_own(package, own, threads)
+        self.config = with_own(package, overrides)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self.record = Record(state / RECORD)
@@ -173,19 +172,22 @@ def _either(rounds: list[int]) -> str:
     return " or ".join(map(str, rounds[:2])) if rounds else "none: the run is over"
 
 
-def with_own(package: Package, own: Mapping[str, Mapping[str, Any]], threads: int) -> RunConfig:
+def with_own(package: Package, overrides: Sequence[str]) -> RunConfig:
     """The package's configuration with the site's own settings.
 
     Raises:
         FlexError: a setting is not the site's own.
     """
-    for section, values in own.items():
-        for key in values:
-            require(
-                f"{section}.{key}" in SITE_OWN,
-                f"{section}.{key} is not a site's own setting; expected one of {', '.join(sorted(SITE_OWN))}",
-            )
-    return dataclasses.replace(package.config.with_values(**own), threads=threads or package.config.threads)
+    config = parse_config(config_text(package.config), overrides)
+    before, now = flat(package.config), flat(config)
+    foreign = [key for key in now if now[key] != before[key] and key not in SITE_OWN]
+    require(
+        not foreign,
+        f"{foreign[0] if foreign else ''} is not a site's own setting; expected one of {', '.join(sorted(SITE_OWN))}",
+    )
+    require(bool(config.model.path), "no model is named; expected --model FOLDER")
+    require(bool(config.data.train), "no data is named; expected --data FILE")
+    return config
 
 
 def _at_home(config: RunConfig, name: str) -> RunConfig:
@@ -206,7 +208,9 @@ def state_of(package: Package, state: Path, accept: bool) -> Iterator[Path]:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (state / LOCK).open("w")
     except OSError as error:
-        raise FlexError(f"the state folder {state} cannot be written ({error.strerror}); expected one (--state)") from None
+        raise FlexError(
+            f"the state folder {state} cannot be written ({error.strerror}); expected one (--state)"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,130 @@
+"""`flex deploy`: the coordinator's side of a run at several sites. See docs/deploy.md."""
+
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from flex.commands.train import report_on
+from flex.config import read_config
+from flex.deploy import superlink
+from flex.deploy.app_files import write_app
+from flex.deploy.certificates import check_server
+from flex.deploy.folder import PACKAGES, SERVER, Deployment, init, read_deployment, update
+from flex.deploy.processes import until_stopped
+from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener
+from flex.errors import FlexError, require
+from flex.runs.progress import Tell, line_of, progress_bars
+
+console = Console()
+LOOK_S = 0.3
+QUIET_S = 20.0  # after this long without a word, Flower is asked whether the run still lives
+
+
+def make(
+    folder: Path, path: Path, overrides: list[str], address: str, sites: list[str], keys: list[str], wheels: Path | None
+) -> int:
+    """`flex deploy init`."""
+    deployment = init(folder, read_config(path, overrides), address, sites, _keys(keys), wheels)
+    return _say_packages(deployment)
+
+
+def remake(
+    folder: Path, path: Path, overrides: list[str], sites: list[str], keys: list[str], wheels: Path | None
+) -> int:
+    """`flex deploy update`."""
+    deployment = update(folder, read_config(path, overrides), sites, _keys(keys), wheels)
+    return _say_packages(deployment)
+
+
+def _keys(words: list[str]) -> dict[str, Path]:
+    pairs = {}
+    for word in words:
+        name, sign, file = word.partition("=")
+        require(bool(sign and name and file), f"--key got {word!r}; expected NAME=FILE.pub")
+        require(name not in pairs, f"--key names {name!r} twice; expected one key a site")
+        pairs[name] = Path(file)
+    return pairs
+
+
+def _say_packages(deployment: Deployment) -> int:
+    console.print(
+        f"run {deployment.run_name} of {len(deployment.sites)} sites at {deployment.address}", highlight=False
+    )
+    for name in deployment.sites:
+        path = deployment.folder / PACKAGES / f"{name}.tar.gz"
+        console.print(f"for {name}: {path}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def server(folder: Path, listen: str) -> int:
+    """`flex deploy server`: the SuperLink, until it is stopped."""
+    deployment = read_deployment(folder)
+    with until_stopped() as stopped:
+        child = superlink.start(deployment, listen)
+        try:
+            known = superlink.register(deployment)
+            print(f"ready at {listen}:{deployment.port}; sites: {', '.join(known)}", flush=True)
+            while not stopped.wait(LOOK_S):
+                if child.ended is not None:
+                    raise FlexError(
+                        f"the SuperLink ended with code {child.ended}; {deployment.folder / SERVER / superlink.LOG} "
+                        "says why"
+                    )
+        finally:
+            child.end()
+    return 0
+
+
+def run(folder: Path, wait: float) -> int:
+    """`flex deploy run`: every method and seed that is not done, with progress by site; then the report."""
+    deployment = read_deployment(folder)
+    check_server("127.0.0.1", deployment.port, deployment.ca)
+    superlink.nodes(deployment)
+    app = write_app(deployment.folder / SERVER / "app")
+    settings = f'folder="{deployment.folder}" wait={float(wait)}'
+    told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
+    require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
+    run_id = int(told["run-id"])
+    try:
+        ended = _follow(deployment, run_id)
+    except KeyboardInterrupt:
+        _stop(deployment, run_id)
+        raise
+    require(ended == DONE, f"{ended}; `flex deploy run {folder}` goes on from the last round that is whole")
+    return report_on(deployment.run)
+
+
+def _stop(deployment: Deployment, run_id: int) -> None:
+    try:
+        superlink.stop(deployment, run_id)
+    except FlexError as error:
+        print(f"flex: the run goes on at the server ({error})", file=sys.stderr)
+
+
+def _follow(deployment: Deployment, run_id: int) -> str:
+    """Shows how far the run is until it ends; how it ended."""
+    listener = Listener(deployment.folder / PROGRESS, run_id)
+    heard = time.monotonic()
+    with progress_bars(console) as progress:
+        lines: dict[str, Tell] = {}
+        while True:
+            for line in listener.new():
+                heard = time.monotonic()
+                values = {key: value for key, value in line.items() if key not in ("run", "pid", "time", "job")}
+                job = line.get("job")
+                if job is None and ENDED in values:
+                    return str(values[ENDED])
+                if job is None:
+                    progress.console.print(values["what"], markup=False, highlight=False)
+                    continue
+                if not console.is_terminal and values.get("what"):
+                    print(f"{job}: {values['what']}", flush=True)
+                lines.setdefault(job, line_of(progress, job))(**values)
+            if time.monotonic() - heard > QUIET_S:
+                heard = time.monotonic()
+                if not superlink.is_alive(deployment, run_id) and not listener.new():
+                    log = deployment.folder / SERVER / superlink.LOG
+                    return f"the run ended at the server without a word (was it restarted? {log})"
+            time.sleep(LOOK_S)

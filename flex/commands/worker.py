@@ -1,0 +1,162 @@
+"""`flex worker` and `flex node`: a site's side of a run at several sites. See docs/deploy.md."""
+
+import grp
+import os
+import pwd
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from flex.deploy.certificates import check_server
+from flex.deploy.package import CA, KEY, Package, read_package, split_address
+from flex.deploy.processes import Child, environment, free_port, program, until_stopped
+from flex.deploy.shim import SOCKET, connected
+from flex.errors import FlexError, require
+
+LOOK_S = 0.3
+REFUSED = ("Failed to activate SuperNode", "Failed to register SuperNode")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker keeps its state and listens, and whom it serves."""
+
+    state: Path
+    socket: Path
+    user: str | None
+    group: str | None
+
+
+def place(folder: Path, state: Path | None, socket: Path | None, user: str | None, group: str | None) -> Place:
+    return Place(state or folder / "state", socket or default_socket(folder), user, group)
+
+
+def default_socket(folder: Path) -> Path:
+    return folder / "socket" / "worker.sock"
+
+
+def log(folder: Path, state: Path | None) -> int:
+    """`flex worker --log`: the site's own record."""
+    from flex.deploy.record import Record, record_table
+    from flex.deploy.worker import RECORD
+
+    path = (state or folder / "state") / RECORD
+    require(path.exists(), f"no record at {path}; expected the state folder of a worker (--state)")
+    Console().print(record_table(Record(path).entries()))
+    return 0
+
+
+def worker(
+    folder: Path,
+    overrides: Sequence[str],
+    where: Place,
+    accept: bool,
+    node_options: Sequence[str] | None,
+) -> int:
+    """`flex worker`: takes turns until it is stopped.
+
+    Args:
+        overrides: the site's own settings, as `section.key=value`.
+        node_options: of the SuperNode to run beside it, if one is to.
+    """
+    from flex.deploy.door import Door
+    from flex.deploy.record import Entry
+    from flex.deploy.worker import Worker, state_of
+
+    package = read_package(folder)
+    peer = _user(where.user)
+    group = _group(where.group)
+    with state_of(package, where.state, accept) as state, until_stopped() as stopped:
+        taking = Worker(package, overrides, state)
+        for note in taking.world.notes:
+            print(f"note: {note}", file=sys.stderr)
+        door = Door(where.socket, peer, group, lambda uid, why: taking.record.write(Entry("", uid, refused=why)))
+        node = None
+        try:
+            if node_options is not None:
+                command = [sys.executable, "-m", "flex.cli", "node", str(folder), "--socket", str(where.socket)]
+                node = Child([*command, *node_options], os.environ)
+            if peer == os.getuid():
+                print(
+                    "note: the SuperNode runs as this user: fine for a trial, no wall (docs/deploy.md)", file=sys.stderr
+                )
+            counts = f"{len(taking.client.train)} training and {len(taking.client.test)} test examples"
+            print(
+                f"site {package.name}: {counts}, base {taking.world.base.fingerprint}; at {where.socket} for user id {peer}",
+                flush=True,
+            )
+            taking.serve(door.questions, lambda: stopped.is_set() or (node is not None and node.ended is not None))
+            if node is not None and node.ended is not None and not stopped.is_set():
+                raise FlexError(f"the SuperNode ended with code {node.ended}; what it said is above")
+        finally:
+            if node is not None:
+                node.end()
+            door.close()
+    return 0
+
+
+def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None) -> int:
+    """`flex node`: the SuperNode of a site, until it is stopped."""
+    package = read_package(folder)
+    host, port = split_address(package.address)
+    key, socket = key or folder / KEY, (socket or default_socket(folder)).absolute()
+    _check_key(key)
+    check_server(host, port, folder / CA)
+    connected(str(socket)).close()
+    with until_stopped() as stopped:
+        child = Child(_supernode(package, folder, key, socket), environment((home or folder / "node").absolute()))
+        try:
+            while not stopped.wait(LOOK_S):
+                if child.ended is None:
+                    continue
+                if child.said(*REFUSED):
+                    raise FlexError(
+                        f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
+                        "expected `flex deploy server` to have registered it"
+                    )
+                raise FlexError(f"the SuperNode ended with code {child.ended}; what it said is above")
+        finally:
+            child.end()
+    return 0
+
+
+def _supernode(package: Package, folder: Path, key: Path, socket: Path) -> list[str]:
+    values = f'{SOCKET}="{socket}" partition-id={package.index} client-id="{package.name}"'
+    return [
+        program("flower-supernode"),
+        *("--root-certificates", str(folder / CA), "--auth-supernode-private-key", str(key)),
+        *("--superlink", package.address, "--host", "127.0.0.1", "--port", str(free_port())),
+        *("--node-config", values),
+    ]
+
+
+def _check_key(path: Path) -> None:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise FlexError(f"cannot read the site's key {path} ({error.strerror}); expected it with --key FILE") from None
+    require(b"PRIVATE KEY" in text, f"{path} is no private key; expected the secret half of the site's key pair")
+
+
+def _user(name: str | None) -> int:
+    """The user id that the worker serves: of a name or a number; its own where none is given."""
+    if name is None:
+        return os.getuid()
+    if name.isdecimal():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise FlexError(f"--node-user is {name!r}; expected a user of this machine, or a number") from None
+
+
+def _group(name: str | None) -> int | None:
+    if name is None or name.isdecimal():
+        return None if name is None else int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise FlexError(f"--group is {name!r}; expected a group of this machine, or a number") from None
