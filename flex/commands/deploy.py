@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flex.commands.train import report_on
 from flex.config import read_config
 from flex.deploy import superlink
 from flex.deploy.app_files import write_app
@@ -93,6 +92,8 @@ def run(folder: Path, wait: float) -> int:
         _stop(deployment, run_id)
         raise
     require(ended == DONE, f"{ended}; `flex deploy run {folder}` goes on from the last round that is whole")
+    from flex.commands.train import report_on  # torch, peft and transformers: only when there is something to show
+
     return report_on(deployment.run)
 
 
@@ -121,7 +122,9 @@ def _follow(deployment: Deployment, run_id: int) -> str:
                     continue
                 if not console.is_terminal and values.get("what"):
                     print(f"{job}: {values['what']}", flush=True)
-                lines.setdefault(job, line_of(progress, job))(**values)
+                if job not in lines:
+                    lines[job] = line_of(progress, job)
+                lines[job](**values)
             if time.monotonic() - heard > QUIET_S:
                 heard = time.monotonic()
                 if not superlink.is_alive(deployment, run_id) and not listener.new():

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from flex.config import read_config
 from flex.demo.data import demo_config, describe_clients, write_demo_data
-from flex.report.terminal import findings, read_events, summarise, terminal_table
+from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
 from flex.runs.run import run
 
 console = Console()

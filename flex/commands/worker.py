@@ -84,10 +84,8 @@ def worker(
                     "note: the SuperNode runs as this user: fine for a trial, no wall (docs/deploy.md)", file=sys.stderr
                 )
             counts = f"{len(taking.client.train)} training and {len(taking.client.test)} test examples"
-            print(
-                f"site {package.name}: {counts}, base {taking.world.base.fingerprint}; at {where.socket} for user id {peer}",
-                flush=True,
-            )
+            has = f"{counts}, base {taking.world.base.fingerprint}"
+            print(f"site {package.name}: {has}; at {where.socket} for user id {peer}", flush=True)
             taking.serve(door.questions, lambda: stopped.is_set() or (node is not None and node.ended is not None))
             if node is not None and node.ended is not None and not stopped.is_set():
                 raise FlexError(f"the SuperNode ended with code {node.ended}; what it said is above")

@@ -94,6 +94,8 @@ class Door:
         connection.settimeout(READ_S)
         try:
             require(uid == self.peer, f"user id {uid} may not ask this worker; expected user id {self.peer}")
+            if not _says_something(connection):
+                return
             head, content = receive_frame(connection, f"user id {uid}")
             kind = head.get("kind") if isinstance(head, dict) else None
             require(kind in KINDS, f"the question is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -111,6 +113,14 @@ class Door:
             _try_to_send(connection, {"error": question.error})
         else:
             _try_to_send(connection, {}, question.records)
+
+
+def _says_something(connection: socket.socket) -> bool:
+    """False for one who only looks whether somebody is here, as `flex node` does."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def _try_to_send(connection: socket.socket, head: dict[str, Any], content: RecordDict | None = None) -> bool:

@@ -34,7 +34,7 @@ from flex.deploy.package import (
 )
 from flex.deploy.units import server_unit, site_units
 from flex.errors import FlexError, require
-from flex.federation.agreement import SITE_OWN
+from flex.federation.agreement import PATHS
 from flex.store.files import SIMPLE_NAME
 
 DEPLOY, KEYS, SITES, PACKAGES, SERVER, RUN = "deploy.toml", "keys", "sites", "packages", "server", "run"
@@ -95,10 +95,10 @@ def read_deployment(folder: Path) -> Deployment:
 
 
 def without_paths(config: RunConfig, sites: Sequence[str]) -> RunConfig:
-    """The configuration as it travels: no path, no machine's own setting, the sites in their order."""
+    """The configuration as it travels: no path, no device, the sites in their order."""
     bare = RunConfig()
     own: dict[str, dict[str, object]] = {}
-    for section, _, key in (name.rpartition(".") for name in SITE_OWN if "." in name):
+    for section, _, key in (name.rpartition(".") for name in PATHS):
         own.setdefault(section, {})[key] = getattr(getattr(bare, section), key)
     own["data"] |= {"clients": tuple(sites)}
     return dataclasses.replace(config.with_values(**own), output=bare.output, workers=bare.workers)

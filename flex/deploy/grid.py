@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from flex.deploy.job import JOB
 from flex.errors import FlexError
 from flex.federation.flower import ConfigRecord, Grid, Message, MessageType, RecordDict
+from flex.federation.seal import round_of
 
 POLL_S = 0.5
 QUERY_S = 1800.0  # the first question of a job waits for a worker that builds its model
@@ -21,10 +22,18 @@ class SiteGrid(Grid):
         clients: node id -> site, in the order in which sites are numbered, sampled and summed.
         job: goes with every message (`job.py`).
         say: told who has answered, and who is waited for.
+        trained: called for every turn of training that has come back.
     """
 
-    def __init__(self, grid: Grid, clients: dict[int, str], job: ConfigRecord, say: Callable[[str], None]):
-        self.grid, self.clients, self.job, self.say = grid, clients, job, say
+    def __init__(
+        self,
+        grid: Grid,
+        clients: dict[int, str],
+        job: ConfigRecord,
+        say: Callable[[str], None],
+        trained: Callable[[], None],
+    ):
+        self.grid, self.clients, self.job, self.say, self.trained = grid, clients, job, say, trained
         super().__init__()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -42,8 +51,12 @@ class SiteGrid(Grid):
             for reply in came:
                 pending.pop(reply.metadata.reply_to_message_id, None)
             replies += came
+            for _ in came if doing == MessageType.TRAIN else ():
+                self.trained()
             if came:
-                self.say(f"{doing}: waiting for {', '.join(pending.values())}" if pending else f"{doing}: all answered")
+                at = f"round {round_of(messages[0].content)}, " if round_of(messages[0].content) else ""
+                left = f"waiting for {', '.join(pending.values())}" if pending else "all sites answered"
+                self.say(f"{at}{doing}: {left}")
             elif pending:
                 time.sleep(POLL_S)
         return replies
@@ -51,10 +64,6 @@ class SiteGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """All sites, there or not: one that is not answers with an error."""
         return list(self.clients)
-
-    def present(self) -> set[int]:
-        """The nodes that are connected."""
-        return set(self.grid.get_node_ids())
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return list(self.grid.push_messages(messages))

@@ -26,7 +26,7 @@ class Entry:
     """One question and its answer.
 
     asked: "train", "evaluate", "about", "start", "who". peer: the user id that asked. start: sha256 of the tensors that
-    came. tensors: the names of those that left; sha256, bytes: of them; norm: of the update (what left minus what came).
+    came. tensors: the names of those that left; sha256, bytes: of them; norm: of what left minus what came.
     numbers: what else left in numbers. events: how many scores and choices of grafts. refused: why nothing left.
     """
 

@@ -77,7 +77,13 @@ def run_job(deployment: Deployment, grid: Grid, clients: dict[int, str], name: J
     """One method and seed."""
     config, folder, bar = deployment.config, deployment.run, Bar(teller.line(title(name)))
     settings = settings_digest(config)
-    sites = SiteGrid(grid, clients, job_record(name, deployment.run_name, settings), bar.say)
+    sites = SiteGrid(
+        grid,
+        clients,
+        job_record(name, deployment.run_name, settings),
+        bar.say,
+        lambda: bar.step(config.train.steps),
+    )
 
     def admit(told: Sequence[SiteAbout]) -> Mapping[str, str]:
         base = told[0].fingerprint

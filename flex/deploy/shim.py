@@ -3,6 +3,7 @@
 It is all that travels to a site, and all that the SuperNode's user runs: no model, no data, no torch.
 """
 
+import contextlib
 import socket
 
 from flex.deploy.frames import receive_frame, send_frame
@@ -20,10 +21,8 @@ def ask(path: str, kind: str, content: RecordDict) -> RecordDict:
         FlexError: no worker, it refuses, or it dies over it.
     """
     with connected(path) as connection:
-        try:
+        with contextlib.suppress(OSError):  # it may have said why before it closed
             send_frame(connection, {"kind": kind}, content)
-        except OSError:  # it may have said why before it closed
-            pass
         while True:
             head, answer = receive_frame(connection, f"the worker at {path}")
             if "error" in head:

@@ -1,4 +1,4 @@
-"""The coordinator's SuperLink: started with TLS and node authentication, sites registered by their keys, runs submitted."""
+"""The coordinator's SuperLink: started with TLS and node authentication, sites registered by their keys."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def start(deployment: Deployment, listen: str) -> Child:
 
 
 def register(deployment: Deployment) -> dict[str, int]:
-    """Registers the sites' keys that the SuperLink does not have, takes out those of sites that left; node ids by site."""
+    """Registers the keys that the SuperLink does not have, takes out those of sites that left; node ids by site."""
     path = deployment.folder / SERVER / NODES
     known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     wanted = {name: _fingerprint(deployment.public_key(name)) for name in deployment.sites}

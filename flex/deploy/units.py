@@ -1,4 +1,4 @@
-"""systemd units: two users at a site, one at the coordinator's. They are texts for an administrator to read and install."""
+"""systemd units, for an administrator to read and install: two users at a site, one at the coordinator's."""
 
 SERVER = """[Unit]
 Description=FLEx federation: the SuperLink of {folder}

@@ -108,7 +108,7 @@ class Worker:
         """Refuses a question out of its turn; a site, too, counts rounds."""
         if asked in ("who", "about", "start"):
             return
-        job, train = (self.package.run, name.method, name.seed), self.config.train
+        job = (self.package.run, name.method, name.seed)
         last, at = self.record.last.get(job, 0), entry.round
         who = f"{name.method} seed {name.seed}, round {at}: site {self.package.name!r}"
         if asked == "train":

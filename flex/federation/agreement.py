@@ -17,18 +17,19 @@ from flex.errors import FlexError
 from flex.federation.messages import SiteAbout
 from flex.federation.strategy import make_strategy
 
+# Where a machine has its base and data: said by each site, never sent to one.
+PATHS = {
+    *("model.path", "model.device", "data.train", "data.test", "data.general"),
+    *("data.files", "data.test_files"),
+}
 # Settings that do not decide a job's numbers, or whose content is compared instead.
 NOT_COMPARED = {
-    *("output", "workers", "model.path", "model.device", "data.train", "data.test", "data.general"),
-    *("data.files", "data.test_files", "data.columns"),
-    *("train.methods", "train.seeds", "train.gradient_checkpointing", "train.track", "evaluate.batch_size"),
-}
-# What a site chooses for itself: where its base and data are, and what its machine can bear.
-SITE_OWN = {
-    *("model.path", "model.device", "data.train", "data.test", "data.general", "threads"),
-    *("data.files", "data.test_files", "data.columns"),
+    *PATHS,
+    *("output", "workers", "data.columns", "train.methods", "train.seeds", "train.track"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
+# What a site chooses for itself: paths, and what its files call things and its machine can bear.
+SITE_OWN = {*PATHS, "data.columns", "threads", "train.gradient_checkpointing", "evaluate.batch_size"}
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
