@@ -35,6 +35,7 @@ from flex.runs.workers import job_folder
 from flex.runs.world import Worlds
 
 ACCEPTED, RECORD, LOCK = "accepted.json", "record.jsonl", ".lock"
+QUERIES = ("who", "about", "start")
 MOST_SCORED = 3  # different shared states that a site scores in one round: a run that is resumed may ask again
 
 
@@ -80,6 +81,8 @@ class Worker:
                 question.records = self.answer(question.kind, question.content, question.peer)
             except FlexError as error:
                 question.error = str(error)
+            except Exception as error:  # a fault of this program ends one question, not the worker
+                question.error = self._unexpected(error)
             finally:
                 question.answered.set()
 
@@ -90,11 +93,12 @@ class Worker:
             FlexError: the question is not one for this site, now; or the turn failed.
         """
         asked = str(content.config_records.get(CONFIG, {}).get(ASK, "who")) if kind == MessageType.QUERY else kind
-        entry = Entry(asked, peer, round=_round_in(content), start=digest(content))
+        entry = Entry(asked, peer)
         try:
+            entry = dataclasses.replace(entry, round=_round_in(content), start=digest(content))
             name = job_of(content, self.package, self.world.base.fingerprint)
             entry = dataclasses.replace(entry, run=self.package.run, method=name.method, seed=name.seed)
-            self._check(name, asked, entry)
+            self._check(name, kind, asked, entry)
             reply = self._turn(name, kind, content)
             events = reply.config_records.get(EVENTS, {}).get("json", "[]")
             told = {"events": len(json.loads(str(events))), **left(content, reply)}
@@ -104,9 +108,10 @@ class Worker:
             self.record.write(dataclasses.replace(entry, refused=str(error)))
             raise
 
-    def _check(self, name: JobName, asked: str, entry: Entry) -> None:
+    def _check(self, name: JobName, kind: str, asked: str, entry: Entry) -> None:
         """Refuses a question out of its turn; a site, too, counts rounds."""
-        if asked in ("who", "about", "start"):
+        if kind == MessageType.QUERY:
+            require(asked in QUERIES, f"the question is {asked!r}; expected one of {', '.join(QUERIES)}")
             return
         job = (self.package.run, name.method, name.seed)
         last, at = self.record.last.get(job, 0), entry.round
@@ -117,7 +122,8 @@ class Worker:
             return
         scores = at == 0 if not name.trains else self.config.scores_after(at)
         require(scores, f"{who} does not score itself then; its configuration says when")
-        require(not name.trains or at <= max(last, 1), f"{who} has trained up to round {last}; expected no later round")
+        missed = [index for index in self._drawn(last) if index <= at] if name.trains else []
+        require(not missed or self._may_miss, f"{who} has trained up to round {last}; expected round {_either(missed)}")
         known = self.record.starts.get((*job, at), set())
         require(
             entry.start in known or len(known) < MOST_SCORED,
@@ -127,14 +133,19 @@ class Worker:
     def _next_rounds(self, last: int) -> list[int]:
         """The rounds that may be trained now: the last one again, the next one in which this site is drawn, and where
         the run goes on without a site that failed, those after it."""
-        train, sites = self.config.train, self.config.data.clients
-        drawn = [
-            index
-            for index in range(last + 1, train.rounds + 1)
-            if self.package.index in sample_clients(len(sites), train.clients_per_round, index)
-        ]
-        later = drawn if getattr(train, "skip_failed", False) else drawn[:1]
-        return [*([last] if last else []), *later]
+        drawn = self._drawn(last)
+        return [*([last] if last else []), *(drawn if self._may_miss else drawn[:1])]
+
+    def _drawn(self, after: int) -> list[int]:
+        """The rounds after `after` in which this site trains."""
+        train, count = self.config.train, len(self.config.data.clients)
+        rounds = range(after + 1, train.rounds + 1)
+        return [at for at in rounds if self.package.index in sample_clients(count, train.clients_per_round, at)]
+
+    @property
+    def _may_miss(self) -> bool:
+        """Whether the run goes on without a site that failed."""
+        return getattr(self.config.train, "skip_failed", False)
 
     def _turn(self, name: JobName, kind: str, content: RecordDict) -> RecordDict:
         """The same ClientApp as on one machine answers, on this site's own model, data and files."""
@@ -146,9 +157,12 @@ class Worker:
         error = grid.raised.get(FIRST_NODE_ID)
         if isinstance(error, FlexError):
             raise error
-        if error is not None:  # what it says may name files or examples: it stays here
-            traceback.print_exception(error, file=sys.stderr)
-        raise FlexError(f"site {self.package.name!r} failed ({type(error).__name__}); its worker's log says how")
+        raise FlexError(self._unexpected(error))
+
+    def _unexpected(self, error: Exception | None) -> str:
+        """A sentence for the server; what the error says may name files or examples, and stays here."""
+        traceback.print_exception(error, file=sys.stderr)
+        return f"site {self.package.name!r} failed ({type(error).__name__}); its worker's log says how"
 
     def _grid_of(self, name: JobName) -> InProcessGrid:
         if name != self._job:

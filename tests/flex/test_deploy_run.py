@@ -132,6 +132,12 @@ def test_who_is_drawn_decides_which_round_is_next(tmp_path):
     with pytest.raises(FlexError, match=f"expected round {allowed[0]}"):
         asking.ask("train", start, method="fedavg", **{"server-round": others[0]})
     assert asking.ask("train", start, method="fedavg", **{"server-round": allowed[0]}).array_records
+    later = asking.worker._drawn(allowed[0])
+    if not later:  # who is not drawn again is scored all the same at the end
+        assert asking.ask("evaluate", start, method="fedavg", **{"server-round": 9}).metric_records
+    else:
+        with pytest.raises(FlexError, match=f"expected round {later[0]}"):
+            asking.ask("evaluate", start, method="fedavg", **{"server-round": 9})
 
 
 def test_scores_are_given_when_the_own_configuration_says(tmp_path):
