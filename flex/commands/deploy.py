@@ -14,7 +14,7 @@ from flex.deploy.folder import PACKAGES, SERVER, Deployment, init, read_deployme
 from flex.deploy.processes import until_stopped
 from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener
 from flex.errors import FlexError, require
-from flex.runs.progress import Tell, line_of, progress_bars
+from flex.runs.progress import Tell, job_lines
 
 console = Console()
 LOOK_S = 0.3
@@ -108,7 +108,7 @@ def _follow(deployment: Deployment, run_id: int) -> str:
     """Shows how far the run is until it ends; how it ended."""
     listener = Listener(deployment.folder / PROGRESS, run_id)
     heard = time.monotonic()
-    with progress_bars(console) as progress:
+    with job_lines(console) as place:
         lines: dict[str, Tell] = {}
         while True:
             for line in listener.new():
@@ -118,12 +118,12 @@ def _follow(deployment: Deployment, run_id: int) -> str:
                 if job is None and ENDED in values:
                     return str(values[ENDED])
                 if job is None:
-                    progress.console.print(values["what"], markup=False, highlight=False)
+                    console.print(values["what"], markup=False, highlight=False)
                     continue
-                if not console.is_terminal and values.get("what"):
+                if not console.is_terminal and values.get("what") and not values.get("ended"):
                     print(f"{job}: {values['what']}", flush=True)
                 if job not in lines:
-                    lines[job] = line_of(progress, job)
+                    lines[job] = place(job)
                 lines[job](**values)
             if time.monotonic() - heard > QUIET_S:
                 heard = time.monotonic()

@@ -129,20 +129,23 @@ def init(
 def update(
     folder: Path, config: RunConfig, sites: Sequence[str], keys: Mapping[str, Path], wheels: Path | None
 ) -> Deployment:
-    """New packages with another configuration, other sites or a new certificate: another run. The last one's folder
-    stays, as `run-<its name>`."""
+    """New packages and a new certificate. With more rounds, methods, seeds or other sites the run goes on; any other
+    change makes it another run, and the last one's folder stays as `run-<its name>`."""
+    from flex.runs.run import changes  # the trainer's imports take seconds, which the other commands do not need
+
     old = read_deployment(folder)
     sites = sites or old.sites
     _check_sites(sites, keys)
     public = {name: read_public_key(path) for name, path in keys.items()}
-    if old.run.exists():
+    goes_on = not changes(old.config, without_paths(config, sites)) and bool(set(sites) & set(old.sites))
+    if old.run.exists() and not goes_on:
         old.run.rename(old.folder / f"{RUN}-{old.run_name}")
     secret = folder / KEYS
     host, _ = split_address(old.address)
     make_server(secret / "ca.key", secret / CA, host, secret / "server.key", secret / "server.crt")
     for name in set(old.sites) - set(sites):
         old.public_key(name).unlink(missing_ok=True)
-    return _lay_out(folder, config, old.address, sites, public, wheels)
+    return _lay_out(folder, config, old.address, sites, public, wheels, old if goes_on else None)
 
 
 def _check_sites(sites: Sequence[str], keys: Mapping[str, Path]) -> None:
@@ -163,10 +166,13 @@ def _lay_out(
     sites: Sequence[str],
     public: Mapping[str, bytes],
     wheels: Path | None,
+    goes_on: Deployment | None = None,
 ) -> Deployment:
+    """Writes everything but the certificates. `goes_on`: what the federation was, where its run goes on."""
     found = sorted(wheels.glob("*.whl")) if wheels else []
     require(wheels is None or bool(found), f"{wheels} holds no wheels; expected what `pip wheel -w {wheels} .` made")
-    run_name, text = secrets.token_hex(4), config_text(without_paths(config, sites))
+    run_name = goes_on.run_name if goes_on else secrets.token_hex(4)
+    text = config_text(without_paths(config, sites))
     (folder / SITES).mkdir(exist_ok=True)
     (folder / SERVER).mkdir(exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
@@ -177,19 +183,18 @@ def _lay_out(
     unit = server_unit(str(folder.absolute()), LISTEN)
     (folder / UNITS / "flex-server.service").write_text(unit, encoding="utf-8")
     for name in sites:
-        _pack(folder, name, address, run_name, text, public.get(name), found)
+        joins = goes_on is not None and goes_on.run.exists() and name not in goes_on.sites
+        package = Package(folder / PACKAGES / name, name, address, run_name, parse_config(text), joins)
+        _pack(folder, package, text, public.get(name), found)
     for path in (folder / PACKAGES).iterdir():
         if path.name.removesuffix(".tar.gz") not in sites:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return read_deployment(folder)
 
 
-def _pack(
-    folder: Path, name: str, address: str, run_name: str, text: str, public: bytes | None, wheels: Sequence[Path]
-) -> None:
+def _pack(folder: Path, package: Package, text: str, public: bytes | None, wheels: Sequence[Path]) -> None:
     """One site's package, as a folder and a file; a key pair that was made before stays."""
-    path = folder / PACKAGES / name
-    package = Package(path, name, address, run_name, parse_config(text))
+    path, name = package.folder, package.name
     write_package(package, text, (folder / KEYS / CA).read_bytes())
     registered = folder / SITES / f"{name}.pub"
     if public is not None:

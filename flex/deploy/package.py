@@ -9,7 +9,6 @@ units/        systemd units of the worker and the SuperNode
 wheels/       where the coordinator put some in
 """
 
-import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,15 @@ FORMAT = 1  # of site.toml
 
 @dataclass(frozen=True)
 class Package:
-    """A site's package. `run` names the run: another one in its place is another run, which starts anew."""
+    """A site's package. `run` names the run: another one in its place is another run, which starts anew; `joins`: the
+    run was at work before this site was part of it."""
 
     folder: Path
     name: str
     address: str
     run: str
     config: RunConfig
+    joins: bool = False
 
     @property
     def digest(self) -> str:
@@ -48,6 +49,7 @@ def write_package(package: Package, config_text: str, ca: bytes) -> None:
     """Folder, `site.toml`, configuration and CA certificate; keys and units are the caller's."""
     package.folder.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, "name": package.name, "address": package.address, "run": package.run}
+    values["joins"] = package.joins
     text = "".join(f"{key} = {to_toml(value)}\n" for key, value in values.items())
     (package.folder / SITE).write_text(text, encoding="utf-8")
     (package.folder / CONFIG).write_text(config_text, encoding="utf-8")
@@ -71,10 +73,11 @@ def read_package(folder: Path) -> Package:
         raise FlexError(f"{path} cannot be read: {error}") from None
     number = values.pop("format", None)
     require(number == FORMAT, f"{path} has format {number!r}; this version reads format {FORMAT}")
-    names = [f.name for f in dataclasses.fields(Package) if f.name not in ("folder", "config")]
+    names = ("name", "address", "run")
     for name in names:
         require(isinstance(values.get(name), str) and values[name], f"{path} does not say the {name}; expected a text")
-    package = Package(folder, *(values[name] for name in names), read_config(folder / CONFIG))
+    config, joins = read_config(folder / CONFIG), values.get("joins") is True
+    package = Package(folder, *(values[name] for name in names), config, joins)
     require(
         package.name in package.config.data.clients,
         f"{folder / CONFIG} has no site {package.name!r}; its sites are {', '.join(package.config.data.clients)}",

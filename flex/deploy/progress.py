@@ -3,9 +3,11 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from flex.store.events import Event, from_json
 
 PROGRESS = "progress.jsonl"
 ENDED = "ended"  # the last line's key: how the run ended; "done", or the sentence of what went wrong
@@ -25,7 +27,11 @@ class Teller:
 
     def line(self, job: str) -> Callable[..., None]:
         """A `Tell` (`runs/progress.py`) for one job."""
-        return lambda **values: self.tell(job=job, **values)
+
+        def tell(events: Sequence[Event] = (), **values: Any) -> None:
+            self.tell(job=job, **values, **({"events": [event.to_json() for event in events]} if events else {}))
+
+        return tell
 
 
 class Listener:
@@ -44,5 +50,8 @@ class Listener:
             return []
         self.place += len(came)
         *whole, self.rest = (self.rest + came).split(b"\n")
-        lines = [json.loads(line) for line in whole if line]
-        return [line for line in lines if line["run"] == self.run_id]
+        lines = [line for text in whole if text and (line := json.loads(text))["run"] == self.run_id]
+        for line in lines:
+            if "events" in line:
+                line["events"] = [from_json(event) for event in line["events"]]
+        return lines

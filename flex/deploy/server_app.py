@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flex.config import RunConfig
 from flex.deploy.folder import Deployment, read_deployment
 from flex.deploy.grid import SiteGrid, wait_for
 from flex.deploy.job import JobName, job_record
@@ -20,9 +19,9 @@ from flex.federation.agreement import settings_digest
 from flex.federation.flower import Context, Grid, ServerApp
 from flex.federation.messages import SiteAbout
 from flex.federation.rounds import ClientFailed
-from flex.runs.job import Job, is_done
+from flex.runs.job import Job
 from flex.runs.progress import Bar
-from flex.runs.run import RUN, alone_in, check_free, claim, collect, run_events, started
+from flex.runs.run import RUN, alone_in, check_free, check_growth, claim, collect, is_finished_job, run_events, started
 from flex.runs.workers import job_folder
 from flex.store.events import write_events
 
@@ -54,10 +53,12 @@ def serve(deployment: Deployment, grid: Grid, clients: dict[int, str], wait: flo
     """
     config, folder = deployment.config, deployment.run
     check_free(folder, config)
+    jobs = [JobName(method, seed) for seed in config.train.seeds for method in config.train.methods]
+    check_growth(folder, config, [(name.seed, name.method) for name in jobs], list(deployment.sites))
     claim(folder, config)
     with alone_in(folder, Console(stderr=True)):
-        jobs = [JobName(method, seed) for seed in config.train.seeds for method in config.train.methods]
-        left = [name for name in jobs if not is_done(job_folder(folder, (name.seed, name.method)))]
+        sites = list(deployment.sites)
+        left = [name for name in jobs if not is_finished_job(folder, (name.seed, name.method), config, sites)]
         for name in set(jobs) - set(left):
             teller.line(title(name))(total=1, advance=1, what="done before", ended=True)
         if left:
@@ -87,16 +88,16 @@ def run_job(deployment: Deployment, grid: Grid, clients: dict[int, str], name: J
 
     def admit(told: Sequence[SiteAbout]) -> Mapping[str, str]:
         base = told[0].fingerprint
-        data = check_resumed(folder, config, name.seed, told)
+        client_data = check_resumed(folder, name.seed, told)
         sites.job = job_record(name, deployment.run_name, settings, base)
-        write_events(folder / RUN, run_events(config, told, data, deployment.folder.name, {}))
+        write_events(folder / RUN, run_events(config, told, {}, deployment.folder.name, {}, client_data))
         return {"base": base}
 
     Job(config, name.method, name.seed, job_folder(folder, (name.seed, name.method)), sites, admit, bar).run()
 
 
-def check_resumed(folder: Path, config: RunConfig, seed: int, told: Sequence[SiteAbout]) -> dict[str, str]:
-    """The fingerprints of the sites' data, of this run's earlier parts too.
+def check_resumed(folder: Path, seed: int, told: Sequence[SiteAbout]) -> dict[str, dict[str, str]]:
+    """The fingerprints of the sites' data by seed, of this run's earlier parts too.
 
     Raises:
         FlexError: a site has another base or other data than when the run began.
@@ -107,12 +108,11 @@ def check_resumed(folder: Path, config: RunConfig, seed: int, told: Sequence[Sit
             f"the sites have base {told[0].fingerprint}, this run began with {old.fingerprint}; expected that one, or "
             "`flex deploy update` for another run"
         )
-    data = dict(old.data)
+    known = dict(old.client_data.get(str(seed), {}))
     for site in told:
-        key = f"{site.client_id}, seed {seed}"
-        if data.setdefault(key, site.data) != site.data:
+        if (before := known.setdefault(site.client_id, site.data)) != site.data:
             raise FlexError(
-                f"site {site.client_id!r} has other data than when this run began ({site.data}, not {data[key]}); "
+                f"site {site.client_id!r} has other data than when this run began ({site.data}, not {before}); "
                 "expected the same files, or `flex deploy update` for another run"
             )
-    return data
+    return {**old.client_data, str(seed): known}

@@ -120,7 +120,9 @@ class Worker:
             allowed = self._next_rounds(last)
             require(at in allowed, f"{who} has trained up to round {last}; expected round {_either(allowed)}")
             return
-        scores = at == 0 if not name.trains else self.config.scores_after(at)
+        # Who keeps the best round scores every round, and at the end the one that was kept.
+        every = self.config.train.keep == "best"
+        scores = at == 0 if not name.trains else every or self.config.scores_after(at)
         require(scores, f"{who} does not score itself then; its configuration says when")
         missed = [index for index in self._drawn(last) if index <= at] if name.trains else []
         require(not missed or self._may_miss, f"{who} has trained up to round {last}; expected round {_either(missed)}")
@@ -132,9 +134,9 @@ class Worker:
 
     def _next_rounds(self, last: int) -> list[int]:
         """The rounds that may be trained now: the last one again, the next one in which this site is drawn, and where
-        the run goes on without a site that failed, those after it."""
-        drawn = self._drawn(last)
-        return [*([last] if last else []), *(drawn if self._may_miss else drawn[:1])]
+        the run goes on without a site that failed, or this one joins a run that is at work, those after it."""
+        drawn, joins = self._drawn(last), self.package.joins and not last
+        return [*([last] if last else []), *(drawn if self._may_miss or joins else drawn[:1])]
 
     def _drawn(self, after: int) -> list[int]:
         """The rounds after `after` in which this site trains."""

@@ -70,14 +70,14 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     contents = check_contents(folder, world, config.train.seeds[0])
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     clients = [client.client_id for client in world.clients]
-    _check_growth(folder, config, jobs, clients)
+    check_growth(folder, config, jobs, clients)
     _tell_growth(folder, clients, console)
     claim(folder, config)
     with alone_in(folder, console), job_lines(console) as line:
         sites = [about(world.base, client, config) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, contents.data, title, descriptions, contents.client_data))
         lines = {(seed, method): line(f"{method} seed {seed}") for seed, method in jobs}
-        left = [job for job in jobs if not _is_finished(folder, job, config, clients)]
+        left = [job for job in jobs if not is_finished_job(folder, job, config, clients)]
         for job in (job for job in jobs if job not in left):
             lines[job](total=1, advance=1, what="done before", ended=True)
         if config.workers > 1 and left:
@@ -108,12 +108,13 @@ def _check_methods(config: RunConfig, world: World) -> None:
             check_grafts(world.base, config.graft.of(METHODS[method]))
 
 
-def _is_finished(folder: Path, job: JobName, config: RunConfig, clients: list[str]) -> bool:
+def is_finished_job(folder: Path, job: JobName, config: RunConfig, clients: list[str]) -> bool:
+    """Whether a job of the run in `folder` has nothing left to do with this configuration and these clients."""
     events = read_events(job_folder(folder, job) / METRICS)
     return is_finished(events, METHODS[job[1]].trains, config.train.rounds, clients)
 
 
-def _check_growth(folder: Path, config: RunConfig, jobs: list[JobName], clients: list[str]) -> None:
+def check_growth(folder: Path, config: RunConfig, jobs: list[JobName], clients: list[str]) -> None:
     """Clients may join a run and leave it, between two rounds of each of its jobs.
 
     Raises:
@@ -174,22 +175,28 @@ def check_free(folder: Path, config: RunConfig) -> None:
     """`folder` is empty, holds a run with these settings, or one without results."""
     path = folder / CONFIG
     if path.exists() and _has_results(folder):
-        here, there = (comparable(c) for c in (config, read_config(path)))
-        different = [
-            key
-            for key in here
-            if here[key] not in (there[key], DECIDED.get(key)) and not _may_grow(key, there[key], here[key])
-        ]
-        if different:
+        there = read_config(path)
+        if different := changes(there, config):
             key = different[0]
+            here, there = comparable(config), comparable(there)
             raise FlexError(
                 f"{folder} holds a run with other settings ({key} = {there[key]!r} there, {here[key]!r} here); "
                 "expected the same settings to resume it, another --output, or that folder gone"
             )
 
 
+def changes(before: RunConfig, now: RunConfig) -> list[str]:
+    """The settings in which `now` is another run than `before`, and not the same one that goes on."""
+    there, here = comparable(before), comparable(now)
+    return [
+        key
+        for key in here
+        if here[key] not in (there[key], DECIDED.get(key)) and not _may_grow(key, there[key], here[key])
+    ]
+
+
 def _may_grow(key: str, before: Any, now: Any) -> bool:
-    """What a run may change in its life: more rounds, and who takes part (`_check_growth`)."""
+    """What a run may change in its life: more rounds, and who takes part (`check_growth`)."""
     return key == "data.clients" or (key == "train.rounds" and now > before)
 
 

@@ -114,7 +114,7 @@ def test_an_update_makes_another_run_and_keeps_the_keys(tmp_path):
     certificate = (old.folder / "keys" / "server.crt").read_bytes()
     old.run.mkdir()
     (old.run / "something").write_text("kept")
-    new = update(old.folder, CONFIG.with_values(train={"rounds": 7}), ["north", "west"], {}, None)
+    new = update(old.folder, CONFIG.with_values(train={"steps": 7}), ["north", "west"], {}, None)
     assert new.run_name != old.run_name
     assert new.sites == ("north", "west")
     assert (old.folder / f"run-{old.run_name}" / "something").read_text() == "kept"
@@ -123,7 +123,19 @@ def test_an_update_makes_another_run_and_keeps_the_keys(tmp_path):
     names = sorted(path.name for path in (old.folder / "packages").iterdir())
     assert names == ["north", "north.tar.gz", "west", "west.tar.gz"]
     assert sorted(path.name for path in (old.folder / "sites").iterdir()) == ["north.pub", "west.pub"]
-    assert read_package(old.folder / "packages" / "north").config.train.rounds == 7
+    assert read_package(old.folder / "packages" / "north").config.train.steps == 7
+
+
+def test_an_update_that_only_grows_goes_on_with_the_run(tmp_path):
+    old = made(tmp_path, sites=("north", "south"))
+    old.run.mkdir()
+    more = CONFIG.with_values(train={"rounds": 200, "methods": ("flex", "fedavg"), "seeds": (0, 1)})
+    new = update(old.folder, more, ["north", "west"], {}, None)
+    assert new.run_name == old.run_name
+    assert old.run.exists()
+    joins = {name: read_package(old.folder / "packages" / name).joins for name in new.sites}
+    assert joins == {"north": False, "west": True}
+    assert update(old.folder, more.with_values(train={"rounds": 100}), [], {}, None).run_name != old.run_name
 
 
 def test_wheels_go_into_every_package(tmp_path):

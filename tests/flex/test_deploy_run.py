@@ -333,3 +333,17 @@ def test_other_data_than_the_run_began_with_is_named(tmp_path):
     odd = pytest.raises(FlexError, match="site 'b' has other data than when this run began")
     with at_work(tmp_path, deployment, "ab") as loop, odd:
         run_sites(tmp_path, deployment, loop)
+
+
+def test_a_site_joins_and_one_leaves_a_run_at_work(tmp_path):
+    deployment, config = federation(tmp_path, sites="abc", train={"methods": ("flex",), "rounds": 2})
+    both = update(deployment.folder, config, ["a", "b"], {}, None)
+    with at_work(tmp_path, both, "ab") as loop:
+        run_sites(tmp_path, both, loop)
+    more = config.with_values(train={"rounds": 4})
+    new = update(deployment.folder, more, ["b", "c"], {}, None)
+    assert new.run_name == both.run_name
+    with at_work(tmp_path, new, "bc", accept=True) as loop:
+        run_sites(tmp_path, new, loop)
+    trained = [(e["round"], e["client_id"]) for e in log_of(new.run / "flex-seed0") if e["event"] == "train"]
+    assert trained == [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (3, "b"), (3, "c"), (4, "b"), (4, "c")]

@@ -72,13 +72,13 @@ class Loop(InProcessGrid):
 
 
 @contextmanager
-def at_work(folder: Path, deployment: Deployment, names: str) -> Iterator[Loop]:
+def at_work(folder: Path, deployment: Deployment, names: str, accept: bool = False) -> Iterator[Loop]:
     """The workers of these sites, each behind its own socket, in threads."""
     with ExitStack() as stack:
         stopped, sockets = threading.Event(), {}
         for name in names:
             package = read_package(deployment.folder / "packages" / name)
-            state = stack.enter_context(state_of(package, package.folder / "state", accept=False))
+            state = stack.enter_context(state_of(package, package.folder / "state", accept))
             worker = worker_of(folder, deployment, name, state)
             sockets[name] = package.folder / "socket" / "w.sock"
             door = Door(sockets[name], os.getuid(), None, lambda uid, why: None)
