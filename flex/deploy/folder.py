@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flex.config import RunConfig, config_text, parse_config, read_config, to_toml
+from flex.config import SPLITS, RunConfig, config_text, parse_config, read_config, to_toml
 from flex.deploy.certificates import make_ca, make_node_key, make_server, read_public_key
 from flex.deploy.package import (
     CA,
@@ -100,7 +100,11 @@ def without_paths(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     own: dict[str, dict[str, object]] = {}
     for section, _, key in (name.rpartition(".") for name in PATHS):
         own.setdefault(section, {})[key] = getattr(getattr(bare, section), key)
-    own["data"] |= {"clients": tuple(sites)}
+    require(
+        not SPLITS[config.data.split],
+        f"data.split is {config.data.split!r}, which draws clients from one file; expected none: sites bring their own",
+    )
+    own["data"] |= {"clients": tuple(sites), "split": bare.data.split}
     return dataclasses.replace(config.with_values(**own), output=bare.output, workers=bare.workers)
 
 
@@ -117,6 +121,7 @@ def init(
         not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; expected a folder that is not there"
     )
     _check_sites(sites, keys)
+    without_paths(config, sites)
     public = {name: read_public_key(path) for name, path in keys.items()}
     secret = folder / KEYS
     secret.mkdir(parents=True)

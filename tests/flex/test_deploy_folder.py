@@ -159,6 +159,7 @@ def test_wheels_go_into_every_package(tmp_path):
         (["--address", "h:1", "--sites", "../a"], "the site '../a' cannot name a folder"),
         (["--address", "h:1", "--sites", "a", "--key", "a"], "--key got 'a'; expected NAME=FILE.pub"),
         (["--address", "h:1", "--sites", "a", "--key", "b=c.pub"], r"--key names \['b'\], which --sites does not"),
+        (["--address", "h:1", "--sites", "a", "--set", "data.split=iid"], "data.split is 'iid', which draws clients"),
         (["--address", "h:1", "--sites", "a", "--set", "train.rouns=3"], "did you mean train.rounds"),
     ],
 )
