@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   flex export --run runs/demo --client harbour --to harbour
                                  a folder that peft and flex_kernels load
   flex generate --run runs/demo --client harbour --prompt "which is larger, 3 or 14?"
+  flex chat --run runs/demo --client harbour
 """
 # The settings that have an option of their own. What it is given is the setting's text as it stands, never TOML.
 NAMED = {
@@ -71,13 +72,28 @@ def build_parser() -> argparse.ArgumentParser:
     score = commands.add_parser("eval", help="score the clients of a finished or running run from its files")
     _add_run(score)
     score.add_argument("--client", help="this client only (default: all)")
+    score.add_argument("--test", default="", metavar="FILE", help="other test examples; needs no training data")
 
-    generate = commands.add_parser("generate", help="answer a prompt with the model of one client")
+    generate = commands.add_parser(
+        "generate", help="answer one prompt, or a file of them, with the model of one client"
+    )
     _add_run(generate)
     generate.add_argument("--client", required=True, help="whose graft to use")
-    generate.add_argument("--prompt", required=True, help="the instruction")
+    asked = generate.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="the instruction")
+    asked.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file of prompts, text (one a line) or JSON lines, or - for standard input; gives JSON lines",
+    )
     generate.add_argument("--context", default="", help="what the instruction speaks about, if anything")
-    generate.add_argument("--max-new-tokens", type=int, default=128, help="at most this many (default: %(default)s)")
+    generate.add_argument("--batch-size", type=int, help="prompts answered at once (default: the run's)")
+    _add_length(generate)
+
+    chat = commands.add_parser("chat", help="a conversation with the model of one client, line by line")
+    _add_run(chat)
+    chat.add_argument("--client", required=True, help="whose graft to use")
+    _add_length(chat)
 
     export = commands.add_parser("export", help="write what was trained as a folder for transformers and peft")
     _add_run(export)
@@ -135,6 +151,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--method", default=MAIN, help="which method's weights (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="which seed's weights (default: the run's first)")
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="at most this many (default: %(default)s)")
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -233,12 +253,27 @@ def main(arguments: list[str] | None = None) -> int:
             case "eval":
                 from flex.commands import saved
 
-                return saved.evaluate(given.run, given.method, given.seed, given.client)
+                return saved.evaluate(given.run, given.method, given.seed, given.client, given.test)
             case "deploy" | "worker" | "node":
                 return sites.dispatch(given)
+            case "chat":
+                from flex.commands import chat
+
+                return chat.chat(given.run, given.method, given.seed, given.client, given.max_new_tokens)
             case _:
                 from flex.commands import saved
 
+                if given.prompts is not None:
+                    require(not given.context, "--context goes with --prompt; in a file of prompts it is a column")
+                    return saved.generate_all(
+                        given.run,
+                        given.method,
+                        given.seed,
+                        given.client,
+                        given.prompts,
+                        given.max_new_tokens,
+                        given.batch_size,
+                    )
                 return saved.generate(
                     given.run,
                     given.method,

@@ -1,14 +1,24 @@
 """Every example runs and does what its first line says. In this process, but for the one that wants two of them."""
 
 import importlib.util
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from rich.console import Console
+from tiny import tiny_config
+
+from flex.cli import main
+from flex.commands.saved import load_saved
+from flex.runs.run import run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # peft 0.21 asks transformers 5.23 for a name that is deprecated there; inductor imports what torch deprecated.
@@ -91,6 +101,66 @@ def test_fsdp2() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "parameters are {'DTensor'}, 2 processes" in done.stdout
     assert "model.layers.1.mlp.experts: fused" in done.stdout
+
+
+@pytest.mark.slow
+def test_serve(tmp_path: Path) -> None:
+    """A client's grafts behind transformers' own server: its answer is that of `flex generate`, whole and streamed."""
+    for extra in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(extra)
+    train = {"methods": ("flex",), "rounds": 1, "steps": 3, "graft_learning_rate": 0.3}
+    run(tiny_config(tmp_path, train=train, evaluate={"rouge": False}), Console(quiet=True))
+    question = "which is larger , 3 or 14 ?"
+    words = ["--run", str(tmp_path / "run"), "--client", "a"]
+    assert main(["export", *words, "--to", str(tmp_path / "a"), "--merge"]) == 0
+    saved = load_saved(tmp_path / "run", "flex", None, with_data=False)
+    saved.attach("a")
+    wanted = saved.answers("a", [saved.world.encoder.prompt_ids(question)], 6)[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / "serve.py"), str(tmp_path / "a"), "--port", str(port), "--device", "cpu"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.2)
+        asked = {"model": str(tmp_path / "a"), "max_tokens": 6, "temperature": 0}
+        asked["messages"] = [{"role": "user", "content": question}]
+        reply = json.loads(_post(port, asked))
+        assert reply["choices"][0]["message"]["content"].strip() == wanted
+        lines = [line.removeprefix("data: ") for line in _post(port, {**asked, "stream": True}).splitlines()]
+        chunks = [json.loads(line)["choices"] for line in lines if line.startswith("{")]
+        said = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk)
+        assert said.strip() == wanted
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def _post(port: int, content: dict) -> str:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(content).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return reply.read().decode()
 
 
 def test_every_example_is_tested() -> None:

@@ -1,5 +1,6 @@
-"""`flex eval` and `flex generate`: what a run saved, loaded again."""
+"""`flex eval` and `flex generate`: what a run saved, loaded again. Files are read before the model is."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,8 +8,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import TextStreamer
 
 from flex.config import RunConfig, read_config
+from flex.data.clients import read_own_tests, read_tests
+from flex.data.examples import encode
+from flex.data.prompts import read_prompts
 from flex.errors import FlexError, require
 from flex.evaluation.score import generate as greedy
 from flex.federation.client import Site
@@ -51,18 +56,35 @@ class Saved:
             raise FlexError(f"client {client_id!r} has not taken part in a round of {method} yet: it has no model")
         site.attach(self.round_index, self.shared)
 
+    def answers(
+        self, client_id: str, prompts: list[list[int]], max_new_tokens: int, streamer: TextStreamer | None = None
+    ) -> list[str]:
+        """Greedy answers of the client's model, which is attached; `streamer` gets that to one prompt as it comes."""
+        prepare = self.site(client_id).prepare()
+        return greedy(self.world.base.model, self.world.encoder, prompts, max_new_tokens, prepare, streamer)
 
-def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None) -> int:
-    """Scores on the test part from the files of the last round."""
-    saved = load_saved(folder, method, seed)
-    table = Table(title=Text(f"{folder}, {method}, after round {saved.round_index}", "table.title"))
+
+def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None, test: str = "") -> int:
+    """Scores on the test part, from the files of the round that is kept.
+
+    Args:
+        test: another file of test examples; the training data are not looked for then. Without it they may be gone too,
+            as long as the run has a test file of its own.
+    """
+    saved = load_saved(folder, method, seed, test=test, client_id=client_id)
+    for note in saved.world.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    on = f" on {Path(test).name}" if test else ""
+    table = Table(title=Text(f"{folder}, {method}, after round {saved.round_index}{on}", "table.title"))
     for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
         table.add_column(column, justify="left" if column == "client" else "right")
     for name in [client_id] if client_id is not None else saved.sites:
-        events = saved.site(name).evaluate(saved.round_index, saved.shared)
-        test = next(event for event in events if isinstance(event, Evaluated))
-        rouge = "" if test.rouge_l is None else f"{test.rouge_l:.3f}"
-        table.add_row(Text(name), str(test.num_examples), f"{test.loss:.3f}", f"{test.exact_match:.3f}", rouge)
+        if not saved.site(name).client.train:  # nothing here that a graft could be chosen on
+            saved.attach(name)
+        events = saved.site(name).evaluate(saved.round_index, saved.shared, splits=("test",))
+        event = next(event for event in events if isinstance(event, Evaluated))
+        rouge = "" if event.rouge_l is None else f"{event.rouge_l:.3f}"
+        table.add_row(Text(name), str(event.num_examples), f"{event.loss:.3f}", f"{event.exact_match:.3f}", rouge)
     console.print(table)
     return 0
 
@@ -70,24 +92,75 @@ def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None)
 def generate(
     folder: Path, method: str, seed: int | None, client_id: str, prompt: str, context: str, max_new_tokens: int
 ) -> int:
-    """The answer of one client's model: shared LoRA of the last round, that client's own graft."""
-    require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
+    """The answer of one client's model: shared LoRA of the round that is kept, that client's own graft."""
+    check_tokens(max_new_tokens)
     saved = load_saved(folder, method, seed, with_data=False)
     saved.attach(client_id)
-    encoder, prepare = saved.world.encoder, saved.site(client_id).prepare()
-    print(greedy(saved.world.base.model, encoder, [encoder.prompt_ids(prompt, context)], max_new_tokens, prepare)[0])
+    print(saved.answers(client_id, [saved.world.encoder.prompt_ids(prompt, context)], max_new_tokens)[0])
     return 0
 
 
-def load_saved(folder: Path, method: str, seed: int | None, with_data: bool = True) -> Saved:
+def generate_all(
+    folder: Path,
+    method: str,
+    seed: int | None,
+    client_id: str,
+    path: str,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+) -> int:
+    """The answers to all prompts of a file, or of standard input ("-"), as JSON lines, in the prompts' order.
+
+    Args:
+        batch_size: prompts answered at once; None: the run's `evaluate.batch_size`.
+    """
+    check_tokens(max_new_tokens)
+    require(batch_size is None or batch_size >= 1, f"--batch-size is {batch_size}; expected 1 or more")
+    prompts = read_prompts(path, run_config(folder).data.columns)
+    saved = load_saved(folder, method, seed, with_data=False)
+    saved.attach(client_id)
+    encoder, size = saved.world.encoder, batch_size or saved.config.evaluate.batch_size
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        ids = [
+            encoder.prompt_ids(prompt.turns[0]["content"], prompt.context)
+            if prompt.context
+            else encoder.next_ids(prompt.turns)
+            for prompt in batch
+        ]
+        for prompt, answer in zip(batch, saved.answers(client_id, ids, max_new_tokens), strict=True):
+            print(json.dumps(prompt.answered(answer), ensure_ascii=False), flush=True)
+    return 0
+
+
+def check_tokens(max_new_tokens: int) -> None:
+    require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The configuration that a run was made with."""
+    if not (folder / CONFIG).exists():
+        raise FlexError(f"no run at {folder}; expected a folder that `flex train` or `flex demo` wrote")
+    return read_config(folder / CONFIG)
+
+
+def load_saved(
+    folder: Path,
+    method: str,
+    seed: int | None,
+    with_data: bool = True,
+    test: str = "",
+    client_id: str | None = None,
+) -> Saved:
     """A job of a run; without data its clients are those that the run names, and nothing but their files is read.
+
+    Args:
+        test: a file of test examples in place of the run's data, with `client_id` perhaps of this client alone.
 
     Raises:
         FlexError: no such run or job, or base or data are not those that the run was made with.
     """
-    if not (folder / CONFIG).exists():
-        raise FlexError(f"no run at {folder}; expected a folder that `flex train` or `flex demo` wrote")
-    config = read_config(folder / CONFIG)
+    config = run_config(folder)
     if method not in METHODS:
         raise FlexError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     seed = config.train.seeds[0] if seed is None else seed
@@ -97,15 +170,34 @@ def load_saved(folder: Path, method: str, seed: int | None, with_data: bool = Tr
         raise FlexError(f"{folder} has no job {job.name}; it has {', '.join(there) or 'none yet'}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    said = started(folder)
+    said, notes = started(folder), []
     names = [str(client["client_id"]) for client in said.clients]
-    if with_data:  # somebody may have been added to the files who has not joined
+    # Who has left has a model still.
+    known = [*names, *(name for name in said.client_data.get(str(seed), {}) if name not in names)]
+    data, tests = config.data.for_seed(seed), None
+    if test:
+        if client_id is not None and client_id not in known:
+            raise FlexError(f"no client {client_id!r} in this run; its clients are {', '.join(known)}")
+        tests = read_tests(test, data, known, client_id, notes)
+    elif with_data:
+        tests = read_own_tests(data, names, notes)
+    # A method that weighs by the client's own prompts needs them for every answer.
+    whole = (with_data and tests is None) or METHODS[method].weighed
+    if whole:  # somebody may have been added to the files who has not joined
         world = load_world(config, seed)
-        world = replace(world, clients=[client for client in world.clients if client.client_id in names])
-    else:  # who has left has a model still
-        left = [name for name in said.client_data.get(str(seed), {}) if name not in names]
-        world = load_bare_world(config, [*names, *left])
-    check_contents(folder, world, seed if with_data else None)
+        world = replace(world, clients=[client for client in world.clients if client.client_id in names], notes=[])
+        check_contents(folder, world, seed)
+    else:
+        world = load_bare_world(config, known)
+        check_contents(folder, world, None)
+    if tests is not None:
+        there = {client.client_id: client for client in world.clients}
+        own = [
+            replace(there[name], test=encode(part, data, world.encoder))
+            for name, part in tests.items()
+            if name in there
+        ]
+        world = replace(world, clients=own, notes=notes)
     sites = world.sites(config, method, seed, job)
     start = next(iter(sites.values())).model.shared_arrays()
     round_index, shared = kept_shared(job, world.base.fingerprint, start)

@@ -67,6 +67,53 @@ def read_clients(config: DataConfig, notes: list[str] | None = None, seed: int =
     return clients
 
 
+def read_tests(
+    path: str, config: DataConfig, clients: Sequence[str], client_id: str | None = None, notes: list[str] | None = None
+) -> Parts:
+    """Test records of a run's clients, without their training data.
+
+    Args:
+        path: a file with the column that names the client; with `client_id` also one without, all of it that client's.
+        clients: of the run; others in the file are noted and left aside.
+
+    Raises:
+        FlexError: the file is missing, damaged or empty, says nothing of whose its records are, or has none of these
+            clients.
+    """
+    named = client_id is None or any(config.clients_by in record for record in read_records(path, config.columns))
+    if not named:
+        return {client_id: read_records(path, config.columns)}
+    records = read_records(path, config.columns, clients_by=config.clients_by)
+    parts = split_clients(records, config.clients_by)
+    wanted = list(clients) if client_id is None else [client_id]
+    if others := [name for name in parts if name not in clients]:
+        (notes if notes is not None else []).append(
+            f"{path} has records of {', '.join(others)}, no clients of this run"
+        )
+    found = {name: parts[name] for name in wanted if name in parts}
+    if not found:
+        raise FlexError(
+            f"{path} has no record of {', '.join(wanted)}; its {config.clients_by!r} names {', '.join(parts)}"
+        )
+    return found
+
+
+def read_own_tests(config: DataConfig, clients: Sequence[str], notes: list[str]) -> Parts | None:
+    """The run's own test records where its training data are gone and a test file is there; None otherwise."""
+    files = {name: Path(path) for name, path in config.test_files.items() if name in clients}
+    if config.files and files and all(path.exists() for path in files.values()):
+        gone = [path for name, path in config.files.items() if name in clients and not Path(path).exists()]
+        parts = {name: read_records(files[name], config.columns) for name in clients if name in files} if gone else None
+    elif config.split == "column" and config.test and Path(config.test).exists() and not Path(config.train).exists():
+        gone, parts = [config.train], read_tests(config.test, config, clients)
+    else:
+        return None
+    if parts is None:
+        return None
+    notes.append(f"{gone[0]} is not there, so nothing says that the test examples are still those of the run")
+    return {name: part[: config.max_test] if config.max_test else part for name, part in parts.items()}
+
+
 def read_general(config: DataConfig) -> list[Record]:
     """The held-out set that belongs to nobody; empty where none is named."""
     return read_records(config.general, config.columns) if config.general else []

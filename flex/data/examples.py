@@ -163,6 +163,22 @@ class Encoder:
         self._check_rows(ids)
         return ids, spans
 
+    def next_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Everything before the next answer, for generation alone: a chat template may do with earlier answers what it
+        wants (leave out their reasoning, say).
+
+        Raises:
+            FlexError: the chat template cannot say these turns, or a token has no row in the embedding.
+        """
+        if self.template != "chat":
+            return self.conversation_ids(turns)[0]
+        try:
+            ids = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise FlexError(f"the tokenizer's chat template refuses it: {first_line(error)}") from None
+        self._check_rows(ids)
+        return list(ids)
+
     def _chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[Span]]:
         answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
         marked = [

@@ -46,12 +46,12 @@ def read_rows(path: Path) -> Iterator[Row]:
     kind, newline = ("JSON lines", None) if separator is None else (ending[1:].upper(), "")
     try:
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield from _json(file, path) if separator is None else _csv(file, path, separator)
+            yield from json_rows(file, path) if separator is None else _csv(file, path, separator)
     except (UnicodeDecodeError, EOFError, OSError, zlib.error, csv.Error) as error:
         raise FlexError(f"{path} cannot be read as {kind}: {error}") from None
 
 
-def _json(file: TextIO, path: Path) -> Iterator[Row]:
+def json_rows(file: TextIO, path: Path) -> Iterator[Row]:
     """Of every line, or of every entry where the whole file is one array."""
     lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     start, first = next(lines, (1, ""))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from flex.config import EvaluateSettings
 from flex.data.examples import IGNORED, Batch, Encoder, Example
@@ -129,10 +129,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     prepare: Prepare | None = None,
+    streamer: TextStreamer | None = None,
 ) -> list[str]:
     """Greedy continuations of tokenised prompts as text, cut at the end tokens. Padded on the left.
 
     What the checkpoint's own generation_config.json asks for (penalties, beams, forced tokens) is left aside.
+    `streamer`, one of transformers, gets the tokens of a single prompt as they come.
     """
     device = next(model.parameters()).device
     if prepare:
@@ -152,7 +154,7 @@ def generate(
         ),
     )
     try:
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), streamer=streamer)
     finally:
         model.generation_config = kept
     texts = encoder.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
