@@ -1,11 +1,9 @@
 """From the study's jobs to `benchmarks/results/choosing.json`, and from that to the tables and pictures of the page.
 
 Differences are paired: the same client with the same data and seed, once with each start of the graft. Their p-values
-are of the sign-flip test (two-sided; exact up to 2^15 flips, 100,000 drawn ones beyond). Clients of one seed share a
-LoRA, so the pairs are not quite independent; in how many seeds the difference is positive stands beside.
+are of the sign-flip test (`flex/evaluation/paired.py`); in how many seeds the difference is positive stands beside.
 """
 
-import itertools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.study.variants import SETTINGS, VARIANTS, Setting
+from flex.evaluation.paired import Pair, sign_flip
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "choosing.json"
@@ -30,7 +29,6 @@ REFERENCES = {  # group -> what its members are compared with
 DEFAULT = "neurons-corr-refit"  # what `flex` starts from
 DRAWN = ("fedavg", "rule", "random", "fresh", "neurons-refit", "random-corr", "neurons-corr-refit")
 
-Pair = tuple[int, str]  # seed, client
 Scores = dict[str, dict[int, dict[Pair, float]]]  # variant -> round -> pair -> score, higher is better
 
 
@@ -56,18 +54,6 @@ def scores_of(rows: Sequence[dict], setting: str) -> Scores:
             value = 100 * row["exact_match"] if SETTINGS[setting].metric == "exact_match" else -row["loss"]
             scores[row["variant"]][row["round"]][row["seed"], row["client"]] = value
     return scores
-
-
-def sign_flip(differences: np.ndarray, exact: int = 15) -> float:
-    """The share of sign patterns whose mean is at least as far from 0: a two-sided p-value."""
-    count = len(differences)
-    if count <= exact:
-        signs = np.array(list(itertools.product((1, -1), repeat=count)))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), size=(100_000, count))
-        signs[0] = 1
-    means = np.abs(signs @ differences)
-    return float((means >= abs(differences.sum()) - 1e-12).mean())
 
 
 def paired(mine: dict[Pair, float], other: dict[Pair, float]) -> tuple[np.ndarray, dict[int, float]]:

@@ -1,13 +1,15 @@
 """Is one method better than another? The paired sign-flip test, and what is to be said when several are compared."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 EXACT = 15  # pairs up to which every pattern of signs is looked at; beyond, so many drawn ones are
 DRAWN = 100_000
+KEPT_PAIRS = 200  # up to so many pairs the drawn signs stay in memory for the next comparison
 LEVEL = 0.05
 FEWEST_SEEDS = 3  # for a verdict
 
@@ -58,6 +60,11 @@ def paired_test(first: dict[Pair, float], second: dict[Pair, float]) -> PairedTe
     )
 
 
+def smallest_p(num_pairs: int) -> float:
+    """The smallest p-value that so many pairs can give."""
+    return 2.0 ** (1 - num_pairs) if num_pairs <= EXACT else 1 / DRAWN
+
+
 def sign_flip(differences: np.ndarray) -> float:
     """The p-value alone, see `paired_test`."""
     return _p(differences, *_flips(differences), 0.0)
@@ -75,13 +82,29 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def _flips(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each pattern of signs: the sum of the differences with these signs, and the sum of the signs."""
-    count = len(differences)
+    parts = [(signs @ differences, signs.sum(1)) for signs in _patterns(len(differences))]
+    return np.concatenate([flipped for flipped, _ in parts]), np.concatenate([whole for _, whole in parts])
+
+
+def _patterns(count: int) -> Iterable[np.ndarray]:
+    """[patterns, count] of +1 and -1, in parts; the first is that of the data."""
+    return _kept_patterns(count) if count <= KEPT_PAIRS else _drawn_patterns(count)
+
+
+@lru_cache(maxsize=4)
+def _kept_patterns(count: int) -> list[np.ndarray]:
     if count <= EXACT:
-        signs = np.array(list(itertools.product((1, -1), repeat=count)))
-    else:
-        signs = np.random.default_rng(0).choice((1, -1), size=(DRAWN, count))
-        signs[0] = 1
-    return signs @ differences, signs.sum(1)
+        return [np.array(list(itertools.product((1.0, -1.0), repeat=count)))]
+    return list(_drawn_patterns(count))
+
+
+def _drawn_patterns(count: int, rows: int = 10_000) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(0)
+    for part in range(DRAWN // rows):
+        signs = rng.choice((1.0, -1.0), size=(rows, count))
+        if part == 0:
+            signs[0] = 1
+        yield signs
 
 
 def _p(differences: np.ndarray, flipped: np.ndarray, whole: np.ndarray, shift: float) -> float:

@@ -1,41 +1,47 @@
 """What the numbers of a run say, in plain sentences, and what they do not say.
 
-Methods are compared seed by seed: d_s = score of FLEx - score of the other, mean and standard deviation over the seeds
-that both have. A difference is judged against its *noise*: the larger of that standard deviation and the sampling error
-of a share measured on n test answers, sqrt((p(1-p) + q(1-q)) / n), which stands in where two seeds agree by chance. It
-is too large for ROUGE-L and for methods that err on the same questions, so the verdict errs towards "not settled".
-Up to once the noise, and where the difference is printed as zero, the two are level; beyond twice the noise (and with
-the same sign in every seed) better or worse; between them unsettled.
+Methods are compared in pairs: the same seed and client, once with each. A verdict is of the sign-flip test over these
+pairs (`evaluation/paired.py`), its p-values corrected for all the comparisons shown with it (Holm): better or worse at
+5 %, else not settled. Fewer than three seeds, or pairs so few that no p-value could get there, are not judged at all.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from flex.evaluation.measures import KINDS
+from flex.evaluation.paired import FEWEST_SEEDS, LEVEL, PairedTest, holm, paired_test, smallest_p
 from flex.methods import AVERAGED, MAIN, METHODS, Method
 from flex.report.numbers import Measure, Row, format_count, little_used, primary_measure, spread, worse_than_zero
 from flex.store.events import AFTER, BEFORE
 
 LABEL = METHODS[MAIN].label
+TOO_FEW = "so few seeds"
 CONTROLS = {method: row for method, row in METHODS.items() if row.control_of == MAIN}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`mean` = first - second; `gain` is the same, positive where the first is better; `ahead` counts seeds."""
+    """`mean` = first - second over the seeds, with its deviation; `ahead` counts the seeds in which the first is ahead.
+
+    test: over pairs of seed and client; None where a score is not finite. p: its p-value, corrected for `family`
+    comparisons.
+    """
 
     measure: Measure
     mean: float
     spread: float | None
-    sampling_error: float | None
     ahead: int
     num_seeds: int
+    test: PairedTest | None
+    p: float = 1.0
+    family: int = 1
 
     @property
     def gain(self) -> float:
+        """Positive where the first is better."""
         return self.mean if self.measure.higher_is_better else -self.mean
 
     @property
@@ -44,27 +50,37 @@ class Difference:
         return self.measure.kind.printed(self.gain)
 
     @property
-    def noise(self) -> float:
-        return max(self.spread or 0.0, self.sampling_error or 0.0)
+    def verdict(self) -> str:
+        """better | worse | unsettled, or "open" where the seeds or pairs are too few for any verdict."""
+        if self.test is None or self.num_seeds < FEWEST_SEEDS:
+            return "open"
+        if smallest_p(self.test.num_pairs) * self.family > LEVEL:
+            return "open"
+        if self.p > LEVEL or self.printed_gain == 0:
+            return "unsettled"
+        return "better" if self.printed_gain > 0 else "worse"
 
     @property
-    def verdict(self) -> str:
-        """better | ahead | level | behind | worse, or "open" where nothing tells how large the noise is."""
-        if not math.isfinite(self.mean):
-            return "open"
-        if self.printed_gain == 0:
-            return "level"
-        if self.spread is None and self.sampling_error is None:
-            return "open"
-        if abs(self.gain) <= self.noise:
-            return "level"
-        agree = self.ahead == (self.num_seeds if self.gain > 0 else 0)
-        if abs(self.gain) > 2 * self.noise and agree:
-            return "better" if self.gain > 0 else "worse"
-        return "ahead" if self.gain > 0 else "behind"
+    def interval(self) -> str:
+        """ "[+3.1, +8.0]", of the mean over the pairs; empty where they are too few to bound it."""
+        if self.test is None or self.test.low is None or self.test.high is None:
+            return ""
+        return f"[{self.measure.format_signed(self.test.low)}, {self.measure.format_signed(self.test.high)}]"
+
+    @property
+    def judged(self) -> str:
+        """The difference with all that the verdict rests on."""
+        if self.verdict == "open":
+            return str(self)
+        interval = f" {self.interval}" if self.interval else ""
+        return f"{self}{interval}, p {format_p(self.p)}, ahead in {self.ahead} of {self.num_seeds} seeds"
 
     def __str__(self) -> str:
         return self.measure.format_signed(self.mean, self.spread)
+
+
+def format_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def difference(first: Row, second: Row, measure: Measure, whens: tuple[str, str] = (AFTER, AFTER)) -> Difference | None:
@@ -73,13 +89,21 @@ def difference(first: Row, second: Row, measure: Measure, whens: tuple[str, str]
     if a is None or b is None or not (seeds := sorted(set(a.values) & set(b.values))):
         return None
     deltas = [a.values[seed] - b.values[seed] for seed in seeds]
-    sampling_error = None
-    if measure.kind.is_share and a.num_examples and b.num_examples:
-        shares = [(statistics.fmean(stat.values[seed] for seed in seeds), stat.num_examples) for stat in (a, b)]
-        sampling_error = math.sqrt(sum(max(0.0, p * (1 - p)) / n for p, n in shares))
     sign = 1 if measure.higher_is_better else -1
     ahead = sum(sign * measure.kind.printed(delta) > 0 for delta in deltas)
-    return Difference(measure, statistics.fmean(deltas), spread(deltas), sampling_error, ahead, len(seeds))
+    test = paired_test(first.pairs(measure, whens[0]), second.pairs(measure, whens[1]))
+    p = 1.0 if test is None else test.p
+    return Difference(measure, statistics.fmean(deltas), spread(deltas), ahead, len(seeds), test, p)
+
+
+def differences(first: Row, others: Iterable[Row], measure: Measure) -> dict[str, Difference]:
+    """`first` beside each of the others, by method; their p-values are corrected for all of them together."""
+    found = {row.method: diff for row in others if (diff := difference(first, row, measure)) is not None}
+    corrected = holm([diff.p for diff in found.values()])
+    return {
+        method: replace(diff, p=p, family=len(found))
+        for (method, diff), p in zip(found.items(), corrected, strict=True)
+    }
 
 
 def findings(summary: list[Row]) -> list[str]:
@@ -96,10 +120,11 @@ def findings(summary: list[Row]) -> list[str]:
         text = f"{LABEL} itself has no result here. {name[0].upper()}{name[1:]} on the test sets: {_join(parts)}."
         return [*sentences, text]
     others = [row for row in summary if row.method != MAIN and not row.declared.control_of]
+    found = differences(main, [row for row in summary if row.method != MAIN], measure)
     return [
         *sentences,
-        _headline(main, others, measure),
-        *_controls(main, rows, measure),
+        _headline(main, others, measure, found),
+        *_controls(rows, found),
         *_groups(main, [row for row in others if row.declared.trains]),
         *_loss_disagrees(main, summary, measure),
         *_forgetting(summary, measure),
@@ -149,29 +174,26 @@ def _kept(summary: list[Row]) -> list[str]:
     return [f"Kept is the round with the lowest validation loss: {'; '.join(parts)}."] if parts else []
 
 
-def _headline(main: Row, others: list[Row], measure: Measure) -> str:
-    standing = _standing(main, others, measure)
+def _headline(main: Row, others: list[Row], measure: Measure, found: dict[str, Difference]) -> str:
+    standing = _standing(others, found)
     text = f"{LABEL} reaches {_value(main, measure)} {measure.kind.in_words} on the clients' own test sets"
     return f"{text}: {standing}." if standing else f"{text}; there is no other method here to compare it with."
 
 
-def _controls(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
+def _controls(rows: dict[str, Row], compared: dict[str, Difference]) -> list[str]:
     """Same size, same training; only what stands in place of the graft differs."""
-    compared = ((row, difference(main, rows[key], measure)) for key, row in CONTROLS.items() if key in rows)
-    found = [(row, diff) for row, diff in compared if diff]
+    found = [(row, compared[key]) for key, row in CONTROLS.items() if key in rows and key in compared]
     endings = {
-        "level": "does as well ({}, within the noise of {})",
         "worse": f"does better than {LABEL} ({{}})",
-        "behind": f"is ahead of {LABEL} ({{}}, less than twice the noise of {{}}: not settled)",
         "better": "does worse ({})",
-        "ahead": "is a little behind ({}, less than twice the noise of {}: not settled)",
-        "open": "differs ({}), and one seed does not tell whether that means anything",
+        "unsettled": f"is not told apart from {LABEL} ({{}})",
+        "open": "differs ({}), which " + TOO_FEW + " cannot judge",
     }
-    parts = [f"{row.in_place} {endings[d.verdict].format(d, measure.format(d.noise))}" for row, d in found]
+    parts = [f"{row.in_place} {endings[d.verdict].format(d.judged)}" for row, d in found]
     sentences = []
     if parts:
         text = f"In place of {LABEL}'s graft, {_join(parts)}; the numbers are {LABEL} minus the other."
-        sentences.append(text + _what_controls_show(main, rows, measure, found))
+        sentences.append(text + _what_controls_show(compared, found))
     if not any(row.capacity for row, _ in found):
         named = ", ".join(row.in_place for row in CONTROLS.values() if row.capacity)
         sentences.append(
@@ -181,16 +203,13 @@ def _controls(main: Row, rows: dict[str, Row], measure: Measure) -> list[str]:
     return sentences
 
 
-def _what_controls_show(
-    main: Row, rows: dict[str, Row], measure: Measure, found: list[tuple[Method, Difference]]
-) -> str:
-    as_good = [row for row, diff in found if diff.verdict in ("level", "behind", "worse")]
+def _what_controls_show(compared: dict[str, Difference], found: list[tuple[Method, Difference]]) -> str:
+    as_good = [row for row, diff in found if diff.verdict in ("unsettled", "worse")]
     if as_good:
         text = f" So this run does not show {_join([row.unproven for row in as_good], 'or')}"
-        averaged = difference(main, rows[AVERAGED], measure) if AVERAGED in rows else None
         # Another well-chosen graft that does as well says nothing of mere capacity.
         mere_capacity = any(row.capacity or row.private != METHODS[MAIN].private for row in as_good)
-        gains = averaged is not None and averaged.verdict == "better" and mere_capacity
+        gains = AVERAGED in compared and compared[AVERAGED].verdict == "better" and mere_capacity
         label = METHODS[AVERAGED].label
         return text + (f"; the gain over {label} comes from having a private module." if gains else ".")
     if not any(row.capacity for row, _ in found):
@@ -204,7 +223,7 @@ def _groups(main: Row, others: list[Row]) -> list[str]:
     sentences = []
     for measure in main.after:
         if measure.split == "test" and measure.group and measure.kind.of_groups:
-            standing = _standing(main, others, measure)
+            standing = _standing(others, differences(main, others, measure))
             ending = f": {standing}." if standing else "."
             sentences.append(f"On “{measure.group}” {LABEL} has {_value(main, measure)}{ending}")
     return sentences
@@ -217,7 +236,7 @@ def _loss_disagrees(main: Row, summary: list[Row], measure: Measure) -> list[str
     for row in summary:
         by_loss = difference(main, row, loss) if row is not main and measure != loss else None
         by_score = difference(main, row, measure)
-        if by_loss and by_score and by_loss.gain < 0 <= by_score.printed_gain and by_loss.verdict != "level":
+        if by_loss and by_score and by_loss.printed_gain < 0 <= by_score.printed_gain:
             seeds = "1 seed" if by_loss.num_seeds == 1 else f"{by_loss.num_seeds} seeds"
             parts.append(f"{row.label} {_value(row, loss)} (lower in {by_loss.num_seeds - by_loss.ahead} of {seeds})")
     name = measure.kind.in_words
@@ -243,12 +262,12 @@ def _forgetting(summary: list[Row], like: Measure) -> list[str]:
 
 
 def _aggregation(summary: list[Row], measure: Measure) -> list[str]:
-    """Where a client's own weights and the averaged ones differ by more than the noise, the reader must know."""
+    """Where a client's own weights and the averaged ones are told apart, the reader must know."""
     parts = []
     for row in summary:
         both = difference(row, row, measure, (AFTER, BEFORE)) if row.declared.averages else None
-        if both and both.verdict not in ("level", "open"):
-            parts.append(f"{row.label} {both}")
+        if both and both.verdict in ("better", "worse"):
+            parts.append(f"{row.label} {both.judged}")
     name = measure.kind.in_words
     return [f"Averaging changes the scores ({name} after minus before aggregation): {_join(parts)}."] if parts else []
 
@@ -275,25 +294,25 @@ def _choices(main: Row) -> list[str]:
 
 def _seeds(summary: list[Row]) -> list[str]:
     fewest = min((len(row.seeds) for row in summary if row.declared.trains), default=0)
-    if fewest == 1:
-        return ["There is one seed only: nothing here says how much another seed would differ."]
-    return [f"{fewest} seeds are few: small differences need more of them."] if 1 < fewest < 5 else []
+    if 0 < fewest < FEWEST_SEEDS:
+        have = "There is one seed only" if fewest == 1 else f"There are {fewest} seeds only"
+        return [f"{have}, so nothing here is judged: a verdict needs {FEWEST_SEEDS} or more (--num-seeds 5)."]
+    return []
 
 
-def _standing(main: Row, others: list[Row], measure: Measure) -> str:
-    """ "better than A (+1.0 ± 0.2) and B (...), level with C (...)", empty if there is nothing to compare with."""
+def _standing(others: list[Row], found: dict[str, Difference]) -> str:
+    """ "better than A (+1.0 ± 0.2, p = 0.004, ...) and B (...), not told apart from C (...)", empty if there is nothing
+    to compare with."""
     words = {
         "better": "better than {}",
-        "ahead": "a little ahead of {}, which is not settled",
-        "level": "level with {}",
-        "behind": "a little behind {}, which is not settled",
+        "unsettled": "not told apart from {}",
         "worse": "worse than {}",
-        "open": "beside {}, which one seed cannot judge",
+        "open": "beside {}, which " + TOO_FEW + " cannot judge",
     }
-    found = [(row, difference(main, row, measure)) for row in others]
     clauses = []
     for verdict, word in words.items():
-        parts = [f"{row.declared.sentence_name} ({diff})" for row, diff in found if diff and diff.verdict == verdict]
+        named = [(row, found[row.method]) for row in others if row.method in found]
+        parts = [f"{row.declared.sentence_name} ({diff.judged})" for row, diff in named if diff.verdict == verdict]
         if parts:
             clauses.append(word.format(_join(parts)))
     return "; ".join(clauses)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from flex.errors import FlexError
 from flex.evaluation.measures import KINDS, Kind
+from flex.evaluation.paired import Pair
 from flex.methods import AVERAGED, MAIN, METHODS, GraftSettings, Method
 from flex.store import events
 from flex.store.events import AFTER, BEFORE, METRICS, Event, Grafted, RunStarted
@@ -185,6 +186,14 @@ class Row:
     def scores(self) -> dict[str, dict[Measure, Stat]]:
         """{AFTER or BEFORE aggregation: {measure: over the counted seeds}}."""
         return {when: _over_seeds(self.counted, when) for when in (AFTER, BEFORE)}
+
+    def pairs(self, measure: Measure, when: str = AFTER) -> dict[Pair, float]:
+        """Every score by (seed, client)."""
+        return {
+            (job.seed, client): value
+            for job in self.counted
+            for client, (value, _) in job.scores(when).get(measure, {}).items()
+        }
 
     @property
     def before(self) -> dict[Measure, Stat]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from flex.methods import AVERAGED, MAIN, METHODS
 from flex.report import figures, numbers
-from flex.report.findings import difference, findings
+from flex.report.findings import differences, findings, format_p
 from flex.report.numbers import JobLog, Measure, Row
 from flex.store.events import AFTER, BEFORE, Event, Grafted, RunStarted, Truncated
 
@@ -114,7 +114,8 @@ def page(run: Run) -> str:
         "best_of_clients": best_of_clients,
         "client_mean": client_mean,
         "dash": dash,
-        "difference": difference,
+        "differences": differences,
+        "format_p": format_p,
         "figures": figures,
     }
     said, primary = findings(run.summary), numbers.primary_measure(run.summary)

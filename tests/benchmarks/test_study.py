@@ -4,19 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.study import page, variants
 from benchmarks.study.variants import SETTINGS, VARIANTS, configure, dolly_clients
 from flex.config import METHODS, GraftSettings
-
-
-def test_sign_flips_are_counted() -> None:
-    assert page.sign_flip(np.array([1.0, 1.0, 1.0])) == 2 / 8
-    assert page.sign_flip(np.array([1.0, -1.0])) == 1.0
-    assert page.sign_flip(np.array([3.0, 1.0, -1.0])) == 6 / 8  # only 3 - 1 - 1 and its mirror stay below 3
-    assert page.sign_flip(np.ones(20)) < 1e-4
 
 
 def test_differences_pair_the_same_client_and_seed() -> None:
