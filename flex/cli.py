@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--output", help="folder of the run (default: the configuration's `output`)")
     train.add_argument("--methods", nargs="+", help="which methods to compare, e.g. --methods fedavg flex")
     train.add_argument("--seeds", nargs="+", help="which seeds, e.g. --seeds 0,1,2")
+    train.add_argument("--num-seeds", type=int, metavar="N", help="seeds 0 to N - 1, instead of --seeds")
     train.add_argument("--rounds", nargs=1, help="how many rounds")
     train.add_argument("--strategy", help="how the server aggregates (strategy.name)")
 
@@ -105,6 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
+    report.add_argument("--csv", type=Path, metavar="FILE", help="also the numbers, a line for each method and measure")
+
+    compare = commands.add_parser("compare", help="write one page over several runs")
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of runs; the first is the reference"
+    )
+    compare.add_argument("--to", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="also the numbers of all runs")
+    compare.add_argument("--latex", type=Path, metavar="FILE", help="also the table of scores for a paper")
 
     return parser
 
@@ -187,6 +197,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
                 given |= {"data.test": "", "data.clients": given["data.clients"] or []}
     if arguments.columns is not None:
         given["data.columns"] = _pairs("--columns", arguments.columns, "OURS=THEIRS")
+    if (count := getattr(arguments, "num_seeds", None)) is not None:
+        require(count >= 1, f"--num-seeds is {count}; expected 1 or more")
+        require(not arguments.seeds, "--seeds and --num-seeds both say which seeds; expected one of the two")
+        given["train.seeds"] = list(range(count))
     if arguments.clients_by is not None and arguments.clients is None:
         given["data.clients"] = []  # a configuration's clients are values of its own column
     return [f"{key}={to_toml(value)}" for key, value in given.items() if value is not None] + arguments.overrides
@@ -233,7 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
             case "report":
                 from flex.commands import report
 
-                return report.report(given.run)
+                return report.report(given.run, given.csv)
+            case "compare":
+                from flex.commands import report
+
+                return report.compare(given.runs, given.to, given.csv, given.latex)
             case "demo":
                 from flex.commands import train
 

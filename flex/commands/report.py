@@ -1,15 +1,33 @@
-"""`flex report`: the page of a run, from its log."""
+"""`flex report` and `flex compare`: the page of a run, and of several, from their logs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flex.errors import require
-from flex.report.terminal import read_events, write_report
+from flex.report.flat import flat_rows, write_csv, write_text
+from flex.report.terminal import read_events, summarise, write_report
 
 
-def report(folder: Path) -> int:
+def report(folder: Path, csv: Path | None = None) -> int:
+    """Writes report.html, and with `csv` the numbers as a table."""
     require(
         bool(read_events(folder)),
         f"{folder} has nothing to report yet; expected a run with events in metrics.jsonl",
     )
     print(write_report(folder))
+    if csv is not None:
+        print(write_csv(csv, flat_rows(summarise(read_events(folder)), folder.name)))
+    return 0
+
+
+def compare(folders: Sequence[Path], target: Path, csv: Path | None, latex: Path | None) -> int:
+    """Writes one page over several runs, and what else is asked for."""
+    from flex.report import compare
+
+    runs = compare.load(folders)
+    print(write_text(target, compare.page(runs)))
+    if csv is not None:
+        print(write_csv(csv, [row for run in runs for row in flat_rows(run.summary, run.name)]))
+    if latex is not None:
+        print(write_text(latex, compare.latex(runs)))
     return 0

@@ -217,6 +217,11 @@ class Row:
         return next((job.info.trained_parameters for job in self.jobs if job.info.trained_parameters), None)
 
     @property
+    def learning_rates(self) -> dict[str, float] | None:
+        """Of the LoRA and of the private module; None where the log does not say."""
+        return next((job.info.learning_rates for job in self.jobs if job.info.learning_rates), None)
+
+    @property
     def grafts(self) -> list[Grafted]:
         """The choices of one expert as a whole."""
         return [event for job in self.jobs for event in job.grafts.values() if event.chosen is not None]

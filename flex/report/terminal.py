@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich import box
@@ -10,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flex.errors import FlexError
 from flex.report import numbers
 from flex.report.findings import findings
+from flex.report.flat import write_text
 from flex.report.numbers import Measure, Row, read_events, summarise
 
 __all__ = ["findings", "read_events", "summarise", "terminal_table", "write_report"]
@@ -78,11 +77,4 @@ def write_report(run_dir: Path | str) -> Path:
     events = read_events(run_dir)
     config = run_dir / "config.toml"
     text = page(Run(events, config.read_text(encoding="utf-8") if config.is_file() else ""))
-    path, part = run_dir / "report.html", run_dir / ".report.html.part"
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise FlexError(f"cannot write {path}: {error}") from None
-    return path
+    return write_text(run_dir / "report.html", text)

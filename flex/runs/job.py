@@ -100,6 +100,7 @@ class Job:
             trained_parameters=sites[0].trained_parameters,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             clients=[site.client_id for site in sites],
+            learning_rates={name: getattr(train, name) for name in ("learning_rate", "graft_learning_rate")},
             format=FORMAT,
         )
         shared, done = self._resume(strategy, started_event)

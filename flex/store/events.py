@@ -71,7 +71,7 @@ class Truncated(Event):
 @dataclass(frozen=True)
 class JobStarted(Event):
     """A job begins, with `clients`. `trained_parameters`: how many are shared, and personal; `started`: UTC, ISO
-    8601."""
+    8601; `learning_rates`: by the names of their settings."""
 
     event: ClassVar[str] = "job"
     num_rounds: int | None = None
@@ -79,6 +79,7 @@ class JobStarted(Event):
     trained_parameters: dict[str, int] | None = None
     started: str | None = None
     clients: list[str] = field(default_factory=list)
+    learning_rates: dict[str, float] = field(default_factory=dict)
     format: int = 1
 
 
