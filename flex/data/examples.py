@@ -115,7 +115,17 @@ class Encoder:
             raise FlexError('the tokenizer has no chat template; expected data.template = "alpaca"')
         self.tokenizer, self.template, self.max_length, self.num_rows = tokenizer, template, max_length, num_rows
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.highest = 0  # token id so far
         self._check_rows([self.pad_id, tokenizer.eos_token_id])
+
+    def fit(self, num_rows: int) -> None:
+        """The model that the tokens are for, where it was loaded after they were made.
+
+        Raises:
+            FlexError: one of them has no row in its embedding.
+        """
+        self.num_rows = num_rows
+        self._check_rows([])
 
     def end_ids(self) -> list[int]:
         """What ends an answer: the tokenizer's end of sequence, and the special token with which the chat template, if
@@ -133,7 +143,7 @@ class Encoder:
         return list(dict.fromkeys(ends))
 
     def _check_rows(self, ids: Sequence[int]) -> None:
-        highest = max(ids, default=0)
+        self.highest = highest = max([self.highest, *ids])
         if self.num_rows is not None and highest >= self.num_rows:
             raise FlexError(
                 f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, but the model's "

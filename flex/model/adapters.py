@@ -13,6 +13,7 @@
 """
 
 import contextlib
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ import flex_kernels
 from flex.config import LoraSettings
 from flex.errors import FlexError
 from flex.methods import SECOND_LORA, SHARED_LORA, GraftSettings, Method
+from flex.model.attention import targets_of
 from flex.model.base import Base, experts_sizes, router_of, weights_of
 from flex.model.expert_loras import ExpertLoras
 from flex_kernels import reference
@@ -305,7 +307,7 @@ def wrap(base: Base, method: Method, lora: LoraSettings, graft: GraftSettings, s
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that is deprecated there
         warnings.simplefilter("ignore", FutureWarning)
         if method.lora:
-            check_targets(base.model, lora)
+            lora = dataclasses.replace(lora, targets=targets_of(base.model, lora))
             torch.manual_seed(seed)
             base.adapter = peft.get_peft_model(base.model, _lora_config(lora, lora.rank, lora.alpha))
         private.put_on(base, lora, graft.of(method))
@@ -350,21 +352,6 @@ def unwrap(base: Base) -> None:
         base.adapter.unload()
         base.adapter = None
     base.model.requires_grad_(False)
-
-
-def check_targets(model: nn.Module, lora: LoraSettings) -> None:
-    """Raises FlexError where the model lacks a linear layer of one of the names, or has one smaller than the rank."""
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    names = {name.rpartition(".")[2] for name, _ in linears}
-    missing = [t for t in lora.targets if t not in names]
-    if missing:
-        raise FlexError(f"lora.targets names {missing}, which the model lacks; it has {', '.join(sorted(names))}")
-    for name, linear in linears:
-        if name.rpartition(".")[2] in lora.targets and lora.rank > min(linear.in_features, linear.out_features):
-            raise FlexError(
-                f"lora.rank is {lora.rank}; expected at most {min(linear.in_features, linear.out_features)}, the "
-                f"smaller side of {name} ({linear.out_features} x {linear.in_features})"
-            )
 
 
 @contextlib.contextmanager

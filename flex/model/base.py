@@ -40,15 +40,36 @@ class Base:
         return next(self.model.parameters()).device
 
 
-def load_base(config: ModelConfig) -> Base:
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the base alone: in a moment, where its model may take minutes.
+
+    Raises:
+        FlexError: nothing can be loaded from `config.path`, or there is no tokenizer in it.
+    """
+    if not config.path:
+        raise FlexError("model.path is empty; expected a folder or a hub name of a Mixture-of-Experts model")
+    path = _expanded(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a loader's own: a package that is missing, a format
+        raise _not_loaded(config, error) from None
+    # Without its files, transformers builds a tokenizer that knows no word.
+    if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
+        raise FlexError(f"no tokenizer in model.path = {config.path!r}; expected its files beside the model's")
+    return tokenizer
+
+
+def load_base(config: ModelConfig, tokenizer: Any = None) -> Base:
     """The base model and its tokenizer, everything frozen, experts on the `flex` implementation.
+
+    Args:
+        tokenizer: of `load_tokenizer`, where it is loaded already.
 
     Raises:
         FlexError: nothing can be loaded from `config.path` or onto `config.device`, tensors are missing or not finite,
             the model has no MoE layers, or its folder has no tokenizer.
     """
-    if not config.path:
-        raise FlexError("model.path is empty; expected a folder or a hub name of a Mixture-of-Experts model")
+    tokenizer = tokenizer or load_tokenizer(config)
     path = _expanded(config.path)
     device = _device(config.device)
     flex_kernels.register()
@@ -57,7 +78,6 @@ def load_base(config: ModelConfig) -> Base:
     if config.dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -66,11 +86,8 @@ def load_base(config: ModelConfig) -> Base:
             output_loading_info=True,
         )
     except Exception as error:  # a loader's own: a package that is missing, a format, a memory that is too small
-        raise FlexError(f"no model can be loaded from model.path = {config.path!r}: {first_line(error)}") from None
+        raise _not_loaded(config, error) from None
     _check_loaded(config.path, found)
-    # Without its files, transformers builds a tokenizer that knows no word.
-    if not tokenizer("Write a response.", add_special_tokens=False)["input_ids"]:
-        raise FlexError(f"no tokenizer in model.path = {config.path!r}; expected its files beside the model's")
     layers = flex_kernels.moe_layers(model)
     if not layers:
         raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
@@ -81,6 +98,10 @@ def load_base(config: ModelConfig) -> Base:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise FlexError(f"{config.path} does not fit the memory of {device}: {first_line(error)}") from None
     return Base(model, tokenizer, layers, fingerprint(model))
+
+
+def _not_loaded(config: ModelConfig, error: Exception) -> FlexError:
+    return FlexError(f"no model can be loaded from model.path = {config.path!r}: {first_line(error)}")
 
 
 def _check_loaded(path: str, found: dict[str, Any]) -> None:

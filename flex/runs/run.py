@@ -23,10 +23,9 @@ from flex.errors import FlexError
 from flex.federation.agreement import comparable
 from flex.federation.client import about
 from flex.federation.messages import SiteAbout
-from flex.federation.strategy import make_strategy
-from flex.graft.choose import check as check_grafts
 from flex.methods import METHODS
-from flex.model.adapters import check_targets, unwrap
+from flex.model.adapters import unwrap
+from flex.runs.demands import check_data, check_methods, pinned
 from flex.runs.history import is_finished, plan_of
 from flex.runs.job import is_done
 from flex.runs.progress import job_lines
@@ -59,6 +58,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     if config.threads:
         torch.set_num_threads(config.threads)
     console.print(f"[dim]loading {config.model.path} ...[/dim]")
+    check_data(config)
     worlds = Worlds(config)
     world = worlds.of(config.train.seeds[0])
     for note in world.notes:
@@ -66,7 +66,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     console.print(split_table(world.tally))
     config = pinned(config, world)
     check_free(folder, config)
-    _check_methods(config, world)
+    check_methods(config, world)
     contents = check_contents(folder, world, config.train.seeds[0])
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     clients = [client.client_id for client in world.clients]
@@ -90,22 +90,6 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
             unwrap(worlds.world.base)
         collect(folder)
     return folder
-
-
-def pinned(config: RunConfig, world: World) -> RunConfig:
-    """The configuration with what "auto" stands for on this base, so that a run's own file says it."""
-    return config.with_values(data={"template": world.encoder.template})
-
-
-def _check_methods(config: RunConfig, world: World) -> None:
-    """What is wrong with a method's settings is said before any method trains."""
-    if any(METHODS[method].lora for method in config.train.methods):
-        check_targets(world.base.model, config.lora)
-    for method in config.train.methods:
-        name, settings = config.strategy.of(method)
-        make_strategy(name, len(world.clients), clients_per_round=config.train.clients_per_round, **settings)
-        if METHODS[method].start is not None:
-            check_grafts(world.base, config.graft.of(METHODS[method]))
 
 
 def is_finished_job(folder: Path, job: JobName, config: RunConfig, clients: list[str]) -> bool:

@@ -10,7 +10,7 @@ from flex.data.clients import Tally, read_clients, read_general, tally
 from flex.data.examples import ClientData, Encoder, Example, encode, encode_clients
 from flex.federation.client import JobModel, Listener, Site
 from flex.model.adapters import unwrap
-from flex.model.base import Base, load_base
+from flex.model.base import Base, load_base, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,21 @@ class World:
 
 
 def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
-    """Reads the data of a seed, then loads the base (unless it is there): what is wrong with a file is said first."""
+    """The data of a seed, then the tokenizer, then the base (unless it is there): what is wrong is said at the first
+    moment at which it can be known, and the base is what takes minutes to load."""
     notes: list[str] = []
     data = config.data.for_seed(seed)
     records, general = read_clients(data, notes, seed), read_general(data)
-    base = base or load_base(config.model)
-    unwrap(base)
-    encoder = make_encoder(config, base)
+    tokenizer = load_tokenizer(config.model) if base is None else base.tokenizer
+    encoder = Encoder(tokenizer, data.template, data.max_length)
     if data.template != encoder.template:
         has = "a" if encoder.template == "chat" else "no"
         notes.append(f'data.template = "auto" stands for "{encoder.template}": the tokenizer has {has} chat template')
-    clients, others = encode_clients(records, data, encoder), encode(general, data, encoder)
-    return World(base, encoder, clients, others, notes, tally(records, data))
+    clients, encoded = encode_clients(records, data, encoder), encode(general, data, encoder)
+    base = base or load_base(config.model, tokenizer)
+    unwrap(base)
+    encoder.fit(rows_of(base))
+    return World(base, encoder, clients, encoded, notes, tally(records, data))
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:
@@ -77,8 +80,12 @@ def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:
 
 
 def make_encoder(config: RunConfig, base: Base) -> Encoder:
-    num_rows = base.model.get_input_embeddings().weight.shape[0]
-    return Encoder(base.tokenizer, config.data.template, config.data.max_length, num_rows)
+    return Encoder(base.tokenizer, config.data.template, config.data.max_length, rows_of(base))
+
+
+def rows_of(base: Base) -> int:
+    """Of the base's embedding."""
+    return base.model.get_input_embeddings().weight.shape[0]
 
 
 class Worlds:
