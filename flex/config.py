@@ -193,6 +193,7 @@ class TrainSettings:
     rounds: int = setting(100, least=1)
     steps: int = setting(5, least=1)
     batch_size: int = setting(4, least=1)
+    accumulate: int = setting(1, least=1)  # batches a step: as one so many times as large, in the memory of one
     clients_per_round: int = setting(0, least=0, zero="all")
     learning_rate: float = setting(4e-5, above=0)
     graft_learning_rate: float = setting(4e-5, above=0)

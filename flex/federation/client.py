@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flex.config import STRATEGIES, RunConfig
-from flex.data.examples import ClientData, Encoder, Example, training_batches
+from flex.data.examples import IGNORED, Batch, ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluation.score import Prepare, response_logits, score
 from flex.federation.agreement import settings_digest, versions
@@ -229,7 +229,8 @@ class Site:
         # Dropout draws from torch's global generator: the turn, not the process, decides what it gives.
         seed = derived_seed(model.seed, round_index, self.client_id)
         torch.manual_seed(seed)
-        batches = training_batches(self.client.train, train.batch_size, train.steps, f"batches {seed}")
+        per_step = train.batch_size * train.accumulate
+        batches = training_batches(self.client.train, per_step, train.steps, f"batches {seed}")
         model.base.model.train()
         told = Told()
         with recomputed(model.base.model, train.gradient_checkpointing):
@@ -368,32 +369,54 @@ class Site:
         held: Held,
         told: Told,
     ) -> None:
-        """One step per batch, of the parameters in `trained` alone, on what stands in the model."""
+        """One step per batch, of the parameters in `trained` alone, on what stands in the model. Of `train.accumulate`
+        small batches each counts by its tokens, so that the step is that of all of them at once."""
         model, base = self.model, self.model.base
         for name, parameter in model.parts.trained().items():
             parameter.requires_grad_(name in trained)
+        size = self.config.train.batch_size
         for examples in batches:
-            logits, targets, _ = response_logits(base.model, model.encoder.batch(examples, base.device))
-            loss = F.cross_entropy(logits.float(), targets)
+            parts = [model.encoder.batch(examples[i : i + size], base.device) for i in range(0, len(examples), size)]
+            counts = [int((part.labels[:, 1:] != IGNORED).sum()) for part in parts]
+            optimizer.zero_grad(set_to_none=True)
+            told.losses.append(self._gradients(round_index, parts, counts, trained, held, told))
+            for name, correction in held.drift.items():  # SCAFFOLD: c - c_k
+                held_back, correction = model.parts.shared[name], correction.to(base.device)
+                # None where the batch was too short for what the parameter does (attention over compressed blocks).
+                held_back.grad = correction if held_back.grad is None else held_back.grad + correction
+            nn.utils.clip_grad_norm_(list(trained.values()), self.config.train.max_grad_norm)
+            optimizer.step()
+            told.tokens += sum(len(example.input_ids) for example in examples)
+            self.listen.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(
+        self,
+        round_index: int,
+        parts: Sequence[Batch],
+        counts: Sequence[int],
+        trained: Mapping[str, nn.Parameter],
+        held: Held,
+        told: Told,
+    ) -> Tensor:
+        """The gradients of a step, one part after another; returns its loss (nats a response token)."""
+        model, whole = self.model, sum(counts)
+        losses = []
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            logits, targets, _ = response_logits(model.base.model, part)
+            loss = F.cross_entropy(logits.float(), targets) * (count / whole)
             if not torch.isfinite(loss):
                 raise FlexError(
                     f"the loss of client {self.client_id!r} is {loss.item()} in round {round_index}; "
                     "expected a finite number (a lower learning rate may help)"
                 )
-            for name, anchor in held.anchors.items():
+            for name, anchor in held.anchors.items() if number == 0 else ():
                 loss = loss + 0.5 * held.mu * ((trained[name] - anchor) ** 2).sum()
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for name, correction in held.drift.items():  # SCAFFOLD: c - c_k
-                model.parts.shared[name].grad += correction.to(base.device)
-            nn.utils.clip_grad_norm_(list(trained.values()), self.config.train.max_grad_norm)
-            optimizer.step()
-            told.losses.append(loss.detach())
-            told.tokens += sum(len(example.input_ids) for example in examples)
-            if (opening := model.private.opening(base)) is not None:
+            losses.append(loss.detach())
+            if (opening := model.private.opening(model.base)) is not None:
                 told.openings.append(opening)
-            self.listen.step()
-        optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def _share_out(steps: int, phases: tuple[Phase, ...]) -> Iterator[tuple[Phase, int]]:

@@ -42,8 +42,8 @@ def attention_linears(model: nn.Module, rank: int = 1) -> list[str]:
                 found[inner_name] = None
     if not found:
         raise FlexError(
-            f'{type(model).__name__} has no linear layers of attention that lora.targets = "auto" could find and a LoRA '
-            f"of rank {rank} fits; expected the names of some, or a lower lora.rank"
+            f'{type(model).__name__} has no linear layers of attention that lora.targets = "auto" could find and '
+            f"a LoRA of rank {rank} fits; expected the names of some, or a lower lora.rank"
         )
     return list(found)
 
@@ -52,7 +52,8 @@ def targets_of(model: nn.Module, lora: LoraSettings) -> tuple[str, ...]:
     """What `lora.targets` stands for on this model, by the last parts of the names where these say the same.
 
     Raises:
-        FlexError: the model has no linear layer of one of these names, or one smaller than the rank, or "auto" finds none.
+        FlexError: the model has no linear layer of one of these names, one is smaller than the rank, or "auto" finds
+            none.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if lora.targets != AUTO:
