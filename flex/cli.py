@@ -63,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--num-seeds", type=int, metavar="N", help="seeds 0 to N - 1, instead of --seeds")
     train.add_argument("--rounds", nargs=1, help="how many rounds")
     train.add_argument("--strategy", help="how the server aggregates (strategy.name)")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell clients, lengths, memory and minutes from a few steps; write nothing",
+    )
 
     graft = commands.add_parser(
         "graft", help="choose the grafts; show per layer what is taken and how much it explains"
@@ -259,6 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
             case "train":
                 from flex.commands import train
 
+                if given.dry_run:
+                    return train.dry_run(given.config, overrides)
                 return train.train(given.config, overrides)
             case "graft":
                 from flex.commands import graft

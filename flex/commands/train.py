@@ -4,10 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flex.commands.forecast import print_forecast
 from flex.config import read_config
 from flex.demo.data import demo_config, describe_clients, write_demo_data
 from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
-from flex.runs.run import run
+from flex.runs.forecast import forecast
+from flex.runs.run import prepared, run
 
 console = Console()
 
@@ -24,6 +26,13 @@ def demo(folder: Path, overrides: list[str]) -> int:
 def train(path: Path | None, overrides: list[str]) -> int:
     """Every method and seed of a configuration, from data to report; resumes what was stopped."""
     return report_on(run(read_config(path, overrides), console))
+
+
+def dry_run(path: Path | None, overrides: list[str]) -> int:
+    """What the run would be and take, from a few steps of it; nothing is written."""
+    config, _, world = prepared(read_config(path, overrides), console)
+    print_forecast(console, config, forecast(config, world))
+    return 0
 
 
 def report_on(folder: Path) -> int:

@@ -52,21 +52,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
         FlexError: bad input (nothing has been written then), or the folder holds a run with other settings.
     """
     folder, descriptions = Path(config.output), descriptions or {}
-    config = _with_full_paths(config)
-    check_track(config.train.track)
-    check_free(folder, config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    console.print(f"[dim]loading {config.model.path} ...[/dim]")
-    check_data(config)
-    worlds = Worlds(config)
-    world = worlds.of(config.train.seeds[0])
-    for note in world.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
-    console.print(split_table(world.tally))
-    config = pinned(config, world)
-    check_free(folder, config)
-    check_methods(config, world)
+    config, worlds, world = prepared(config, console)
     contents = check_contents(folder, world, config.train.seeds[0])
     jobs = [(seed, method) for seed in config.train.seeds for method in config.train.methods]
     clients = [client.client_id for client in world.clients]
@@ -90,6 +76,31 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
             unwrap(worlds.world.base)
         collect(folder)
     return folder
+
+
+def prepared(config: RunConfig, console: Console) -> tuple[RunConfig, Worlds, World]:
+    """Everything that can be wrong before a method trains, looked at; data and base of the first seed, loaded.
+
+    Raises:
+        FlexError: see `run`; nothing has been written.
+    """
+    folder = Path(config.output)
+    config = _with_full_paths(config)
+    check_track(config.train.track)
+    check_free(folder, config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    console.print(f"[dim]loading {config.model.path} ...[/dim]")
+    check_data(config)
+    worlds = Worlds(config)
+    world = worlds.of(config.train.seeds[0])
+    for note in world.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+    console.print(split_table(world.tally))
+    config = pinned(config, world)
+    check_free(folder, config)
+    check_methods(config, world)
+    return config, worlds, world
 
 
 def is_finished_job(folder: Path, job: JobName, config: RunConfig, clients: list[str]) -> bool:
