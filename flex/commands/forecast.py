@@ -57,7 +57,7 @@ def _costs(config: RunConfig, told: Forecast) -> Table:
     seeds, rounds = len(config.train.seeds), config.train.rounds
     targets = ", ".join(name.rpartition(".")[2] for name in config.lora.targets[:8])
     table.caption = Text(
-        "shared, private: numbers trained; tensors, bytes: sent by a client in a round, as many come back; then seconds "
+        "shared, private: numbers trained; tensors, bytes: sent by a client in a round, as many come back; seconds "
         f"of a step, and of {seeds} seed(s) with {rounds} rounds each; LoRA on {targets}"
     )
     return table
