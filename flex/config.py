@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -89,6 +90,8 @@ class DataConfig:
     test_files: dict[str, str] = field(default_factory=dict)  # in place of `test`
     columns: dict[str, str] = field(default_factory=dict)  # our names -> the files', e.g. instruction = "question"
     test_fraction: float = setting(0.2, above=0, below=1)
+    # What is scored as the test part: "validation", that part of the training records, and no test record is read
+    scored: str = setting("test", choices=("test", "validation"))
     # Of each client's training examples: drawn by the run's seed, never trained on, for choices made while training
     validation_fraction: float = setting(0.0, least=0, below=1)
     general: str = ""  # a held-out set that belongs to nobody: what is forgotten shows there
@@ -128,6 +131,10 @@ class DataConfig:
         require(not strangers, f"data.test_files names {strangers}, which data.files does not; expected its clients")
 
         self._check_split()
+        require(
+            self.scored == "test" or self.validation_fraction > 0,
+            'data.scored is "validation", but data.validation_fraction is 0; expected a share of the training records',
+        )
 
     def _check_split(self) -> None:
         if self.split == "files":
@@ -196,6 +203,10 @@ class TrainSettings:
     accumulate: int = setting(1, least=1)  # batches a step: as one so many times as large, in the memory of one
     clients_per_round: int = setting(0, least=0, zero="all")
     learning_rate: float = setting(4e-5, above=0)
+    rates: dict[str, float] = field(
+        default_factory=dict
+    )  # factors on all learning rates, by method; `--tune` finds them
+    tune_factors: tuple[float, ...] = setting((0.3, 1.0, 3.0), distinct=True, empty="the factors that --tune tries")
     graft_learning_rate: float = setting(4e-5, above=0)
     final_learning_rate: float = setting(1e-6, least=0)  # the same share of it for the graft
     schedule: str = setting("cosine", choices=("cosine", "constant"))
@@ -217,6 +228,11 @@ class TrainSettings:
             f'train.patience is {self.patience}, which train.keep = "last" has no use for; '
             'expected 0, or train.keep = "best"',
         )
+        for method, factor in self.rates.items():
+            require(method in METHODS, f"train.rates names {method!r}; expected some of {', '.join(METHODS)}")
+            require(0 < factor < math.inf, f"train.rates.{method} is {factor}; expected a number above 0")
+        low = [factor for factor in self.tune_factors if not 0 < factor < math.inf]
+        require(not low, f"train.tune_factors names {low}; expected numbers above 0")
         alone = [method for method in self.methods if METHODS[method].last_phases]
         require(
             not alone or self.finetune_rounds <= self.rounds,

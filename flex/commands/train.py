@@ -10,6 +10,7 @@ from flex.demo.data import demo_config, describe_clients, write_demo_data
 from flex.report.terminal import findings, read_events, summarise, terminal_table, write_report
 from flex.runs.forecast import forecast
 from flex.runs.run import prepared, run
+from flex.runs.tune import tune
 
 console = Console()
 
@@ -23,9 +24,14 @@ def demo(folder: Path, overrides: list[str]) -> int:
     return report_on(run(config, console, title, describe_clients(config.train.seeds[0])))
 
 
-def train(path: Path | None, overrides: list[str]) -> int:
-    """Every method and seed of a configuration, from data to report; resumes what was stopped."""
-    return report_on(run(read_config(path, overrides), console))
+def train(path: Path | None, overrides: list[str], tuned: bool = False) -> int:
+    """Every method and seed of a configuration, from data to report; resumes what was stopped.
+
+    Args:
+        tuned: each method with a learning rate of its own, chosen first (`runs/tune.py`).
+    """
+    config = read_config(path, overrides)
+    return report_on(run(tune(config, console) if tuned else config, console))
 
 
 def dry_run(path: Path | None, overrides: list[str]) -> int:

@@ -55,13 +55,16 @@ def read_clients(config: DataConfig, notes: list[str] | None = None, seed: int =
         for part, what in ((client.train, "train"), (client.test, "test")):
             if not part:
                 raise FlexError(f"client {name!r} has no {what} examples; expected one or more, or no such client")
-        if test:
+        if test and config.scored == "test":
             seen = _trained_on(client, notes)
             trained_on += seen
             if config.files and seen == len(client.test):
                 raise FlexError(_all_trained_on(seen, config.test_files[name]))
         train_part, validation = split_validation(client.train, config.validation_fraction, name, seed)
-        clients.append(replace(client, train=train_part, validation=validation))
+        if config.scored == "validation":
+            clients.append(ClientRecords(name, train_part, validation))
+        else:
+            clients.append(replace(client, train=train_part, validation=validation))
     if trained_on and trained_on == sum(len(client.test) for client in clients):
         raise FlexError(_all_trained_on(trained_on, config.test))
     return clients

@@ -52,8 +52,10 @@ def derived_seed(*parts: object) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
-def rate(first: float, config: RunConfig, round_index: int) -> float:
-    """The learning rate of a round (1-based): cosine from `first` to the same share of the final rate, or constant."""
+def rate(first: float, config: RunConfig, round_index: int, method: str = "") -> float:
+    """The learning rate of a round (1-based): cosine from `first` to the same share of the final rate, or constant; all
+    of it times the method's own factor, if it has one."""
+    first = first * config.train.rates.get(method, 1.0)
     if config.train.schedule == "constant":
         return first
     last = first * config.train.final_learning_rate / config.train.learning_rate
@@ -245,7 +247,7 @@ class Site:
             update = cut_to(update, shared)
         if control and update:
             c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
-            step = rate(train.learning_rate, self.config, round_index)
+            step = rate(train.learning_rate, self.config, round_index, model.method_name)
             c_own, change = control_update(shared, update, control, c_own, train.steps, step)
             own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
             update |= change
@@ -356,7 +358,11 @@ class Site:
             ([p for p in trained if id(p) in own], train.graft_learning_rate),
         ]
         return torch.optim.AdamW(
-            [{"params": ps, "lr": rate(lr, self.config, round_index)} for ps, lr in groups if ps],
+            [
+                {"params": ps, "lr": rate(lr, self.config, round_index, self.model.method_name)}
+                for ps, lr in groups
+                if ps
+            ],
             weight_decay=train.weight_decay,
         )
 

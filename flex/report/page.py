@@ -129,6 +129,7 @@ def page(run: Run) -> str:
         before=numbers.measures(run.summary, BEFORE),
         per_client=sorted((m for m in run.measures if m.split == "test"), key=lambda m: m != primary),
         compared=_compared(run),
+        rates=_rates(run),
         bars=[_bars(run, measure) for measure in _compared(run)],
         clients=_clients(run),
         losses=_losses(run),
@@ -184,6 +185,15 @@ def _compared(run: Run) -> list[Measure]:
     """The measures of the first table: one of forgetting is enough there."""
     forgetting = [m for m in run.measures if m.split == "general"]
     return [m for m in run.measures if m not in forgetting[1:]]
+
+
+def _rates(run: Run) -> list[tuple[str, dict[str, float], float | None]]:
+    """(label, learning rates, the factor that was chosen for it) of every method whose log says its rates."""
+    try:
+        chosen = tomllib.loads(run.config_text).get("train", {}).get("rates", {})
+    except (tomllib.TOMLDecodeError, AttributeError):
+        chosen = {}
+    return [(r.label, r.learning_rates, chosen.get(r.method)) for r in run.summary if r.learning_rates]
 
 
 def _bars(run: Run, measure: Measure) -> Panel:

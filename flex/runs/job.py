@@ -71,6 +71,8 @@ class Job:
         self.strategy_name, self.strategy_settings = config.strategy.of(method)
         self.admit = admit
         self.header = {"method": method, "seed": seed, "strategy": self.strategy_name}
+        if method in config.train.rates:
+            self.header["rate"] = config.train.rates[method]
         self.best = Best()
         self.keeps_best, self.patience = config.train.keep == "best", config.train.patience
         self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
@@ -94,13 +96,14 @@ class Job:
         strategy = make_strategy(
             self.strategy_name, len(sites), clients_per_round=train.clients_per_round, **self.strategy_settings
         )
+        factor = train.rates.get(self.log.method, 1.0)
         started_event = JobStarted(
             num_rounds=train.rounds if self.method.trains else 0,
             num_clients=len(sites),
             trained_parameters=sites[0].trained_parameters,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             clients=[site.client_id for site in sites],
-            learning_rates={name: getattr(train, name) for name in ("learning_rate", "graft_learning_rate")},
+            learning_rates={name: getattr(train, name) * factor for name in ("learning_rate", "graft_learning_rate")},
             format=FORMAT,
         )
         shared, done = self._resume(strategy, started_event)

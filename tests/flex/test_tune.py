@@ -1,0 +1,78 @@
+"""A learning rate for every method: chosen on training records alone, kept, used, reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import read_log, tiny_config
+
+from flex.commands.train import report_on
+from flex.config import RunConfig, read_config
+from flex.data.clients import read_clients
+from flex.errors import FlexError
+from flex.runs.run import run
+from flex.runs.tune import tune
+
+QUIET = Console(quiet=True)
+METHODS = ("base", "fedavg", "local")
+
+
+def configured(folder: Path, **train: object) -> RunConfig:
+    config = tiny_config(folder, train={"methods": METHODS, "rounds": 2, "steps": 2, **train})
+    return config.with_values(evaluate={"rouge": False}, data={"general": "", "validation_fraction": 0.3})
+
+
+def test_each_method_gets_the_rate_of_the_lowest_validation_loss(tmp_path):
+    config = configured(tmp_path, tune_factors=(0.01, 3.0, 1e6))
+    tuned = tune(config, QUIET)
+    losses = json.loads((tmp_path / "run" / "tuned.json").read_text())
+    assert losses.keys() == {"fedavg", "local"}
+    for method, found in losses.items():
+        assert found.keys() == {"0.01", "3", "1e+06"}
+        assert tuned.train.rates[method] == float(min(found, key=found.__getitem__)) == 3.0
+    text = report_on(run(tuned, QUIET)) or (tmp_path / "run" / "report.html").read_text()
+    assert "3 times the configured rate, by the validation loss" in text
+    started = [
+        e for e in read_log(tmp_path / "run" / "metrics.jsonl") if e["event"] == "job" and e["method"] == "fedavg"
+    ]
+    assert started[0]["learning_rates"]["learning_rate"] == pytest.approx(3 * config.train.learning_rate)
+    assert read_config(tmp_path / "run" / "config.toml").train.rates == {"fedavg": 3.0, "local": 3.0}
+
+    again = tune(config.with_values(train={"tune_factors": (7.0,)}), QUIET)  # what is chosen stays
+    assert again.train.rates == tuned.train.rates
+    with pytest.raises(FlexError, match=r"belongs to rate 3\.0; this run has rate 1\.0|holds a run"):
+        more = {"rates": {"fedavg": 1.0}, "rounds": 3}
+        run(config.with_values(train=more), QUIET)
+
+
+def test_no_test_record_is_read(tmp_path):
+    config = configured(tmp_path).data
+    config = RunConfig(data=config).with_values(data={"scored": "validation"}).data
+    trained = {r["instruction"] for r in (json.loads(line) for line in Path(config.train).read_text().splitlines())}
+    for client in read_clients(config):
+        assert len(client.train) + len(client.test) == 10
+        assert {r["instruction"] for r in (*client.train, *client.test)} <= trained
+    plain = RunConfig(data=config).with_values(data={"scored": "test"}).data
+    validation = {c.client_id: c.validation for c in read_clients(plain)}
+    assert {c.client_id: c.test for c in read_clients(config)} == validation
+
+
+def test_a_rate_that_diverges_is_no_choice(tmp_path):
+    config = configured(tmp_path, methods=("fedavg",), tune_factors=(1.0, 1e30))
+    config = config.with_values(train={"max_grad_norm": 1e30})
+    assert tune(config, QUIET).train.rates == {"fedavg": 1.0}
+    with pytest.raises(FlexError, match="fedavg has no finite validation loss with any"):
+        other = config.with_values(train={"tune_factors": (1e30,)})
+        tune(RunConfig(**{**vars(other), "output": str(tmp_path / "other")}), QUIET)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(FlexError, match="train.rates names 'nobody'"):
+        RunConfig().with_values(train={"rates": {"nobody": 1.0}})
+    with pytest.raises(FlexError, match="train.rates.fedavg is -1.0; expected a number above 0"):
+        RunConfig().with_values(train={"rates": {"fedavg": -1.0}})
+    with pytest.raises(FlexError, match=r"train.tune_factors names \[0.0\]"):
+        RunConfig().with_values(train={"tune_factors": (0.0, 1.0)})
+    with pytest.raises(FlexError, match="data.validation_fraction is 0"):
+        RunConfig().with_values(data={"scored": "validation"})
