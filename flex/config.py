@@ -203,9 +203,7 @@ class TrainSettings:
     accumulate: int = setting(1, least=1)  # batches a step: as one so many times as large, in the memory of one
     clients_per_round: int = setting(0, least=0, zero="all")
     learning_rate: float = setting(4e-5, above=0)
-    rates: dict[str, float] = field(
-        default_factory=dict
-    )  # factors on all learning rates, by method; `--tune` finds them
+    rates: dict[str, float] = field(default_factory=dict)  # factors on the rates, by method; `--tune` finds them
     tune_factors: tuple[float, ...] = setting((0.3, 1.0, 3.0), distinct=True, empty="the factors that --tune tries")
     graft_learning_rate: float = setting(4e-5, above=0)
     final_learning_rate: float = setting(1e-6, least=0)  # the same share of it for the graft

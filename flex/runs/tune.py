@@ -1,7 +1,7 @@
 """A learning rate for every method, from one small grid, on a validation part of the clients' own training records.
 
-    RUN/tune/x0.3, RUN/tune/x1, ...   runs with all rates times that factor, which train without the validation part, are
-                                      scored on it, and read no test record
+    RUN/tune/x0.3, RUN/tune/x1, ...   runs with all rates times that factor, which train without the validation part,
+                                      are scored on it, and read no test record
     RUN/tuned.json                    each method's loss with each factor, and the factor of the lowest
 
 The run itself then trains on all training records with each method's own factor (`train.rates`).

@@ -41,9 +41,9 @@ def test_each_method_gets_the_rate_of_the_lowest_validation_loss(tmp_path):
 
     again = tune(config.with_values(train={"tune_factors": (7.0,)}), QUIET)  # what is chosen stays
     assert again.train.rates == tuned.train.rates
+    other = config.with_values(train={"rates": {"fedavg": 1.0}, "rounds": 3})
     with pytest.raises(FlexError, match=r"belongs to rate 3\.0; this run has rate 1\.0|holds a run"):
-        more = {"rates": {"fedavg": 1.0}, "rounds": 3}
-        run(config.with_values(train=more), QUIET)
+        run(other, QUIET)
 
 
 def test_no_test_record_is_read(tmp_path):
@@ -62,17 +62,18 @@ def test_a_rate_that_diverges_is_no_choice(tmp_path):
     config = configured(tmp_path, methods=("fedavg",), tune_factors=(1.0, 1e30))
     config = config.with_values(train={"max_grad_norm": 1e30})
     assert tune(config, QUIET).train.rates == {"fedavg": 1.0}
+    other = config.with_values(train={"tune_factors": (1e30,)})
+    other = RunConfig(**{**vars(other), "output": str(tmp_path / "other")})
     with pytest.raises(FlexError, match="fedavg has no finite validation loss with any"):
-        other = config.with_values(train={"tune_factors": (1e30,)})
-        tune(RunConfig(**{**vars(other), "output": str(tmp_path / "other")}), QUIET)
+        tune(other, QUIET)
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(FlexError, match="train.rates names 'nobody'"):
+    with pytest.raises(FlexError, match=r"train\.rates names 'nobody'"):
         RunConfig().with_values(train={"rates": {"nobody": 1.0}})
-    with pytest.raises(FlexError, match="train.rates.fedavg is -1.0; expected a number above 0"):
+    with pytest.raises(FlexError, match=r"train\.rates\.fedavg is -1\.0; expected a number above 0"):
         RunConfig().with_values(train={"rates": {"fedavg": -1.0}})
     with pytest.raises(FlexError, match=r"train.tune_factors names \[0.0\]"):
         RunConfig().with_values(train={"tune_factors": (0.0, 1.0)})
-    with pytest.raises(FlexError, match="data.validation_fraction is 0"):
+    with pytest.raises(FlexError, match=r"data\.validation_fraction is 0"):
         RunConfig().with_values(data={"scored": "validation"})
