@@ -267,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
 
                 if given.dry_run:
                     return train.dry_run(given.config, overrides)
-                return train.train(given.config, overrides, given.tune)
+                if given.tune:
+                    return train.tuned(given.config, overrides)
+                return train.train(given.config, overrides)
             case "graft":
                 from flex.commands import graft
 

@@ -24,14 +24,14 @@ def demo(folder: Path, overrides: list[str]) -> int:
     return report_on(run(config, console, title, describe_clients(config.train.seeds[0])))
 
 
-def train(path: Path | None, overrides: list[str], tuned: bool = False) -> int:
-    """Every method and seed of a configuration, from data to report; resumes what was stopped.
+def train(path: Path | None, overrides: list[str]) -> int:
+    """Every method and seed of a configuration, from data to report; resumes what was stopped."""
+    return report_on(run(read_config(path, overrides), console))
 
-    Args:
-        tuned: each method with a learning rate of its own, chosen first (`runs/tune.py`).
-    """
-    config = read_config(path, overrides)
-    return report_on(run(tune(config, console) if tuned else config, console))
+
+def tuned(path: Path | None, overrides: list[str]) -> int:
+    """The same, each method with a learning rate of its own, which is chosen first (`runs/tune.py`)."""
+    return report_on(run(tune(read_config(path, overrides), console), console))
 
 
 def dry_run(path: Path | None, overrides: list[str]) -> int:
