@@ -38,6 +38,7 @@ from triton.backends.driver import DriverBase
 
 from flex_kernels.backends.call import LayerCall, Needs
 from flex_kernels.backends.triton import launch, stages
+from flex_kernels.weights import FORMATS, QUANTIZED, Experts, Stored
 
 KIB = 1 << 10
 
@@ -241,6 +242,19 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def frozen(format: str, num_experts: int, rows: int, columns: int, dtype: torch.dtype) -> Experts:
+    """Experts in a format of `weights.py`."""
+    if format == "dense":
+        return empty(num_experts, rows, columns, dtype=dtype)
+    if format == "int8":
+        codes, scales = (num_experts, rows, columns), (num_experts, rows)
+    else:
+        groups = triton.cdiv(columns, FORMATS[format].group)
+        codes, scales = (num_experts, rows, groups * FORMATS[format].group // 2), (num_experts, rows, groups)
+    kept = FORMATS[format]
+    return Stored(empty(*codes, dtype=kept.codes), empty(*scales, dtype=kept.scales), columns)
+
+
 def layer_case(
     dtype: torch.dtype = torch.bfloat16,
     num_tokens: int = 8192,
@@ -251,6 +265,7 @@ def layer_case(
     activation: str = "silu",
     training: bool = True,
     needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+    format: str = "dense",
 ) -> None:
     """One call of the layer (Qwen1.5-MoE-A2.7B unless said otherwise), forward and backward."""
     num_experts, top_k = 60, 4
@@ -258,8 +273,8 @@ def layer_case(
     sorted_pairs = empty(num_tokens * top_k, dtype=torch.int32)
     expert_offsets = empty(num_experts + 1, dtype=torch.int32)
     routing_weights = empty(num_tokens, top_k, dtype=torch.float32)
-    gate_up_proj = empty(num_experts, 2 * intermediate_size, hidden_size, dtype=dtype)
-    down_proj = empty(num_experts, hidden_size, intermediate_size, dtype=dtype)
+    gate_up_proj = frozen(format, num_experts, 2 * intermediate_size, hidden_size, dtype=dtype)
+    down_proj = frozen(format, num_experts, hidden_size, intermediate_size, dtype=dtype)
     graft = (None, None, None)
     if graft_size:
         graft = (
@@ -312,6 +327,8 @@ def quick_cases() -> Iterator[Callable[[], None]]:
     yield partial(layer_case, combine="convex")
     yield partial(layer_case, num_tokens=512)
     yield partial(layer_case, dtype=torch.float32)
+    for format in QUANTIZED:
+        yield partial(layer_case, format=format)
     yield partial(combine_case, torch.bfloat16, True, "convex")
     yield partial(route_case, torch.bfloat16)
     yield partial(score_case, torch.bfloat16)
@@ -336,6 +353,8 @@ def all_cases() -> Iterator[Callable[[], None]]:
     for needs, form in itertools.product(itertools.product((True, False), repeat=4), ("additive", "convex")):
         if any(needs):
             yield partial(layer_case, needs=needs, combine=form)
+    for format, dtype, num_tokens, size in itertools.product(QUANTIZED, wide, (512, 8192), (sizes[0], sizes[3])):
+        yield partial(layer_case, dtype, num_tokens, **size, combine="convex", format=format)
     yield partial(layer_case, torch.float16, combine="convex")
     yield partial(layer_case, torch.float16, num_tokens=512)
     for dtype in (*wide, torch.float16):

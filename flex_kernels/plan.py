@@ -13,7 +13,8 @@
 A backend is a module of `backends/`: `pytorch` (plain PyTorch), `native` (csrc) or `triton.stages`; for the same stage
 all of them offer functions of the same names and signatures, those of `pytorch`.
 "else torch" is when the faster one is not there (no Triton, nothing built) or does not cover the dtypes (fp64; fp16 on
-the CPU; for Triton also weights of another dtype).
+the CPU; for Triton also dense weights of another dtype). Experts in a format of `weights.py` are asked about by the
+dtype of their codes.
 
 On CUDA `FLEX_ROUTING_PLAN=cuda` chooses csrc's plan, one launch, if it was built, and `torch` that of PyTorch; all
 three give the same bits. Triton's is the default until `make bench-gpu` has put them side by side.
@@ -29,6 +30,7 @@ from types import ModuleType
 import torch
 
 from flex_kernels.backends import native, pytorch
+from flex_kernels.weights import CODE_DTYPES
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_STAGES = ("routing_plan", "experts", "score", "grafted_route", "route", "graft_logits", "combine")
@@ -45,7 +47,7 @@ def cuda_backend(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype | Non
         return planners[CUDA_ROUTING_PLAN]
     if INTERPRET and dtype == torch.bfloat16 and not _interprets_bfloat16():
         return pytorch
-    same_dtype = weight_dtype in (None, dtype)
+    same_dtype = weight_dtype in (None, dtype, *CODE_DTYPES)
     if stage in TRITON_STAGES and dtype in TRITON_DTYPES and same_dtype and _has_triton():
         return triton_backend()
     return pytorch

@@ -36,6 +36,7 @@ from flex_kernels.backends.triton.launch import (
     Target,
     alignment,
     cdiv,
+    codes_and_scales,
     contiguous,
     next_power_of_2,
     operand,
@@ -43,6 +44,7 @@ from flex_kernels.backends.triton.launch import (
     use_tma,
 )
 from flex_kernels.backends.triton.tile_file import Tile
+from flex_kernels.weights import Stored
 
 
 @triton.jit
@@ -85,14 +87,14 @@ def _finish_columns(
 
 @triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
 def _d_preactivations_kernel(
-    d_out_ptr, sorted_pairs_ptr, routing_weights_ptr, graft_logits_ptr, down, graft_down,
+    d_out_ptr, sorted_pairs_ptr, routing_weights_ptr, graft_logits_ptr, down, scales_ptr, graft_down,
     preactivations_ptr, graft_preactivations_ptr,
     d_preactivations_ptr, d_graft_preactivations_ptr, opened_activations_ptr, products_ptr, graft_products_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
     ACTIVATION: tl.constexpr, CONVEX: tl.constexpr, HAS_GRAFT: tl.constexpr, ROUTED: tl.constexpr,
     STORE_ROUTED: tl.constexpr, STORE_GRAFT: tl.constexpr, STORE_OPENED: tl.constexpr, PRODUCTS: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     hidden_size = hidden_size // ALIGN * ALIGN
@@ -122,7 +124,7 @@ def _d_preactivations_kernel(
         d_z_ptr = d_preactivations_ptr
         p_ptr = products_ptr
         p_width = num_columns
-        if HAS_GRAFT and expert == num_experts:
+        if HAS_GRAFT and FORMAT == "dense" and expert == num_experts:
             tokens = tl.minimum(rows, num_tokens - 1)
             weight = graft_down
             width = graft_size
@@ -132,12 +134,17 @@ def _d_preactivations_kernel(
             p_ptr = graft_products_ptr
             p_width = graft_num_columns
         source_ptrs = d_out_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
-        place = find_weight(weight, weight_row, first_column, hidden_size, width, False, TMA, BLOCK_N, BLOCK_K)
+        place = find_weight(
+            weight, weight_row, first_column, hidden_size, width, False, TMA, BLOCK_N, BLOCK_K, FORMAT=FORMAT
+        )
 
         d_activations = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, hidden_size, BLOCK_K):
             source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
-            matrix = load_weight(weight, place, k, first_column, hidden_size, width, False, TMA, EVEN, BLOCK_N, BLOCK_K)
+            matrix = load_weight(
+                weight, place, k, first_column, hidden_size, width, False, TMA, EVEN, BLOCK_N, BLOCK_K,
+                scales_ptr=scales_ptr, FORMAT=FORMAT, DTYPE=source.dtype,
+            )  # fmt: skip
             d_activations = tl.dot(source, matrix, d_activations, input_precision="ieee")
 
         is_graft = expert == num_experts
@@ -225,25 +232,32 @@ def d_preactivations(
         d_graft_rows = empty(schedule.num_tokens, 2 * graft_size)
         opened_activations = empty(schedule.num_tokens if needs.graft else 0, graft_size)
         graft_products = empty(schedule.num_tokens, graft_num_columns, dtype=torch.float32)
-    graft_row_tiles = schedule.graft_row_tiles(has_graft)
-    max_tiles = schedule.max_row_tiles * num_columns + graft_row_tiles * graft_num_columns
     even = hidden_size % tile.block_k == 0
-    tma = use_tma(target, call.down_proj, call.graft_down_proj) and even
     block_shape = [tile.block_k, tile.block_n]
-    _d_preactivations_kernel[(target.programs(tile, max_tiles),)](
-        d_out, call.sorted_pairs, call.routing_weights, call.graft_logits,
-        operand(call.down_proj, tma, block_shape), operand(call.graft_down_proj, tma, block_shape),
-        preactivations, graft_preactivations,
-        d_rows, d_graft_rows, opened_activations, products, graft_products,
-        schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
-        schedule.num_tokens, num_experts, call.routing_weights.shape[1], hidden_size, intermediate_size, graft_size,
-        ACTIVATION=call.activation, CONVEX=call.convex, HAS_GRAFT=has_graft, ROUTED=call.routed,
-        STORE_ROUTED=needs.hidden, STORE_GRAFT=has_graft and (needs.hidden or needs.graft),
-        STORE_OPENED=needs.graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
-        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    launches = [(call.down_proj, call.routed, has_graft)]  # weights, and whose rows: the experts', the graft's
+    if isinstance(call.down_proj, Stored):  # beside codes the graft, which is dense, has a launch of its own
+        alone = [(call.graft_down_proj[None], False, True)] if has_graft else []
+        launches = [(call.down_proj, call.routed, False), *alone]
+    for weights, routed, grafted in launches:
+        codes, scales, format = codes_and_scales(weights)
+        graft_down = call.graft_down_proj if format == "dense" else None
+        tma = use_tma(target, weights, graft_down) and even
+        graft_row_tiles = schedule.graft_row_tiles(grafted)
+        max_tiles = schedule.max_row_tiles * num_columns + graft_row_tiles * graft_num_columns
+        _d_preactivations_kernel[(target.programs(tile, max_tiles),)](
+            d_out, call.sorted_pairs, call.routing_weights, call.graft_logits,
+            operand(codes, tma, block_shape), scales, operand(graft_down, tma, block_shape),
+            preactivations, graft_preactivations,
+            d_rows, d_graft_rows, opened_activations, products, graft_products,
+            schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
+            schedule.num_tokens, num_experts, call.routing_weights.shape[1], hidden_size, intermediate_size, graft_size,
+            ACTIVATION=call.activation, CONVEX=call.convex, HAS_GRAFT=has_graft, ROUTED=routed,
+            STORE_ROUTED=needs.hidden, STORE_GRAFT=has_graft and (needs.hidden or needs.graft),
+            STORE_OPENED=needs.graft, PRODUCTS=products_wanted, TMA=tma, EVEN=even,
+            ALIGN=alignment(hidden_size, intermediate_size, graft_size), FORMAT=format,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return d_rows, d_graft_rows, opened_activations, products, graft_products
 
 

@@ -29,8 +29,9 @@ from flex_kernels.backends.triton.grouped import (
     quarter_columns,
     target_and_tiles,
 )
-from flex_kernels.backends.triton.launch import Target, alignment, cdiv, pair_operand, use_tma
+from flex_kernels.backends.triton.launch import Target, alignment, cdiv, codes_and_scales, pair_operand, use_tma
 from flex_kernels.backends.triton.tile_file import Tile
+from flex_kernels.weights import Experts, Stored
 
 
 @triton.jit
@@ -53,12 +54,12 @@ def _activate_columns(
 
 @triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
 def _gate_up_fwd_kernel(
-    hidden_states_ptr, sorted_pairs_ptr, gate_up, graft_gate_up,
+    hidden_states_ptr, sorted_pairs_ptr, gate_up, scales_ptr, graft_gate_up,
     activations_ptr, graft_activations_ptr, preactivations_ptr, graft_preactivations_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
     ACTIVATION: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr, HAS_GRAFT: tl.constexpr,
-    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     hidden_size = hidden_size // ALIGN * ALIGN
@@ -91,7 +92,7 @@ def _gate_up_fwd_kernel(
             tokens = tl.minimum(rows, num_tokens - 1)
         source_ptrs = hidden_states_ptr + tokens.to(tl.int64)[:, None] * hidden_size + tl.arange(0, BLOCK_K)[None, :]
         place = find_weight(
-            weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K, PAIR=True
+            weight, weight_row, first_column, hidden_size, width, True, TMA, BLOCK_N, BLOCK_K, PAIR=True, FORMAT=FORMAT
         )
 
         # One operand of twice the columns: one load and half the matrix instructions a step.
@@ -99,8 +100,9 @@ def _gate_up_fwd_kernel(
         for k in range(0, hidden_size, BLOCK_K):
             source = load_rows(source_ptrs, k, hidden_size, EVEN, BLOCK_K)
             pair = load_weight(
-                weight, place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K, PAIR=True
-            )
+                weight, place, k, first_column, hidden_size, width, True, TMA, EVEN, BLOCK_N, BLOCK_K, PAIR=True,
+                scales_ptr=scales_ptr, FORMAT=FORMAT, DTYPE=source.dtype,
+            )  # fmt: skip
             both = tl.dot(source, pair, both, input_precision="ieee")
 
         gate, up = halve_columns(both)
@@ -116,7 +118,7 @@ def gate_up_fwd(
     hidden_states: Tensor,
     sorted_pairs: Tensor,
     top_k: int,
-    gate_up_proj: Tensor,
+    gate_up_proj: Experts,
     graft_gate_up_proj: Tensor | None,
     schedule: Schedule,
     target: Target,
@@ -127,8 +129,14 @@ def gate_up_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """activations [R, I], graft_activations [T, I_g] or None, preactivations [R or 0, 2I], graft's [T or 0, 2I_g].
 
-    With `activate=False` the first two have no rows.
+    With `activate=False` the first two have no rows. Beside codes the graft, which is dense, has a launch of its own.
     """
+    if isinstance(gate_up_proj, Stored) and graft_gate_up_proj is not None:
+        rows, rest = (hidden_states, sorted_pairs, top_k), (target, tile, activation, save_preactivations, activate)
+        activations, _, preactivations, _ = gate_up_fwd(*rows, gate_up_proj, None, schedule, *rest)
+        alone = (graft_gate_up_proj[None], graft_gate_up_proj, schedule.graft_alone())
+        _, graft_activations, _, graft_preactivations = gate_up_fwd(*rows, *alone, *rest)
+        return activations, graft_activations, preactivations, graft_preactivations
     num_tokens, hidden_size = hidden_states.shape
     num_experts, intermediate_size = gate_up_proj.shape[0], gate_up_proj.shape[1] // 2
     has_graft = graft_gate_up_proj is not None
@@ -140,18 +148,19 @@ def gate_up_fwd(
     graft_preactivations = hidden_states.new_empty(saved_tokens if has_graft else 0, 2 * graft_size)
     even = hidden_size % tile.block_k == 0
     tma = use_tma(target, gate_up_proj, graft_gate_up_proj)
+    codes, scales, format = codes_and_scales(gate_up_proj)
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
     max_tiles = schedule.max_row_tiles * cdiv(intermediate_size, tile.block_n)
     max_tiles += graft_row_tiles * cdiv(graft_size, tile.block_n)
     _gate_up_fwd_kernel[(target.programs(tile, max_tiles),)](
         hidden_states, sorted_pairs,
-        pair_operand(gate_up_proj, intermediate_size, tma, tile),
+        pair_operand(codes, intermediate_size, tma, tile), scales,
         pair_operand(graft_gate_up_proj, graft_size, tma, tile),
         activations, graft_activations, preactivations, graft_preactivations,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         num_tokens, num_experts, top_k, hidden_size, intermediate_size, graft_size,
         ACTIVATION=activation, ACTIVATE=activate, SAVE=save_preactivations, HAS_GRAFT=has_graft, TMA=tma, EVEN=even,
-        ALIGN=alignment(hidden_size, intermediate_size, graft_size),
+        ALIGN=alignment(hidden_size, intermediate_size, graft_size), FORMAT=format,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -12,7 +12,7 @@ Twin: the `F.linear`s of `reference.expert`. Tiles go expert by expert, `GROUP_M
 programs in flight share their weights in L2 and a weight is read from memory about once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,10 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flex_kernels.backends.call import LayerCall
+from flex_kernels.backends.triton.codes import load_across, load_along
 from flex_kernels.backends.triton.launch import (
     Target,
     alignment,
     cdiv,
+    codes_and_scales,
     next_power_of_2,
     operand,
     target_of,
@@ -31,6 +33,7 @@ from flex_kernels.backends.triton.launch import (
 )
 from flex_kernels.backends.triton.tile_file import ExpertTiles, Tile
 from flex_kernels.backends.triton.tiles import expert_tiles
+from flex_kernels.weights import Experts, Stored
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
 
@@ -49,6 +52,10 @@ class Schedule:
     @property
     def max_row_tiles(self) -> int:
         return self.row_tiles.shape[1]
+
+    def graft_alone(self) -> "Schedule":
+        """No row of any expert, and all of the graft's."""
+        return replace(self, num_row_tiles=torch.zeros_like(self.num_row_tiles), num_rows=0)
 
     def graft_row_tiles(self, has_graft: bool) -> int:
         return cdiv(self.num_tokens, self.block_m) if has_graft else 0
@@ -155,9 +162,10 @@ def load_rows(row_ptrs, k, inner_size, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
 def find_weight(
     weight, first_row, first_column, inner_size, out_size,
     INNER_LAST: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PAIR: tl.constexpr = False,
+    PAIR: tl.constexpr = False, FORMAT: tl.constexpr = "dense",
 ):  # fmt: skip
-    """Where `load_weight` begins: with TMA the matrix's first row, else pointers to the first tile of its sum.
+    """Where `load_weight` begins: with TMA the matrix's first row, else pointers to the first tile of its sum; of codes
+    the rows that it reads along, or the first one that it reads across.
 
     The matrix is [N, K] (`INNER_LAST`) or [K, N], from row `first_row` of all rows on; N is `out_size`. A `PAIR` is two
     matrices [N, K], one after the other, of which the tile has BLOCK_N columns each; with TMA its `first_row` is the
@@ -174,7 +182,11 @@ def find_weight(
                 rows = both // BLOCK_N * out_size + tl.minimum(first_column + both % BLOCK_N, out_size - 1)
             else:
                 rows = tl.minimum(first_column + tl.arange(0, BLOCK_N), out_size - 1)
-            place = weight + (first_row + rows).to(tl.int64)[None, :] * inner_size + inner_offsets[:, None]
+            place = (first_row + rows).to(tl.int64)
+            if FORMAT == "dense":
+                place = weight + place[None, :] * inner_size + inner_offsets[:, None]
+        elif FORMAT != "dense":
+            place = first_row
         else:
             rows = (first_row + inner_offsets).to(tl.int64)
             place = weight + rows[:, None] * out_size + (first_column + tl.arange(0, BLOCK_N))[None, :]
@@ -185,11 +197,18 @@ def find_weight(
 def load_weight(
     weight, place, k, first_column, inner_size, out_size,
     INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PAIR: tl.constexpr = False,
+    PAIR: tl.constexpr = False, scales_ptr=None, FORMAT: tl.constexpr = "dense", DTYPE: tl.constexpr = None,
 ):  # fmt: skip
     """[BLOCK_K, BLOCK_N] of an expert's matrix, of a `PAIR` [BLOCK_K, 2 BLOCK_N], from index `k` of the sum on: every
-    grouped GEMM reads weights here."""
-    if TMA:
+    grouped GEMM reads weights here. Codes become `DTYPE`."""
+    if FORMAT != "dense":
+        if INNER_LAST:
+            tile = load_along(weight, scales_ptr, place, k, inner_size, FORMAT, DTYPE, BLOCK_K)
+        else:
+            tile = load_across(
+                weight, scales_ptr, place, k, first_column, inner_size, out_size, FORMAT, DTYPE, BLOCK_N, BLOCK_K
+            )
+    elif TMA:
         if PAIR:
             tile = tl.reshape(weight.load([place, first_column, k]), (2 * BLOCK_N, BLOCK_K)).T
         elif INNER_LAST:
@@ -241,11 +260,12 @@ def eighth_columns(x):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "max_row_tiles", "graft_row_tiles"])
 def _grouped_rows_kernel(
-    sources, graft_sources, weights, graft_weights,
+    sources, graft_sources, weights, scales_ptr, graft_weights,
     out_ptr,
     row_tiles_ptr, num_row_tiles_ptr, max_row_tiles, graft_row_tiles,
     num_tokens, num_rows, num_experts, inner_size, graft_inner_size, out_size,
     HAS_GRAFT: tl.constexpr, INNER_LAST: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Says to the compiler that rows begin at multiples of ALIGN: what is loaded and stored can be 16 bytes wide.
@@ -277,7 +297,9 @@ def _grouped_rows_kernel(
             # Rows past the end repeat the last one: no mask for them, and the store drops them.
             safe_rows = tl.minimum(rows, end_row - 1).to(tl.int64)
             source_ptrs = source + safe_rows[:, None] * inner + tl.arange(0, BLOCK_K)[None, :]
-        place = find_weight(weight, weight_row, first_column, inner, out_size, INNER_LAST, TMA, BLOCK_N, BLOCK_K)
+        place = find_weight(
+            weight, weight_row, first_column, inner, out_size, INNER_LAST, TMA, BLOCK_N, BLOCK_K, FORMAT=FORMAT
+        )
 
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, inner, BLOCK_K):
@@ -286,8 +308,9 @@ def _grouped_rows_kernel(
             else:
                 left = load_rows(source_ptrs, k, inner, INNER_LAST and EVEN, BLOCK_K)
             right = load_weight(
-                weight, place, k, first_column, inner, out_size, INNER_LAST, TMA, EVEN, BLOCK_N, BLOCK_K
-            )
+                weight, place, k, first_column, inner, out_size, INNER_LAST, TMA, EVEN, BLOCK_N, BLOCK_K,
+                scales_ptr=scales_ptr, FORMAT=FORMAT, DTYPE=left.dtype,
+            )  # fmt: skip
             accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
 
         out_rows = (out_row + rows).to(tl.int64)
@@ -302,20 +325,35 @@ def _grouped_rows_kernel(
 def grouped_rows(
     rows: Tensor,
     graft_rows: Tensor | None,
-    weights: Tensor,
+    weights: Experts,
     graft_weights: Tensor | None,
     schedule: Schedule,
     target: Target,
     tile: Tile,
     inner_last: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[R, K] and [T, K_g] times each row's own matrix -> [R + T, N] (or [R, N] without a graft)."""
+    """[R, K] and [T, K_g] times each row's own matrix -> [R + T, N] (or [R, N] without a graft).
+
+    Beside codes the graft, which is dense, has a launch of its own."""
+    if isinstance(weights, Stored) and graft_rows is not None:
+        out_size = weights.shape[1 if inner_last else 2]
+        out = rows.new_empty(schedule.num_rows + schedule.num_tokens, out_size)
+        own = (schedule, target, tile, inner_last)
+        grouped_rows(rows, None, weights, None, *own, out=out[: schedule.num_rows])
+        alone = (schedule.graft_alone(), target, tile, inner_last)
+        grouped_rows(
+            graft_rows[:0], graft_rows, graft_weights[None], graft_weights, *alone, out=out[schedule.num_rows :]
+        )
+        return out
     num_experts, inner_size = weights.shape[0], rows.shape[1]
     out_size = weights.shape[1 if inner_last else 2]
     has_graft = graft_rows is not None
     graft_inner_size = graft_rows.shape[1] if has_graft else 0
     graft_row_tiles = schedule.graft_row_tiles(has_graft)
-    out = rows.new_empty(schedule.num_rows + (schedule.num_tokens if has_graft else 0), out_size)
+    if out is None:
+        out = rows.new_empty(schedule.num_rows + (schedule.num_tokens if has_graft else 0), out_size)
+    codes, scales, format = codes_and_scales(weights)
     # A descriptor pads with zeros past its own end only: where experts follow each other along K, K must be even.
     even = inner_size % tile.block_k == 0
     tma = use_tma(target, rows, graft_rows, weights, graft_weights) and (inner_last or even)
@@ -324,12 +362,13 @@ def grouped_rows(
     max_tiles = (schedule.max_row_tiles + graft_row_tiles) * cdiv(out_size, tile.block_n)
     _grouped_rows_kernel[(target.programs(tile, max_tiles),)](
         operand(rows, tma, source_block), operand(graft_rows, tma, source_block),
-        operand(weights, tma, weight_block), operand(graft_weights, tma, weight_block),
+        operand(codes, tma, weight_block), scales, operand(graft_weights, tma, weight_block),
         out,
         schedule.row_tiles, schedule.num_row_tiles, schedule.max_row_tiles, graft_row_tiles,
         schedule.num_tokens, schedule.num_rows, num_experts, inner_size, graft_inner_size, out_size,
         HAS_GRAFT=has_graft, INNER_LAST=inner_last, TMA=tma,
         EVEN=even and graft_inner_size % tile.block_k == 0, ALIGN=alignment(inner_size, graft_inner_size, out_size),
+        FORMAT=format,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flex_kernels.backends.triton.tile_file import Tile
+from flex_kernels.weights import Experts, Stored
 
 INTERPRET = triton.knobs.runtime.interpret
 # The tensor memory accelerator wants bases and row strides in multiples of 16 bytes.
@@ -84,8 +85,17 @@ def alignment(*sizes: int) -> int:
     return common if common >= 8 else 1
 
 
-def use_tma(target: Target, *weights: Tensor | None) -> bool:
-    """Whether all weights can be read through tensor descriptors on this chip."""
+def codes_and_scales(weights: Experts) -> tuple[Tensor, Tensor | None, str]:
+    """What a kernel is given of frozen weights, and the name of their format."""
+    if isinstance(weights, Stored):
+        return weights.codes, weights.scales, weights.format.name
+    return weights, None, "dense"
+
+
+def use_tma(target: Target, *weights: Experts | None) -> bool:
+    """Whether all weights can be read through tensor descriptors on this chip. Codes are read through pointers."""
+    if any(isinstance(weight, Stored) for weight in weights):
+        return False
     if not (target.has_tma or target.chip == "interpreter"):
         return False
     return all(

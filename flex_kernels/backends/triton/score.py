@@ -10,6 +10,8 @@ through memory, from the layer's own gate-up kernel. `score_neurons` writes noth
 one loop (`X G^T`, `X U^T`, `F D`), and a program keeps its neurons' sums over all tokens. No atomics.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from flex_kernels.backends.triton.experts_fwd import gate_up_fwd
 from flex_kernels.backends.triton.grouped import find_weight, load_rows, load_weight, make_schedule
 from flex_kernels.backends.triton.launch import Target, alignment, cdiv, contiguous, operand, target_of, use_tma
 from flex_kernels.backends.triton.tiles import expert_tiles, neuron_tile, score_tile
+from flex_kernels.weights import Experts, Stored
 
 # Memory for the activations of the experts scored in one launch. Enough rows to fill a GPU, little beside the weights.
 ACTIVATION_BYTES = 256 << 20
@@ -92,12 +95,16 @@ def _sum_batches_kernel(
 def score_experts(
     hidden_states: Tensor,
     target: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Experts,
+    down_proj: Experts,
     batch_offsets: Tensor,
     activation: str,
 ) -> Tensor:
-    """[B, E, 3] fp32. `target` may have any float dtype; it is compared in fp32."""
+    """[B, E, 3] fp32. `target` may have any float dtype; it is compared in fp32. Codes become dense a few experts at a
+    time."""
+    if isinstance(gate_up_proj, Stored):
+        parts = _dense_parts(hidden_states, gate_up_proj, down_proj)
+        return torch.cat([score_experts(hidden_states, target, *part, batch_offsets, activation) for part in parts], 1)
     hidden_states, target, gate_up_proj = contiguous(hidden_states, target, gate_up_proj)
     down_proj, batch_offsets = contiguous(down_proj, batch_offsets)
     num_tokens = hidden_states.shape[0]
@@ -123,6 +130,15 @@ def score_experts(
             BLOCK_T=TOKENS_AT_A_TIME,
         )  # fmt: skip
     return scores
+
+
+def _dense_parts(hidden_states: Tensor, gate_up_proj: Stored, down_proj: Stored) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both matrices of as many experts as `ACTIVATION_BYTES` hold, dense."""
+    num_experts, rows, columns = gate_up_proj.shape
+    at_once = max(1, ACTIVATION_BYTES // max(1, 2 * rows * columns * hidden_states.element_size()))
+    for first in range(0, num_experts, at_once):
+        some = slice(first, first + at_once)
+        yield gate_up_proj.experts(some, hidden_states.dtype), down_proj.experts(some, hidden_states.dtype)
 
 
 def _all_tokens_through(hidden_states: Tensor, gate_up_proj: Tensor, chip: Target, activation: str) -> Tensor:
@@ -234,10 +250,14 @@ def _score_neurons_kernel(
 
 
 def score_neurons(
-    hidden_states: Tensor, target: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str
+    hidden_states: Tensor, target: Tensor, gate_up_proj: Experts, down_proj: Experts, activation: str
 ) -> tuple[Tensor, Tensor]:
     """energy [E, I] and correlation [E, I], fp32. `target` is rounded to the weights' dtype, scaled to a maximum of 1
-    before (a small gradient would vanish in fp16)."""
+    before (a small gradient would vanish in fp16). Codes become dense a few experts at a time."""
+    if isinstance(gate_up_proj, Stored):
+        parts = _dense_parts(hidden_states, gate_up_proj, down_proj)
+        found = [score_neurons(hidden_states, target, *part, activation) for part in parts]
+        return tuple(torch.cat(columns) for columns in zip(*found, strict=True))
     hidden_states, target, gate_up_proj, down_proj = contiguous(hidden_states, target, gate_up_proj, down_proj)
     num_tokens, hidden_size = hidden_states.shape
     num_experts, _, intermediate_size = down_proj.shape
