@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint install format bench aot test-gpu bench-gpu test-matrix test-wheel clean
+.PHONY: demo full-size test check lint install format bench aot test-gpu bench-gpu test-matrix test-wheel clean
 
 demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a table and runs/demo/report.html
 	$(BIN)/flex demo --output runs/demo
@@ -45,6 +45,12 @@ aot: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 	$(BIN)/python -m benchmarks.aot
 
 # A hung kernel ends its process after a minute, with the stack of the test; a lost device ends it at once (conftest).
+LAYERS  ?= 24
+EXPERTS ?= 60
+full-size: $(STAMP)  ## a federated round at Qwen1.5-MoE-A2.7B's sizes with 4-bit experts; MODEL=folder for a real one
+	$(BIN)/python -m tools.full_size --layers $(LAYERS) --experts $(EXPERTS) $(if $(MODEL),--model $(MODEL)) \
+		--output $(if $(OUTPUT),$(OUTPUT),runs/full-size-$(LAYERS)x$(EXPERTS))
+
 test-gpu:  ## on a machine with a device whose torch, triton, transformers and peft are installed; no network
 	-FLEX_CUDA=auto $(PYTHON) setup.py -q build_ext --inplace
 	FLEX_TILES= $(PYTHON) -m pytest -q -p no:cacheprovider --maxfail=12 \

@@ -74,6 +74,8 @@ class ModelConfig:
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = "auto"
     experts_implementation: str = "flex"
+    # "auto" keeps the experts as the checkpoint has them; else a format of flex_kernels/weights.py
+    experts: str = setting("auto", choices=("auto", "int8", "nf4"))
 
     def __post_init__(self) -> None:
         check("model", self)

@@ -32,6 +32,7 @@ from flex_kernels.selection.refit import Refit, refit_down, unexplained
 from flex_kernels.selection.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
 from flex_kernels.selection.sums import merged
 from flex_kernels.transformers_plug import ExpertWeights, LayerPath, expert_weights, explain, moe_layers, register
+from flex_kernels.weight_files import load_prepared, save_prepared
 from flex_kernels.weights import FrozenWeight
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "grafted_route",
     "greedy_neurons",
     "load_grafts",
+    "load_prepared",
     "merged",
     "moe_layers",
     "neuron_sums",
@@ -76,6 +78,7 @@ __all__ = [
     "routed_mass",
     "routing_plan",
     "save_grafts",
+    "save_prepared",
     "scaled",
     "score_experts",
     "score_neurons",

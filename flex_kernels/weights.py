@@ -188,9 +188,10 @@ class FrozenWeight(Tensor):
         if own is not None and func is aten._to_copy.default:
             place = {key: value for key, value in kwargs.items() if key in ("device", "non_blocking")}
             dtype = kwargs.get("dtype") or own.dtype
-            if dtype.is_floating_point:
-                codes, scales = (aten._to_copy.default(part, **place) for part in (own.codes, own.scales))
-                return own._with(codes, scales, dtype)
+            if dtype.is_floating_point:  # another dtype means the same codes
+                here = kwargs.get("device") in (None, own.device)
+                parts = (own.codes, own.scales)
+                return own._with(*(part if here else aten._to_copy.default(part, **place) for part in parts), dtype)
         if own is not None and func is aten.copy_.default:
             source = args[1]
             if not (isinstance(source, cls) and source.format == own.format):
@@ -221,6 +222,28 @@ class FrozenWeight(Tensor):
 
 def _dense(cls: type, tree: Any) -> Any:
     return torch.utils._pytree.tree_map_only(cls, FrozenWeight.dequantize, tree)
+
+
+def stored_checked(name: str, format: Format, codes: Tensor | None, scales: Tensor | None, columns: int) -> Stored:
+    """Codes and scales that came from elsewhere, as one weight.
+
+    Raises:
+        ValueError: one of them is missing, or of a dtype or shape that is not the format's; scales are not finite.
+    """
+    if codes is None or scales is None:
+        raise ValueError(f"{name} has no {'codes' if codes is None else 'scales'}, expected both")
+    groups = -(-columns // format.group) if format.group else None
+    width = columns if groups is None else groups * format.group // format.codes_per_byte
+    want = {
+        "codes": (codes, format.codes, [*codes.shape[:-1], width]),
+        "scales": (scales, format.scales, [*codes.shape[:-1], *([] if groups is None else [groups])]),
+    }
+    for part, (tensor, dtype, shape) in want.items():
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name}: the {part} are {found}, expected {dtype} {shape} for {format.name}")
+    check_finite(f"{name}: the scales", scales)
+    return Stored(codes, scales, columns)
 
 
 def format_of(weight: Tensor) -> str:

@@ -20,6 +20,8 @@ from transformers import logging as transformers_logging
 import flex_kernels
 from flex.config import ModelConfig
 from flex.errors import FlexError, first_line
+from flex_kernels.weight_files import read_index
+from flex_kernels.weights import keep_stored
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`; any other path is one on this machine
 FINGERPRINT_SAMPLES = 256  # values of each tensor that go into the fingerprint
@@ -78,13 +80,17 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> Base:
     if config.dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            experts_implementation=config.experts_implementation,
-            ignore_mismatched_sizes=True,  # `_check_loaded` names them
-            output_loading_info=True,
-        )
+        options = {
+            "dtype": dtype,
+            "experts_implementation": config.experts_implementation,
+            "ignore_mismatched_sizes": True,  # `_check_loaded` names them
+            "output_loading_info": True,
+        }
+        if config.experts == "auto" and read_index(path) is None:
+            model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+        else:
+            experts = None if config.experts == "auto" else config.experts
+            model, found = flex_kernels.load_prepared(path, experts, **options)
     except Exception as error:  # a loader's own: a package that is missing, a format, a memory that is too small
         raise _not_loaded(config, error) from None
     _check_loaded(config.path, found)
@@ -121,6 +127,8 @@ def _check_finite(path: str, model: nn.Module) -> None:
     """A base with NaN or infinite weights scores and trains to nothing."""
     for name, parameter in model.named_parameters():
         # The sum tells most tensors apart in one pass; where it overflows, every number is looked at.
+        if isinstance(parameter, flex_kernels.FrozenWeight):
+            continue  # its scales were looked at when it was made or read
         if parameter.is_floating_point() and not parameter.sum(dtype=torch.float32).isfinite():
             broken = int((~parameter.isfinite()).sum())
             if broken:
@@ -159,11 +167,18 @@ def fingerprint(model: nn.Module) -> str:
     It tells bases apart (a client's state belongs to one of them); it is no proof against tampering.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+    with keep_stored():
+        state = model.state_dict()
+    for name, tensor in state.items():
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(values.numpy().tobytes())
+        parts = [tensor]
+        if isinstance(tensor, flex_kernels.FrozenWeight):  # other codes or another format are another base
+            digest.update(tensor.format.encode())
+            parts = [tensor.codes, tensor.scales]
+        for part in parts:
+            flat = part.detach().reshape(-1)
+            values = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)].float().cpu()
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,331 @@
+"""Models with prepared experts from files and to files: no dense copy of all experts is ever in memory or on disk.
+
+    model = flex_kernels.load_prepared("Qwen/Qwen1.5-MoE-A2.7B", "nf4")      # from dense files, straight into a format
+    flex_kernels.save_prepared(model, "qwen-nf4")
+    model = flex_kernels.load_prepared("qwen-nf4")
+
+The folder of `save_prepared` has what `save_pretrained` writes, but that an experts matrix `NAME` stands in it as
+`NAME.codes` and `NAME.scales`, and that its files have names of their own: transformers alone finds no model there, and
+does not fill the experts with random numbers. The index, and each safetensors file in its header, says under
+"flex_experts" of which version, format and layout it is and of what it was made; a file's header also how long the rows
+of its experts are.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flex_kernels.prepare import MATRICES, prepared_layers
+from flex_kernels.weights import (
+    FORMATS,
+    LAYOUT,
+    QUANTIZED,
+    FrozenWeight,
+    check_format,
+    dense_in_state_dict,
+    keep_stored,
+    stored_checked,
+)
+
+METHOD = "flex_experts"  # in the index and in the header of each file
+VERSION = 1
+SHARD_BYTES = 2**31
+INDEX = "prepared.safetensors.index.json"
+
+Folder = str | os.PathLike[str]
+
+
+def save_prepared(model: nn.Module, folder: Folder, source: str = "") -> None:
+    """Writes a transformers model with prepared experts as it stands in memory, in files of at most 2 GB if it can.
+
+    Args:
+        folder: made where it is not there.
+        source: of what the model was made, for people; by default the name that it was loaded by.
+
+    Raises:
+        ValueError: experts that are dense, of several formats, or computed at every access.
+        OSError: the folder cannot be written.
+    """
+    formats = {format for _, format in _formats(model)}
+    if len(formats) != 1 or not formats <= {*QUANTIZED}:
+        found = ", ".join(sorted(formats)) or "none"
+        raise ValueError(f"the model's experts are {found}, expected all in one of {', '.join(QUANTIZED)}")
+    source = source or getattr(model.config, "_name_or_path", "") or ""
+    writer = PreparedWriter(folder, model.config, formats.pop(), source)
+    with keep_stored():
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                writer.add(name, tensor)
+    writer.close()
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+class PreparedWriter:
+    """Writes such a folder tensor by tensor, holding no more than one file's worth: a model need not exist as a whole.
+
+    Args:
+        config: of the model, transformers' own.
+        format, source: as in `save_prepared`.
+    """
+
+    def __init__(self, folder: Folder, config: Any, format: str, source: str) -> None:
+        check_format(format)
+        self.folder, self.config = Path(folder), config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.about = {"version": VERSION, "format": format, "layout": LAYOUT, "source": source}
+        self.held: dict[str, Tensor] = {}
+        self.experts: dict[str, dict[str, Any]] = {}
+        self.places: dict[str, str] = {}
+        self.bytes = self.total = self.files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A tensor under its name in the model's state dict."""
+        kept = isinstance(tensor, FrozenWeight)
+        parts = {f"{name}.codes": tensor.codes, f"{name}.scales": tensor.scales} if kept else {name: tensor}
+        size = sum(part.nbytes for part in parts.values())
+        if self.held and self.bytes + size > SHARD_BYTES:
+            self._write()
+        if kept:
+            self.experts[name] = {"columns": tensor.shape[-1], "dtype": str(tensor.dtype).removeprefix("torch.")}
+        self.held |= {key: part.detach().cpu().contiguous() for key, part in parts.items()}
+        self.bytes += size
+
+    def close(self) -> None:
+        """Writes the rest, config.json and the index: before, nothing reads the folder as a model."""
+        self._write()
+        self.config.save_pretrained(self.folder)
+        index = {"metadata": {"total_size": self.total, METHOD: self.about}, "weight_map": self.places}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        self.files += 1
+        name = f"prepared-{self.files:05}.safetensors"
+        header = {"format": "pt", METHOD: json.dumps({**self.about, "experts": self.experts})}
+        try:
+            save_file(self.held, self.folder / name, header)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {self.folder / name}: {error}") from None
+        self.places |= dict.fromkeys(self.held, name)
+        self.total += self.bytes
+        self.held, self.experts, self.bytes = {}, {}, 0
+
+
+def load_prepared(path: Folder, format: str | None = None, *, model_class: Any = None, **options: Any) -> Any:
+    """A transformers model with its experts in a format, from dense files or from those of `save_prepared`.
+
+    Dense files go straight into the format: beside what the model will take there is at most one layer's experts.
+
+    Args:
+        path: a folder, or for dense files the name of a model.
+        format: "int8" or "nf4"; None takes that of `save_prepared`'s files.
+        model_class: with a `from_pretrained`; `AutoModelForCausalLM` if not given.
+        options: for `from_pretrained`. The experts run on "flex" unless `experts_implementation` says otherwise.
+
+    Raises:
+        ValueError: an unknown format or another than the files', experts that the fused path does not take, NaN or
+            infinite experts (the tensor named), files that another program has quantised, of another version or layout,
+            or damaged.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flex_kernels.transformers_plug import register
+
+    register()
+    if format is not None:
+        check_format(format)
+    model_class = model_class or AutoModelForCausalLM
+    options = {"experts_implementation": "flex", **options}
+    config = options.pop("config", None) or AutoConfig.from_pretrained(path)
+    refuse_quantised(config)
+    index = read_index(path)
+    if index is None:
+        if format is None:
+            raise ValueError(f"{path} has dense experts, expected a format for them: {' or '.join(QUANTIZED)}")
+        loaded = _load_dense(path, format, model_class, config, options)
+    else:
+        if format not in (None, index["format"]):
+            raise ValueError(f"{path} has its experts in {index['format']}, expected {format}")
+        state = dict(_read(Path(path), index))
+        mapping = getattr(model_class, "_model_mapping", None)  # an Auto class wants a name, and there is none
+        concrete = model_class if mapping is None else mapping[type(config)]
+        loaded = concrete.from_pretrained(None, config=config, state_dict=state, **options)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(path)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    wrong = [name for name, found in _formats(model) if found not in QUANTIZED]
+    if wrong:
+        raise ValueError(f"the experts of {wrong[0]} were not in the files of {path}, expected all layers'")
+    for experts in prepared_layers(model).values():
+        for matrix in MATRICES:
+            getattr(experts, matrix).requires_grad_(False)
+        if dense_in_state_dict not in experts._state_dict_hooks.values():
+            experts._register_state_dict_hook(dense_in_state_dict)
+    return loaded
+
+
+def refuse_quantised(config: Any) -> None:
+    """
+    Raises:
+        ValueError: files that another program has quantised.
+    """
+    about = getattr(config, "quantization_config", None)
+    if about is not None:
+        about = about if isinstance(about, dict) else about.to_dict()
+        raise ValueError(
+            f"the checkpoint is quantised by {about.get('quant_method')!r}, expected dense weights or the files of "
+            "save_prepared: load it with that program, save it dense, and load that"
+        )
+
+
+def read_index(path: Folder) -> dict[str, Any] | None:
+    """What the index in a folder of `save_prepared` says: version, format, layout, source and files; None: no index.
+
+    Raises:
+        ValueError: a damaged index, or of a version or layout that is not read here.
+    """
+    file = Path(path) / INDEX
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        about, files = content["metadata"][METHOD], sorted(set(content["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error!r}") from None
+    _check_about(about, str(file))
+    return {**about, "files": files}
+
+
+def _check_about(about: Any, where: str) -> None:
+    about = about if isinstance(about, dict) else {}
+    for key, values in {"version": (VERSION,), "format": QUANTIZED, "layout": (LAYOUT,)}.items():
+        if about.get(key) not in values:
+            expected = " or ".join(str(value) for value in values)
+            raise ValueError(f"{where} has {key} {about.get(key)!r} of prepared experts, expected {expected}")
+
+
+def _read(folder: Path, index: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name in the model, experts as `FrozenWeight`s; memory-mapped, so nothing is read yet."""
+    for file in index["files"]:
+        try:
+            with safe_open(folder / file, "pt") as opened:
+                header = json.loads((opened.metadata() or {}).get(METHOD, "{}"))
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder / file} cannot be read: {error}") from None
+        _check_about(header, str(folder / file))
+        if header["format"] != index["format"]:
+            raise ValueError(f"{folder / file} has experts in {header['format']}, expected {index['format']}")
+        for name, own in header["experts"].items():
+            parts = (tensors.pop(f"{name}.codes", None), tensors.pop(f"{name}.scales", None))
+            stored = stored_checked(f"{folder / file}: {name}", FORMATS[index["format"]], *parts, own["columns"])
+            yield name, FrozenWeight(stored.codes, stored.scales, own["columns"], getattr(torch, own["dtype"]))
+        yield from tensors.items()
+
+
+def _formats(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, experts in prepared_layers(model).items():
+        for matrix in MATRICES:
+            weight = experts._parameters.get(matrix)
+            yield name, weight.format if isinstance(weight, FrozenWeight) else "dense"
+
+
+def _load_dense(path: Folder, format: str, model_class: Any, config: Any, options: dict[str, Any]) -> Any:
+    """By transformers' own loader, told to hand every experts matrix over as soon as it is put together."""
+    quantizer, quantization_config = _quantizer()
+    try:
+        loaded = model_class.from_pretrained(
+            path, config=config, quantization_config=quantization_config(format), **options
+        )
+    except Exception:
+        if (broken := quantizer.broken.pop(format, None)) is not None:
+            raise ValueError(broken) from None
+        raise
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for module in model.modules():  # nothing of a quantised model in transformers' sense: its Trainer would refuse it
+        own = getattr(module, "config", None)
+        for attribute in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):
+            if own is not None and attribute in vars(own):
+                delattr(own, attribute)
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    return loaded
+
+
+def _quantizer() -> tuple[Any, Any]:
+    """Our quantizer for transformers' loader and its configuration, registered when they are first asked for."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return AUTO_QUANTIZER_MAPPING[METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
+
+    @register_quantization_config(METHOD)
+    class ExpertsConfig(QuantizationConfigMixin):
+        def __init__(self, format: str = "nf4", **_: Any) -> None:
+            self.quant_method, self.format = METHOD, format
+
+    class Quantize(ConversionOps):
+        def __init__(self, quantizer: Any) -> None:
+            self.quantizer = quantizer
+
+        def convert(self, tensors: dict[str, Any], **_: Any) -> dict[str, nn.Parameter]:
+            ((name, weight),) = tensors.items()
+            weight, format = weight[0] if isinstance(weight, list) else weight, self.quantizer.format
+            try:
+                kept = FrozenWeight.quantize(weight, format, name)
+            except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
+                type(self.quantizer).broken.setdefault(format, str(error))
+                raise
+            return {name: nn.Parameter(kept, requires_grad=False)}
+
+    @register_quantizer(METHOD)
+    class ExpertsQuantizer(HfQuantizer):
+        broken: dict[str, str] = {}  # noqa: RUF012 - by format: what could not be quantised in the last load
+
+        def __init__(self, quantization_config: Any, **options: Any) -> None:
+            super().__init__(quantization_config, **options)
+            self.format, self.names = quantization_config.format, frozenset()
+            type(self).broken.pop(self.format, None)
+
+        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+            from flex_kernels.transformers_plug import why_not_fused
+
+            layers = prepared_layers(model)
+            if not layers:
+                raise ValueError(f"{type(model).__name__} has no MoE layers, expected some")
+            for name, experts in layers.items():
+                reason = why_not_fused(experts)
+                if reason is not None:
+                    raise ValueError(f"the experts of {name} cannot be kept in {self.format}: {reason}")
+            self.names = frozenset(f"{name}.{matrix}" for name in layers for matrix in MATRICES)
+
+        def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+            return param_name in self.names
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self)
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+        def is_serializable(self) -> bool:
+            return False
+
+    return ExpertsQuantizer, ExpertsConfig
