@@ -3,11 +3,11 @@ full-size`).
 
     python -m tools.full_size [--layers 24] [--experts 60] [--model FOLDER] [--output runs/full-size]
 
-Without `--model` the base has random weights. They are made matrix by matrix and written in the format at once, so that
-no dense copy of the experts ever exists, in memory or on disk. Then two clients choose full grafts on 8 sequences of 256
-tokens each, train them with a LoRA on the attention for 5 steps of 4 sequences, and the server averages. At the end
-stand sizes, minutes and the peak of this process' memory. The text is noise: what is shown is that it fits and how long
-it takes, and nothing about quality.
+Without `--model` the base has random weights. They are made matrix by matrix and written in the format at once, so
+that no dense copy of the experts ever exists, in memory or on disk. Then two clients choose full grafts on 8 sequences
+of 256 tokens each, train them with a LoRA on the attention for 5 steps of 4 sequences, and the server averages. At the
+end stand sizes, minutes and the peak of this process' memory. The text is noise: what is shown is that it fits and how
+long it takes, and nothing about quality.
 """
 
 import argparse
