@@ -94,7 +94,8 @@ def write_data(folder: Path) -> tuple[Path, Path]:
     draw = random.Random(0)
 
     def record(client: str) -> dict[str, str]:
-        text = [" ".join(draw.choices(words, k=count)) for count in (12, LENGTH, LENGTH // 2)]
+        # A prompt that is too long loses its middle: every sequence has LENGTH tokens, and a whole answer.
+        text = [" ".join(draw.choices(words, k=count)) for count in (12, LENGTH, LENGTH // 8)]
         return {**dict(zip(("instruction", "context", "response"), text, strict=True)), "client": client}
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def write_data(folder: Path) -> tuple[Path, Path]:
 def run_config(base: Path | str, data: tuple[Path, Path], output: Path, format: str, criterion: str) -> RunConfig:
     return RunConfig(output=str(output), threads=0).with_values(
         model={"path": str(base), "dtype": "bfloat16", "device": "cpu", "experts": format},
-        data={"train": str(data[0]), "test": str(data[1]), "max_length": LENGTH, "template": "alpaca"},
+        data={"train": str(data[0]), "test": str(data[1]), "max_length": LENGTH, "template": "auto"},
         lora={"rank": 16, "alpha": 32.0},
         graft={
             "criterion": criterion,

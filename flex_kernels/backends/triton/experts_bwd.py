@@ -12,8 +12,6 @@ lines in its epilogue (`p` as one fp32 partial per column tile), reduction of `p
 slots, and two dense products for the graft. No atomics: bitwise repeatable. Never stored: the experts' outputs, dA'.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +44,7 @@ from flex_kernels.backends.triton.launch import (
     use_tma,
 )
 from flex_kernels.backends.triton.tile_file import Tile
+from flex_kernels.backends.triton.tiles import beside_codes
 from flex_kernels.weights import Stored
 
 
@@ -85,17 +84,6 @@ def _finish_columns(
         tl.store(d_z_ptr + z_offsets, d_gate.to(stored_type), mask=kept)
         tl.store(d_z_ptr + z_offsets + width, d_up.to(stored_type), mask=kept)
     return products
-
-
-# Beside the largest epilogue there is no room in the registers for a tile of codes with 128 accumulators a thread: on
-# sm_90 it spilled 12 and 20 of them (Triton 3.7, `make aot`).
-ACCUMULATORS_BESIDE_CODES = 64
-
-
-def beside_codes(tile: Tile) -> Tile:
-    while tile.block_m * tile.block_n > ACCUMULATORS_BESIDE_CODES * 32 * tile.num_warps and tile.block_n > 32:
-        tile = replace(tile, block_n=tile.block_n // 2)
-    return tile
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_row_tiles", "graft_row_tiles"])
@@ -236,7 +224,7 @@ def d_preactivations(
     num_experts, hidden_size, intermediate_size = call.down_proj.shape
     graft_size, has_graft, needs = call.graft_width, call.has_graft, call.needs
     if isinstance(call.down_proj, Stored):
-        tile = beside_codes(tile)
+        tile = beside_codes(target, "d_preactivations", tile)
     num_columns, graft_num_columns = cdiv(intermediate_size, tile.block_n), cdiv(graft_size, tile.block_n)
     products_wanted = needs.routing_weights or needs.graft_logits
     empty = d_out.new_empty

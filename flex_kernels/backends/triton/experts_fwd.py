@@ -31,6 +31,7 @@ from flex_kernels.backends.triton.grouped import (
 )
 from flex_kernels.backends.triton.launch import Target, alignment, cdiv, codes_and_scales, pair_operand, use_tma
 from flex_kernels.backends.triton.tile_file import Tile
+from flex_kernels.backends.triton.tiles import beside_codes
 from flex_kernels.weights import Experts, Stored
 
 
@@ -131,6 +132,8 @@ def gate_up_fwd(
 
     With `activate=False` the first two have no rows. Beside codes the graft, which is dense, has a launch of its own.
     """
+    if isinstance(gate_up_proj, Stored):
+        tile = beside_codes(target, "gate_up", tile)
     if isinstance(gate_up_proj, Stored) and graft_gate_up_proj is not None:
         rows, rest = (hidden_states, sorted_pairs, top_k), (target, tile, activation, save_preactivations, activate)
         activations, _, preactivations, _ = gate_up_fwd(*rows, gate_up_proj, None, schedule, *rest)

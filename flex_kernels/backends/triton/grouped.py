@@ -32,7 +32,7 @@ from flex_kernels.backends.triton.launch import (
     use_tma,
 )
 from flex_kernels.backends.triton.tile_file import ExpertTiles, Tile
-from flex_kernels.backends.triton.tiles import expert_tiles
+from flex_kernels.backends.triton.tiles import beside_codes, expert_tiles
 from flex_kernels.weights import Experts, Stored
 
 PAIRS_PER_PROGRAM = 1024  # of the schedule kernel's second job; any power of two is right
@@ -336,6 +336,8 @@ def grouped_rows(
     """[R, K] and [T, K_g] times each row's own matrix -> [R + T, N] (or [R, N] without a graft).
 
     Beside codes the graft, which is dense, has a launch of its own."""
+    if isinstance(weights, Stored):
+        tile = beside_codes(target, "down" if inner_last else "d_hidden", tile)
     if isinstance(weights, Stored) and graft_rows is not None:
         out_size = weights.shape[1 if inner_last else 2]
         out = rows.new_empty(schedule.num_rows + schedule.num_tokens, out_size)

@@ -9,6 +9,7 @@ and from then on comes before the tables.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
@@ -60,6 +61,23 @@ _TABLE_16_BIT: dict[str, dict[int, tuple[tuple[int, int, int, int, int], ...]]] 
 _TILES_32_BIT = ((32, 16, 4, 2, 2),) * 4
 # Rows whose length is no multiple of 16 bytes are read element by element; a large tile would need too many addresses.
 _TILES_UNALIGNED = ((32, 32, 4, 2, 2),) * 4
+
+
+# Codes are dequantised in registers, beside the accumulators: of those a thread has at most so many. More spilled
+# (Triton 3.7, `make aot`); a chip or product that is not here has room for the tiles of the table.
+_BESIDE_CODES: dict[str, dict[str, int]] = {
+    "sm80": {"gate_up": 64, "down": 32, "d_hidden": 32, "d_preactivations": 16},
+    "sm90": {"d_preactivations": 64},
+    "sm100": {"gate_up": 32, "d_preactivations": 16},
+}
+
+
+def beside_codes(target: Target, kernel: str, tile: Tile) -> Tile:
+    """The tile, as narrow as this product of codes needs it."""
+    most, columns = _BESIDE_CODES.get(target.chip, {}).get(kernel), 2 if kernel == "gate_up" else 1
+    while most and tile.block_n > 32 and columns * tile.block_m * tile.block_n > most * 32 * tile.num_warps:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    return tile
 
 
 def few_rows(num_rows: int, num_experts: int) -> bool:
