@@ -181,6 +181,8 @@ def load_saved(
         tests = read_tests(test, data, known, client_id, notes)
     elif with_data:
         tests = read_own_tests(data, names, notes)
+        gone = bool(data.train) and not Path(data.train).exists() and tests is None
+        require(not gone, f"{data.train} is not there, nor a test file of the run; expected them, or --test FILE")
     # A method that weighs by the client's own prompts needs them for every answer.
     whole = (with_data and tests is None) or METHODS[method].weighed
     if whole:  # somebody may have been added to the files who has not joined

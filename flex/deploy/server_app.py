@@ -21,6 +21,7 @@ from flex.federation.messages import SiteAbout
 from flex.federation.rounds import ClientFailed
 from flex.runs.job import Job
 from flex.runs.progress import Bar
+from flex.runs.track import tracked
 from flex.runs.run import RUN, alone_in, check_free, check_growth, claim, collect, is_finished_job, run_events, started
 from flex.runs.workers import job_folder
 from flex.store.events import write_events
@@ -76,7 +77,9 @@ def title(name: JobName) -> str:
 
 def run_job(deployment: Deployment, grid: Grid, clients: dict[int, str], name: JobName, teller: Teller) -> None:
     """One method and seed."""
-    config, folder, bar = deployment.config, deployment.run, Bar(teller.line(title(name)))
+    config, folder = deployment.config, deployment.run
+    job = job_folder(folder, (name.seed, name.method))
+    bar = Bar(tracked(teller.line(title(name)), job, config.train.track))
     settings = settings_digest(config)
     sites = SiteGrid(
         grid,
@@ -93,7 +96,7 @@ def run_job(deployment: Deployment, grid: Grid, clients: dict[int, str], name: J
         write_events(folder / RUN, run_events(config, told, {}, deployment.folder.name, {}, client_data))
         return {"base": base}
 
-    Job(config, name.method, name.seed, job_folder(folder, (name.seed, name.method)), sites, admit, bar).run()
+    Job(config, name.method, name.seed, job, sites, admit, bar).run()
 
 
 def check_resumed(folder: Path, seed: int, told: Sequence[SiteAbout]) -> dict[str, dict[str, str]]:

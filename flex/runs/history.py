@@ -25,25 +25,28 @@ class Plan:
 
 @dataclass
 class Best:
-    """The validation loss of every round, mean over the clients, since the clients last changed; the lowest is kept.
+    """The validation loss of every round, mean over the clients, since the clients last changed; the lowest is kept. Of
+    rounds in which fewer were scored than in another (a site that failed) none is.
 
     Attributes:
         since: the round after which they changed; 0: never.
+        losses, scored: mean loss and number of clients by round.
     """
 
     since: int = 0
     losses: dict[int, float] = field(default_factory=dict)
+    scored: dict[int, int] = field(default_factory=dict)
 
     def add(self, round_index: int, events: Iterable[Event]) -> None:
         """Takes in what a round's clients scored on their validation parts."""
         found = [e.loss for e in events if isinstance(e, Evaluated) and e.split == VALIDATION]
         if found and round_index > self.since:
-            self.losses[round_index] = statistics.fmean(found)
+            self.losses[round_index], self.scored[round_index] = statistics.fmean(found), len(found)
 
     @property
     def round(self) -> int | None:
         """The best so far, the first of equals; None before any."""
-        return min(self.losses, key=lambda at: (self.losses[at], at), default=None)
+        return min(self.losses, key=lambda at: (-self.scored[at], self.losses[at], at), default=None)
 
     @property
     def rounds_without_improvement(self) -> int:

@@ -23,8 +23,10 @@ def check_track(track: str) -> None:
         _writer_class()
 
 
-def tracked(tell: Tell, job: Path) -> Tell:
-    """Hands on what a job tells, and writes its scalars beside the job's folder."""
+def tracked(tell: Tell, job: Path, track: str) -> Tell:
+    """Hands on what a job tells, and where `track` says so writes its scalars beside the job's folder."""
+    if not track:
+        return tell
     writer: Any = None
 
     def listen(**told: Any) -> None:

@@ -39,7 +39,7 @@ def job_folder(folder: Path, job: JobName) -> Path:
 def make_job(config: RunConfig, job: JobName, worlds: Worlds, tell: Tell) -> Job:
     """A job whose clients are all on this machine."""
     (seed, method), folder = job, job_folder(Path(config.output), job)
-    bar = Bar(tracked(tell, folder) if config.train.track else tell)
+    bar = Bar(tracked(tell, folder, config.train.track))
     world = worlds.of(seed)
     sites = world.sites(config, method, seed, folder, bar)
     grid = InProcessGrid(

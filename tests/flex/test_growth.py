@@ -17,7 +17,9 @@ from flex.errors import FlexError
 from flex.federation import client as client_module
 from flex.federation.client import rate
 from flex.report import findings, read_events, summarise
+from flex.runs.history import best_of
 from flex.runs.run import run
+from flex.store.events import AFTER, VALIDATION, Evaluated, Extended, JobStarted
 from flex.store.files import rounds_in
 
 QUIET = Console(quiet=True)
@@ -308,6 +310,18 @@ def test_a_job_that_stopped_for_want_of_improvement_stays_so_with_more_rounds(ke
     run(config.with_values(train={"rounds": 9, "methods": tuple(stopped)}), QUIET)
     for method in stopped:
         assert events_of(tmp_path / "run", method) == events_of(folder, method)
+
+
+def test_a_round_in_which_a_client_was_not_scored_is_not_the_best() -> None:
+    def scores(at: int, **losses: float) -> list[Evaluated]:
+        return [Evaluated(at, name, AFTER, VALIDATION, loss=loss) for name, loss in losses.items()]
+
+    events = [JobStarted(6, 2, clients=["a", "b"]), *scores(1, a=3.0, b=3.0), *scores(2, a=1.0)]
+    assert best_of(events, 2).round == 1
+    events += [*scores(3, a=2.0, b=2.0), *scores(4, a=2.0, b=2.0)]
+    assert (best_of(events, 4).round, best_of(events, 4).rounds_without_improvement) == (3, 1)
+    events += [Extended(4, 9, 3, ["c"]), *scores(5, a=4.0, b=4.0, c=4.0)]
+    assert [best_of(events, at).round for at in (4, 5)] == [None, 5]
 
 
 @pytest.mark.parametrize(

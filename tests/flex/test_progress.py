@@ -68,12 +68,6 @@ def test_a_run_that_goes_on_prints_the_rounds_that_are_left(tmp_path, monkeypatc
     assert [m[1] for line in text.splitlines() if (m := LINE.fullmatch(line))] == ["2", "3"]
 
 
-def test_jobs_in_processes_of_their_own_print_their_rounds_too(tmp_path):
-    text = told(tmp_path, dataclasses.replace(small(tmp_path, methods=("fedavg", "local")), workers=2))
-    assert len([line for line in text.splitlines() if LINE.fullmatch(line)]) == 3
-    assert text.count("local seed 0: round ") == 3
-
-
 def test_on_a_terminal_there_is_a_bar(tmp_path):
     config = small(tmp_path, methods=("fedavg",))
     out = io.StringIO()
@@ -110,22 +104,31 @@ def curves(folder):
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tensorboard_gets_what_the_log_says(tmp_path, workers, monkeypatch):
+def test_jobs_in_processes_of_their_own_print_their_rounds_and_draw_their_curves_too(tmp_path):
     pytest.importorskip("tensorboard")
-    config = dataclasses.replace(small(tmp_path, methods=("fedavg", "flex"), track="tensorboard"), workers=workers)
-    if workers == 1:  # stopped and resumed: one curve without a gap or a double
-        original = client_module.Site.train
+    config = small(tmp_path, methods=("fedavg", "local"), track="tensorboard")
+    text = told(tmp_path, dataclasses.replace(config, workers=2))
+    assert len([line for line in text.splitlines() if LINE.fullmatch(line)]) == 3
+    assert text.count("local seed 0: round ") == 3
+    for method in ("fedavg", "local"):
+        found = curves(tmp_path / "run" / "tensorboard" / f"{method}-seed0")
+        assert dict(found["train loss/mean"]) == pytest.approx(losses(tmp_path / "run", method), rel=1e-6)
 
-        def fails(self, round_index, *rest, **more):
-            if round_index == 3:
-                raise RuntimeError("pulled the plug")
-            return original(self, round_index, *rest, **more)
 
-        monkeypatch.setattr(client_module.Site, "train", fails)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
-            told(tmp_path, config)
-        monkeypatch.setattr(client_module.Site, "train", original)
+def test_tensorboard_gets_what_the_log_says(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    config = small(tmp_path, methods=("fedavg", "flex"), track="tensorboard")
+    original = client_module.Site.train
+
+    def fails(self, round_index, *rest, **more):  # stopped and resumed: one curve without a gap or a double
+        if round_index == 3:
+            raise RuntimeError("pulled the plug")
+        return original(self, round_index, *rest, **more)
+
+    monkeypatch.setattr(client_module.Site, "train", fails)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        told(tmp_path, config)
+    monkeypatch.setattr(client_module.Site, "train", original)
     told(tmp_path, config)
     for method in ("fedavg", "flex"):
         found = curves(tmp_path / "run" / "tensorboard" / f"{method}-seed0")

@@ -241,6 +241,7 @@ def test_without_any_data_eval_says_what_is_missing(finished: Path, tmp_path: Pa
     config = tmp_path / "copy" / "run" / "config.toml"
     config.write_text(config.read_text().replace(str(finished / "data"), str(tmp_path / "nowhere")))
     assert main(["eval", "--run", str(tmp_path / "copy" / "run")]) == 2
-    assert "no data file at" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "train.jsonl is not there, nor a test file of the run; expected them, or --test FILE" in said
     with pytest.raises(FlexError, match="no data file at"):
         read_prompts(str(tmp_path / "nowhere"))
