@@ -21,8 +21,8 @@ from flex.federation.messages import SiteAbout
 from flex.federation.rounds import ClientFailed
 from flex.runs.job import Job
 from flex.runs.progress import Bar
-from flex.runs.track import tracked
 from flex.runs.run import RUN, alone_in, check_free, check_growth, claim, collect, is_finished_job, run_events, started
+from flex.runs.track import tracked
 from flex.runs.workers import job_folder
 from flex.store.events import write_events
 
