@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(score)
     score.add_argument("--client", help="this client only (default: all)")
     score.add_argument("--test", default="", metavar="FILE", help="other test examples; needs no training data")
+    _add_overrides(score)  # of [evaluate]: further tasks, e.g. --set evaluate.tasks='["test","mmlu"]'
 
     generate = commands.add_parser(
         "generate", help="answer one prompt, or a file of them, with the model of one client"
@@ -281,7 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
             case "eval":
                 from flex.commands import saved
 
-                return saved.evaluate(given.run, given.method, given.seed, given.client, given.test)
+                return saved.evaluate(
+                    given.run, given.method, given.seed, given.client, given.test, *filter(None, [given.overrides])
+                )
             case "deploy" | "worker" | "node":
                 return sites.dispatch(given)
             case "chat":

@@ -41,6 +41,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "dirichlet": ("num_clients", "alpha", "min_size", "replace"),
 }
 LABELLED = ("pathological", "dirichlet")  # those that go by data.label_by
+# What a model is scored on (`evaluation/tasks.py`), and the setting of [evaluate] that a task needs.
+TASKS = {"test": "", "general": "", "mmlu": "mmlu", "mmlu_0": "mmlu", "gsm8k": "gsm8k", "perplexity": "text"}
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
 OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
 
@@ -285,9 +287,24 @@ class EvaluateSettings:
     batch_size: int = setting(16, least=1)
     rouge: bool = True
     max_new_tokens: int = setting(256, least=1)
+    tasks: tuple[str, ...] = setting(
+        ("test", "general"), choices=tuple(TASKS), distinct=True, empty="at least the test part"
+    )
+    mmlu: str = ""  # a folder with dev/<subject>_dev.csv and test/<subject>_test.csv
+    gsm8k: str = ""  # a file of questions and answers
+    text: str = ""  # a text file, for perplexity
+    questions: int = setting(0, least=0, zero="all")  # of each subject, and of gsm8k
+    prompt_length: int = setting(2048, least=16)  # tokens of a prompt with examples; never more than the model takes
 
     def __post_init__(self) -> None:
         check("evaluate", self)
+        require("test" in self.tasks, f"evaluate.tasks is {', '.join(self.tasks)}; expected test among them")
+        for task in self.tasks:
+            need = TASKS[task]
+            require(
+                not need or bool(getattr(self, need)),
+                f"evaluate.tasks names {task}, but evaluate.{need} is empty; expected its path",
+            )
 
 
 @dataclass(frozen=True)

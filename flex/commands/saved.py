@@ -1,6 +1,7 @@
 """`flex eval` and `flex generate`: what a run saved, loaded again. Files are read before the model is."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flex.data.examples import encode
 from flex.data.prompts import read_prompts
 from flex.errors import FlexError, require
 from flex.evaluation.score import generate as greedy
+from flex.evaluation.tasks import read_tasks
 from flex.federation.client import Site
 from flex.federation.messages import Arrays
 from flex.methods import METHODS
@@ -64,20 +66,33 @@ class Saved:
         return greedy(self.world.base.model, self.world.encoder, prompts, max_new_tokens, prepare, streamer)
 
 
-def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None, test: str = "") -> int:
+def evaluate(
+    folder: Path,
+    method: str,
+    seed: int | None,
+    client_id: str | None,
+    test: str = "",
+    overrides: Sequence[str] = (),
+) -> int:
     """Scores on the test part, from the files of the round that is kept.
 
     Args:
         test: another file of test examples; the training data are not looked for then. Without it they may be gone too,
             as long as the run has a test file of its own.
+        overrides: of the section [evaluate], e.g. which tasks to score.
     """
-    saved = load_saved(folder, method, seed, test=test, client_id=client_id)
+    wrong = [text for text in overrides if not text.startswith("evaluate.")]
+    require(
+        not wrong, f"--set got {wrong[0] if wrong else ''!r}; expected a setting of [evaluate], e.g. evaluate.tasks"
+    )
+    saved = load_saved(folder, method, seed, test=test, client_id=client_id, overrides=overrides)
     for note in saved.world.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     on = f" on {Path(test).name}" if test else ""
     table = Table(title=Text(f"{folder}, {method}, after round {saved.round_index}{on}", "table.title"))
     for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
         table.add_column(column, justify="left" if column == "client" else "right")
+    further: list[Evaluated] = []
     for name in [client_id] if client_id is not None else saved.sites:
         if not saved.site(name).client.train:  # nothing here that a graft could be chosen on
             saved.attach(name)
@@ -85,8 +100,37 @@ def evaluate(folder: Path, method: str, seed: int | None, client_id: str | None,
         event = next(event for event in events if isinstance(event, Evaluated))
         rouge = "" if event.rouge_l is None else f"{event.rouge_l:.3f}"
         table.add_row(Text(name), str(event.num_examples), f"{event.loss:.3f}", f"{event.exact_match:.3f}", rouge)
+        further += [event for event in events if isinstance(event, Evaluated) and event.split != "test"]
     console.print(table)
+    if further:
+        console.print(_of_tasks(further))
     return 0
+
+
+def _of_tasks(events: Sequence[Evaluated]) -> Table:
+    """What was scored beside the test part: a line a client and task, and one for each group of its questions."""
+    table = Table(title=Text("further tasks", "table.title"))
+    for column in ("client", "task", "group", "questions", "accuracy %", "± error", "perplexity", "note"):
+        table.add_column(column, justify="left" if column in ("client", "task", "group", "note") else "right")
+    for event in events:
+        errors = event.details.get("standard_error_by_group", {})
+        note = ", ".join(
+            f"{k}: {v:g}" for k, v in event.details.items() if isinstance(v, int | float) and "error" not in k
+        )
+        for group, part in {"": vars(event), **event.groups}.items():
+            share = part.get("accuracy")
+            error = errors.get(group) if group else event.details.get("standard_error")
+            cells = ["" if value is None else f"{100 * value:.1f}" for value in (share, error)]
+            cells.append("" if group or event.perplexity is None else f"{event.perplexity:.2f}")
+            table.add_row(
+                Text(event.client_id),
+                event.split,
+                Text(group),
+                str(part["num_examples"]),
+                *cells,
+                "" if group else note,
+            )
+    return table
 
 
 def generate(
@@ -137,11 +181,11 @@ def check_tokens(max_new_tokens: int) -> None:
     require(max_new_tokens >= 1, f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
 
 
-def run_config(folder: Path) -> RunConfig:
+def run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that a run was made with."""
     if not (folder / CONFIG).exists():
         raise FlexError(f"no run at {folder}; expected a folder that `flex train` or `flex demo` wrote")
-    return read_config(folder / CONFIG)
+    return read_config(folder / CONFIG, overrides)
 
 
 def load_saved(
@@ -151,6 +195,7 @@ def load_saved(
     with_data: bool = True,
     test: str = "",
     client_id: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Saved:
     """A job of a run; without data its clients are those that the run names, and nothing but their files is read.
 
@@ -160,7 +205,7 @@ def load_saved(
     Raises:
         FlexError: no such run or job, or base or data are not those that the run was made with.
     """
-    config = run_config(folder)
+    config = run_config(folder, overrides)
     if method not in METHODS:
         raise FlexError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     seed = config.train.seeds[0] if seed is None else seed
@@ -192,6 +237,8 @@ def load_saved(
     else:
         world = load_bare_world(config, known)
         check_contents(folder, world, None)
+    if with_data:
+        world = replace(world, tasks=read_tasks(config.evaluate))
     if tests is not None:
         there = {client.client_id: client for client in world.clients}
         own = [

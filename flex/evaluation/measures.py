@@ -51,6 +51,7 @@ KINDS = {
     kind.key: kind
     for kind in (
         Kind("rouge_l", "ROUGE-L", "ROUGE-L"),
+        Kind("rouge_1", "ROUGE-1", "ROUGE-1"),
         Kind(
             "exact_match",
             "EM %",
@@ -59,6 +60,15 @@ KINDS = {
             unit=" %",
             of_groups=True,
         ),
+        Kind(
+            "accuracy",
+            "accuracy %",
+            "accuracy",
+            meaning="accuracy: share of questions answered rightly.",
+            unit=" %",
+            of_groups=True,
+        ),
+        Kind("perplexity", "perplexity", "perplexity", higher_is_better=False, scale=1.0, digits=2, is_share=False),
         Kind("loss", "loss", "loss", higher_is_better=False, scale=1.0, digits=3, is_share=False),
     )
 }

@@ -27,6 +27,7 @@ NOT_COMPARED = {
     *PATHS,
     *("output", "workers", "data.columns", "train.methods", "train.seeds", "train.track"),
     *("train.rates", "train.tune_factors"),  # a job's files say its own factor
+    *("evaluate.mmlu", "evaluate.gsm8k", "evaluate.text"),  # paths
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
 # What a site chooses for itself: paths, and what its files call things and its machine can bear.

@@ -23,6 +23,8 @@ from flex.config import STRATEGIES, RunConfig
 from flex.data.examples import IGNORED, Batch, ClientData, Encoder, Example, training_batches
 from flex.errors import FlexError
 from flex.evaluation.score import Prepare, response_logits, score
+from flex.evaluation.scored import Scored
+from flex.evaluation.tasks import TASKS
 from flex.federation.agreement import settings_digest, versions
 from flex.federation.alone import first_round_alone
 from flex.federation.messages import SCORED, Arrays, SiteAbout
@@ -122,6 +124,7 @@ class JobModel:
             modules = new_modules(base, self.graft)
             self.private.start(base, modules, self.graft, derived_seed("graft", seed))
         self.start = snapshot(self.own)
+        self.scored: dict[str, dict[str, Any]] = {}  # what a task gave for shared values, by both their names
 
     @property
     def header(self) -> dict[str, Any]:
@@ -175,6 +178,7 @@ class Site:
     Args:
         model: of the job; a run on one machine hands one model to all its sites.
         general: the held-out examples that belong to nobody.
+        tasks: the questions of further tasks by name (`evaluation/tasks.py`).
         folder: of the job; personal files go to `folder/clients/<folder_name(client_id)>/`.
     """
 
@@ -185,8 +189,9 @@ class Site:
         general: list[Example],
         folder: Path,
         listen: Listener | None = None,
+        tasks: Mapping[str, Any] | None = None,
     ):
-        self.model, self.client, self.general = model, client, general
+        self.model, self.client, self.general, self.tasks = model, client, general, tasks or {}
         self.client_id, self.listen = client.client_id, listen or Silence()
         self.config = model.config
         own_folder = folder / "clients" / folder_name(client.client_id)
@@ -287,7 +292,8 @@ class Site:
         prepare = self.prepare()
         there = {"test": self.client.test, "general": self.general, VALIDATION: self.client.validation}
         for split, examples in there.items():
-            if examples and split in splits:
+            asked = split == VALIDATION or split in self.config.evaluate.tasks
+            if examples and split in splits and asked:
                 # Decoding is the dearest part of scoring; forgetting shows in loss and exact match already.
                 settings = replace(self.config.evaluate, rouge=self.config.evaluate.rouge and split == "test")
                 scores = score(self.model.base.model, self.model.encoder, examples, settings, prepare)
@@ -297,7 +303,25 @@ class Site:
                         f"expected a finite number (a lower learning rate may help)"
                     )
                 found.append(Evaluated(round_index, self.client_id, when, split, **scores))
+        if shared is not None and "test" in splits:
+            found += [self._score_task(name, round_index, prepare) for name in self.tasks]
         return found
+
+    def _score_task(self, name: str, round_index: int, prepare: Prepare | None) -> Evaluated:
+        """A task that is the same for everyone; of a method that keeps nothing, once for all clients."""
+        model = self.model
+        key = "" if model.own else f"{name} {model.shared_name()}"
+        if key not in model.scored or not key:
+
+            def say(what: str, done: int, total: int) -> None:
+                self.listen.say(f"{self.client_id}: {what}, {done}/{total}")
+
+            scored = Scored(model.base.model, model.encoder, self.config.evaluate, prepare, say)
+            scores = TASKS[name].score(scored, self.tasks[name])
+            if not key:
+                return Evaluated(round_index, self.client_id, AFTER, name, **scores)
+            model.scored = {**model.scored, key: scores}
+        return Evaluated(round_index, self.client_id, AFTER, name, **model.scored[key])
 
     def prepare(self) -> Prepare | None:
         """What looks at each batch of prompts before the model answers it; None for a method that needs no look."""

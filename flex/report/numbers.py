@@ -42,8 +42,8 @@ class Measure(NamedTuple):
     @property
     def where(self) -> str:
         """Which questions, as in the head of a table."""
-        if self.group and self.split == "general":
-            return f"general: {self.group}"
+        if self.group and self.split != "test":
+            return f"{self.split}: {self.group}"
         return self.group or self.split
 
     @property

@@ -18,7 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from flex.config import RunConfig, read_config, write_config
+from flex.config import TASKS, RunConfig, read_config, write_config
 from flex.errors import FlexError
 from flex.federation.agreement import comparable
 from flex.federation.client import about
@@ -161,8 +161,12 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
         path = Path(name).expanduser()
         return str(path.absolute()) if name and (path.exists() or "{seed}" in name) else name
 
+    tasks = {name: full(getattr(config.evaluate, name)) for name in TASKS.values() if name}
     return dataclasses.replace(
-        config, data=config.data.with_paths(full), model=dataclasses.replace(config.model, path=full(config.model.path))
+        config,
+        data=config.data.with_paths(full),
+        model=dataclasses.replace(config.model, path=full(config.model.path)),
+        evaluate=dataclasses.replace(config.evaluate, **tasks),
     )
 
 

@@ -4,10 +4,12 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flex.config import RunConfig
 from flex.data.clients import Tally, read_clients, read_general, tally
 from flex.data.examples import ClientData, Encoder, Example, encode, encode_clients
+from flex.evaluation.tasks import read_tasks
 from flex.federation.client import JobModel, Listener, Site
 from flex.model.adapters import unwrap
 from flex.model.base import Base, load_base, load_tokenizer
@@ -16,7 +18,7 @@ from flex.model.base import Base, load_base, load_tokenizer
 @dataclass(frozen=True)
 class World:
     """The base and the data of a seed. `notes`: what a person should know of the files, in sentences; `tally`: which
-    client got how many records of what."""
+    client got how many records of what; `tasks`: the questions of further tasks."""
 
     base: Base
     encoder: Encoder
@@ -24,6 +26,7 @@ class World:
     general: list[Example]
     notes: list[str] = field(default_factory=list)
     tally: list[Tally] = field(default_factory=list)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -52,7 +55,7 @@ class World:
     ) -> dict[str, Site]:
         """Every client as a site of its own, on one model."""
         model = JobModel(self.base, self.encoder, config, method, seed)
-        return {client.client_id: Site(model, client, self.general, folder, listen) for client in self.clients}
+        return {c.client_id: Site(model, c, self.general, folder, listen, self.tasks) for c in self.clients}
 
 
 def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
@@ -61,6 +64,7 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     notes: list[str] = []
     data = config.data.for_seed(seed)
     records, general = read_clients(data, notes, seed), read_general(data)
+    tasks = read_tasks(config.evaluate)
     tokenizer = load_tokenizer(config.model) if base is None else base.tokenizer
     encoder = Encoder(tokenizer, data.template, data.max_length)
     if data.template != encoder.template:
@@ -70,13 +74,14 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     base = base or load_base(config.model, tokenizer)
     unwrap(base)
     encoder.fit(rows_of(base))
-    return World(base, encoder, clients, encoded, notes, tally(records, data))
+    return World(base, encoder, clients, encoded, notes, tally(records, data), tasks)
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:
     """The base alone, and clients without examples: what their saved files can do without any data."""
     base = load_base(config.model)
-    return World(base, make_encoder(config, base), [ClientData(name, [], []) for name in client_ids], [])
+    clients = [ClientData(name, [], []) for name in client_ids]
+    return World(base, make_encoder(config, base), clients, [])
 
 
 def make_encoder(config: RunConfig, base: Base) -> Encoder:
