@@ -1,14 +1,26 @@
-"""The API page is what the docstrings say, and every docstring says enough."""
+"""The API page is what the docstrings say, every docstring says enough, and what the documents tell to type works.
 
+Each command of the documents is one of three: a `flex` command, which is run here on a tiny model and data, its
+placeholders replaced; one that another test runs (`TESTED`); one that stands in NOTES.md with its minutes. Any other
+fails.
+"""
+
+import ast
 import importlib.util
 import inspect
+import io
 import re
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiny import records, save_model, write_records
 
 import flex_kernels
+from flex.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +53,179 @@ def test_every_function_tells_its_arguments_and_errors(name: str) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:flex|make|python3?|pytest|pip|flwr|flower-\w+|bash|docker|apt-get) "
+# Commands by their beginning -> the test that runs the same.
+TESTED = {
+    "python docs/make_api.py": "tests/test_docs.py::test_the_api_page_is_up_to_date",
+    "python examples/serve.py": "tests/test_examples.py::test_serve",
+    "python -m tools.pretrain": "tests/tools/test_pretrain.py",
+    "python -m benchmarks.study page": "tests/benchmarks/test_study.py::test_the_page_says_what_the_jobs_measured",
+    "PYTHONPATH=. make bench SHAPE=": "tests/benchmarks/test_bench_picked.py::test_make_hands_on_what_was_picked",
+}
+SMALL = (  # configurations of the documents train for hours
+    "train.methods=['fedavg','flex']",
+    "train.rounds=1",
+    "train.steps=1",
+    "train.batch_size=2",
+    "lora.rank=2",
+    "data.max_length=64",
+    "evaluate.max_new_tokens=2",
+    "graft.calibration_sequences=4",
+)
+QUESTION = "which is larger , 3 or 5 ?"
+CATEGORIES = ("closed_qa", "information_extraction", "classification", "summarization")
+
+
+def commands_of(document: Path) -> list[str]:
+    """In fences without a language or with a shell's, indented, or within a line; each once, without its comment."""
+    text = re.sub(r"\\\n\s*", "", document.read_text())
+    text = re.sub(r"^```(?!sh|bash|console)\w+\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(rf"^(?: {{4}})?({PROGRAMS}.*)$", text, flags=re.MULTILINE)
+    found = [re.sub(r"\s+#\s.*", "", line) for line in lines if not line.startswith("flex seed ")]  # what it prints
+    within = re.findall(rf"`({PROGRAMS}[^`]*)`", text)  # `flex train` or `flex eval --test` is a name, not a command
+    found += [command for command in within if not re.fullmatch(r"flex \w+(?: --[\w-]+)*|.*\.\.\..*", command)]
+    return list(dict.fromkeys(re.sub(r"\s+", " ", command).strip() for command in found))
+
+
+def by_hand() -> dict[str, str]:
+    """Command -> minutes, of the table of NOTES.md."""
+    part = (ROOT / "NOTES.md").read_text().partition("\n## Commands that take longer\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", part, flags=re.MULTILINE))
+
+
+def settled(command: str, known: dict[str, str]) -> str | None:
+    """What is known of a command: that of its longest beginning."""
+    fitting = [begin for begin in known if command == begin or (command + " ").startswith((begin + " ", begin + "="))]
+    fitting += [begin for begin in known if begin.endswith("=") and command.startswith(begin)]
+    return known[max(fitting, key=len)] if fitting else None
+
+
+def of_flex(document: Path) -> list[str]:
+    return [c for c in commands_of(document) if c.startswith("flex ") and not settled(c, TESTED | by_hand())]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_run_by_a_test_or_named_with_its_minutes(document: Path) -> None:
+    known = TESTED | by_hand()
+    unknown = [c for c in commands_of(document) if not c.startswith("flex ") and not settled(c, known)]
+    assert unknown == [], "expected in TESTED or in NOTES.md, Commands that take longer"
+
+
+def test_what_is_said_of_commands_is_so() -> None:
+    hand, everywhere = by_hand(), [command for document in DOCUMENTS for command in commands_of(document)]
+    assert len(everywhere) > 12
+    for command, minutes in hand.items():
+        assert re.match(r"[\d.]+", minutes), f"{command}: no minutes"
+    for beginning in TESTED | hand:
+        assert any(settled(command, {beginning: "x"}) for command in everywhere), f"{beginning}: in no document"
+    for where in TESTED.values():
+        file, _, test = where.partition("::")
+        assert re.search(rf"^def {test or 'test_'}", (ROOT / file).read_text(), flags=re.MULTILINE), where
+
+
+def test_make_quick_enters_every_room() -> None:
+    """By what its test files import; `csrc` is what `flex_kernels.backends.native` calls."""
+    files = {line.partition("::")[0] for line in (ROOT / "tests" / "quick.txt").read_text().split()}
+    entered = {name for file in files for name in imported(ROOT / file)}
+    rooms = [path.parent for place in ("flex", "flex_kernels") for path in (ROOT / place).glob("*/__init__.py")]
+    for room in (*rooms, ROOT / "tools" / "pretrain", ROOT / "benchmarks", ROOT / "flex_kernels" / "tuning"):
+        name = ".".join(room.relative_to(ROOT).parts)
+        door = "flex_kernels" if name == "flex_kernels.ops" else name  # what the package itself gives
+        assert any(f"{other}.".startswith(f"{door}.") for other in entered), f"{name}: no test of it in quick.txt"
+    assert "tests/test_examples.py" in files
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, and every name out of one."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture
+def world(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has it: the configurations, a model, data files of four clients."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "model").symlink_to(small_model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+STANDS_FOR = {"Qwen/Qwen1.5-MoE-A2.7B": "model", "BASE": "model", "RUN": "runs/paper", "NAME": CATEGORIES[0]}
+STANDS_FOR |= {"CONFIG": "configs/paper.toml --model model --data train.jsonl --test test.jsonl"}
+DOTS = {"--model": "model", "--data": "train.jsonl", "--prompt": QUESTION}
+
+
+def typed_by_a_reader(command: str, world: Path) -> tuple[list[str], str]:
+    """The words of a command, its placeholders replaced, and what it is given on standard input.
+
+    The files that it names are there then, with data of the tiny model's kind.
+    """
+    for placeholder, stands_for in STANDS_FOR.items():
+        command = re.sub(rf"(?<![\w./-]){re.escape(placeholder)}(?![\w/-])", stands_for, command)
+    command = re.sub(r" > \S+|[][]", "", command)
+    command, _, stdin = command.partition(" < ")
+    words = shlex.split(command)[1:]
+    words = [DOTS[words[at - 1]] if word == "..." else word for at, word in enumerate(words)]
+    for name in re.findall(r"[\w./-]+\.(?:jsonl|txt)", f"{command} {stdin}"):
+        if name.endswith(".txt"):
+            (world / name).write_text(f"{QUESTION}\n")
+            continue
+        rows = records("a", *((30, 0) if name in ("train.jsonl", "dolly.jsonl") else (8, 30)))
+        write_records(world / name, [row | {"category": category} for category in CATEGORIES for row in rows])
+    for word in words:
+        if re.fullmatch(r"runs/[ab]", word):
+            shutil.copytree(world / "runs" / "paper", world / word)
+    if words[0] in ("train", "graft"):
+        words += [word for setting in SMALL for word in ("--set", setting)]
+    if words[0] == "train":  # each begins a run of its own
+        shutil.rmtree(world / "runs", ignore_errors=True)
+    return words, (world / stdin).read_text() if stdin else f"{QUESTION}\n"
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if of_flex(path)], ids=lambda path: path.name)
+def test_flex_commands_of_a_document_run_one_after_another(
+    document: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in of_flex(document):
+        words, stdin = typed_by_a_reader(command, world)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+PYTHON = [
+    pytest.param(code, id=f"{path.name}-{at}")
+    for path in DOCUMENTS
+    if path.name != "api.md"
+    for at, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.usefixtures("world")
+def test_python_of_a_document_runs(code: str) -> None:
+    exec(compile(code.replace("Qwen/Qwen1.5-MoE-A2.7B", "model"), "document", "exec"), {"__name__": "document"})
+
+
+def test_a_command_is_found_however_it_is_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\nmake demo   # why\nA=1 make bench \\\n    SHAPE=x\n```\n\n    python -m it  # so\n\n`flex train` names, "
+        "`pip install it` tells.\n\n```python\nmake = 1\n```\n"
+    )
+    assert commands_of(page) == ["make demo", "A=1 make bench SHAPE=x", "python -m it", "pip install it"]
+    known = {"make bench": "1", "make bench SHAPE=": "2", "make": "3"}
+    assert settled("make bench SHAPE=4 PEER=x", known) == "2"
+    assert settled("make benchmarks", {"make bench": "1"}) is None

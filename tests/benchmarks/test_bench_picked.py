@@ -101,3 +101,16 @@ def test_what_can_be_picked_is_named(option: str, value: str, said: str) -> None
 def test_nothing_picked_is_everything_usual() -> None:
     picked = Picked.of(SimpleNamespace(getoption=lambda name: ""))
     assert picked == Picked((), ("grouped_mm", "eager"), DTYPES, anything=False)
+
+
+def test_make_hands_on_what_was_picked() -> None:
+    def last_line(*given: str) -> str:
+        shown = subprocess.run(["make", "-n", "bench", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+        return " ".join(shown.stdout.replace("\\\n", " ").splitlines()[-1].split())
+
+    assert last_line("SHAPE=demo 1,2,3,1,5", "PEER=a:B,eager", "DTYPE=float32").endswith(
+        "-m pytest --benchmark-only -q benchmarks/bench_experts.py --benchmark-quiet"
+        ' --shape "demo 1,2,3,1,5" --peer "a:B,eager" --dtype "float32"'
+    )
+    assert last_line("PEER=eager").endswith('benchmarks/bench_experts.py --benchmark-quiet --peer "eager"')
+    assert last_line().endswith("-m pytest --benchmark-only -q benchmarks")
