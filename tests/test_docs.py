@@ -6,6 +6,7 @@ fails.
 """
 
 import ast
+import csv
 import importlib.util
 import inspect
 import io
@@ -163,9 +164,40 @@ def world(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-STANDS_FOR = {"Qwen/Qwen1.5-MoE-A2.7B": "model", "BASE": "model", "RUN": "runs/paper", "NAME": CATEGORIES[0]}
+STANDS_FOR = {
+    "Qwen/Qwen1.5-MoE-A2.7B": "model",
+    "BASE": "model",
+    "MODEL": "model",
+    "RUN": "runs/paper",
+    "NAME": CATEGORIES[0],
+}
 STANDS_FOR |= {"CONFIG": "configs/paper.toml --model model --data train.jsonl --test test.jsonl"}
 DOTS = {"--model": "model", "--data": "train.jsonl", "--prompt": QUESTION}
+
+
+def write_data(path: Path, words: list[str]) -> None:
+    """A file that a command names: rows of four clients in the columns of its options, or one question as text."""
+    if path.suffix == ".txt":
+        path.write_text(f"{QUESTION}\n")
+        return
+    after = {option: words[at + 1 :] for at, option in enumerate(words) if option.startswith("--")}
+    owner = after.get("--clients-by", ["category"])[0]
+    theirs = dict(word.split("=") for word in after.get("--columns", ()) if "=" in word)
+    rows = []
+    for row in records("a", *((8, 30) if re.search("test|mine|questions", path.name) else (30, 0))):
+        told = {name: row[name] for name in ("instruction", "context", "response")}
+        if "messages" in theirs:
+            turns = [("user", row["instruction"]), ("assistant", row["response"])]
+            told = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        told = {theirs.get(name, name): value for name, value in told.items()}
+        rows += [told | {"category": category, owner: category} for category in CATEGORIES]
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_records(path, rows)
 
 
 def typed_by_a_reader(command: str, world: Path) -> tuple[list[str], str]:
@@ -179,18 +211,14 @@ def typed_by_a_reader(command: str, world: Path) -> tuple[list[str], str]:
     command, _, stdin = command.partition(" < ")
     words = shlex.split(command)[1:]
     words = [DOTS[words[at - 1]] if word == "..." else word for at, word in enumerate(words)]
-    for name in re.findall(r"[\w./-]+\.(?:jsonl|txt)", f"{command} {stdin}"):
-        if name.endswith(".txt"):
-            (world / name).write_text(f"{QUESTION}\n")
-            continue
-        rows = records("a", *((30, 0) if name in ("train.jsonl", "dolly.jsonl") else (8, 30)))
-        write_records(world / name, [row | {"category": category} for category in CATEGORIES for row in rows])
+    for name in re.findall(r"[\w./-]+\.(?:jsonl|csv|txt)", f"{command} {stdin}"):
+        write_data(world / name, words)
     for word in words:
         if re.fullmatch(r"runs/[ab]", word):
             shutil.copytree(world / "runs" / "paper", world / word)
     if words[0] in ("train", "graft"):
         words += [word for setting in SMALL for word in ("--set", setting)]
-    if words[0] == "train":  # each begins a run of its own
+    if words[0] == "train" and "--dry-run" not in words:  # each begins a run of its own
         shutil.rmtree(world / "runs", ignore_errors=True)
     return words, (world / stdin).read_text() if stdin else f"{QUESTION}\n"
 
