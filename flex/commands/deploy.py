@@ -9,7 +9,7 @@ from rich.console import Console
 from flex.config import read_config
 from flex.deploy import superlink
 from flex.deploy.app_files import write_app
-from flex.deploy.certificates import check_server
+from flex.deploy.certificates import wait_for_server
 from flex.deploy.folder import PACKAGES, SERVER, Deployment, init, read_deployment, update
 from flex.deploy.processes import until_stopped
 from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener
@@ -35,6 +35,15 @@ def remake(
     """`flex deploy update`."""
     deployment = update(folder, read_config(path, overrides), sites, _keys(keys), wheels)
     return _say_packages(deployment)
+
+
+def example(folder: Path) -> int:
+    """`flex deploy example`: the demo, cut up."""
+    from flex.demo.sites import write_sites
+
+    for path in write_sites(folder):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def _keys(words: list[str]) -> dict[str, Path]:
@@ -79,8 +88,8 @@ def server(folder: Path, listen: str) -> int:
 def run(folder: Path, wait: float) -> int:
     """`flex deploy run`: every method and seed that is not done, with progress by site; then the report."""
     deployment = read_deployment(folder)
-    check_server("127.0.0.1", deployment.port, deployment.ca)
-    superlink.nodes(deployment)
+    wait_for_server("127.0.0.1", deployment.port, deployment.ca, wait)
+    superlink.wait_for_nodes(deployment, wait)
     app = write_app(deployment.folder / SERVER / "app")
     settings = f'folder="{deployment.folder}" wait={float(wait)}'
     told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)

@@ -33,6 +33,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     server = actions.add_parser("server", help="run the SuperLink and register the sites' keys, until stopped")
     _add_folder(server)
     server.add_argument("--listen", default="0.0.0.0", metavar="ADDRESS", help="(default: %(default)s, everywhere)")
+    example = actions.add_parser("example", help="the demo's model and data, cut up for three sites, to try it out")
+    _add_folder(example, "a folder for them")
     run = actions.add_parser("run", help="train and score at the sites; called again, it goes on")
     _add_folder(run)
     run.add_argument("--wait", type=float, default=600, metavar="S", help="for sites to connect (default: %(default)s)")
@@ -57,6 +59,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     node = commands.add_parser("node", help="run a site's SuperNode: connects its worker to the server")
     _add_package(node)
     node.add_argument("--key", type=Path, metavar="FILE", help="the site's secret key (default: the package's)")
+    node.add_argument("--wait", type=float, default=60, metavar="S", help="for the server (default: %(default)s)")
     node.add_argument("--home", type=Path, metavar="DIR", help="Flower's own files (default: PACKAGE/node)")
 
 
@@ -82,7 +85,7 @@ def dispatch(given: argparse.Namespace) -> int:
     if given.command == "node":
         from flex.commands import worker
 
-        return worker.node(given.folder, given.socket, given.key, given.home)
+        return worker.node(given.folder, given.socket, given.key, given.home, given.wait)
     if given.command == "worker":
         from flex.commands import worker
 
@@ -106,6 +109,8 @@ def dispatch(given: argparse.Namespace) -> int:
             return deploy.make(given.folder, given.config, given.overrides, given.address, *packages)
         case "update":
             return deploy.remake(given.folder, given.config, given.overrides, given.sites, given.key, given.wheels)
+        case "example":
+            return deploy.example(given.folder)
         case "server":
             return deploy.server(given.folder, given.listen)
         case _:

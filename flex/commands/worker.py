@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flex.deploy.certificates import check_server
+from flex.deploy.certificates import wait_for_server
 from flex.deploy.package import CA, KEY, Package, read_package, split_address
 from flex.deploy.processes import Child, environment, free_port, program, until_stopped
 from flex.deploy.shim import SOCKET, connected
@@ -96,13 +96,13 @@ def worker(
     return 0
 
 
-def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None) -> int:
-    """`flex node`: the SuperNode of a site, until it is stopped."""
+def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None, wait: float) -> int:
+    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for its server."""
     package = read_package(folder)
     host, port = split_address(package.address)
     key, socket = key or folder / KEY, (socket or default_socket(folder)).absolute()
     _check_key(key)
-    check_server(host, port, folder / CA)
+    wait_for_server(host, port, folder / CA, wait)
     connected(str(socket)).close()
     with until_stopped() as stopped:
         child = Child(_supernode(package, folder, key, socket), environment((home or folder / "node").absolute()))

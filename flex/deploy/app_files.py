@@ -22,7 +22,7 @@ clientapp = "flexsite.client:app"
 SERVER = '"""The server\'s half."""\n\nfrom flex.deploy.server_app import app\n\n__all__ = ["app"]\n'
 CLIENT = '"""A site\'s half."""\n\nfrom {module} import app\n\n__all__ = ["app"]\n'
 SHIM = "flex.deploy.shim"
-CONFIG = {"folder": '""', "wait": "600.0"}  # what a run may set, see `server_app.py`
+CONFIG = {"folder": '""', "wait": "600.0", "sites": '""'}  # what a run may set, see `server_app.py`
 
 
 def write_app(folder: Path, client: str = SHIM) -> Path:

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import socket
 import ssl
+import time
 from pathlib import Path
 
 from cryptography import x509
@@ -29,6 +30,7 @@ from flex.errors import FlexError
 
 CA_DAYS, SERVER_DAYS = 3650, 825
 CONNECT_S = 10.0
+LOOK_S = 0.5
 
 
 def write_secret(path: Path, data: bytes) -> None:
@@ -148,6 +150,23 @@ def check_dates(path: Path) -> None:
         )
 
 
+class Unreachable(FlexError):
+    """Nobody answers there: the one fault of a connection that time may mend."""
+
+
+def wait_for_server(host: str, port: int, ca: Path, seconds: float) -> None:
+    """`check_server`, again and again for so long as nobody answers."""
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            check_server(host, port, ca)
+            return
+        except Unreachable:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(LOOK_S)
+
+
 def check_server(host: str, port: int, ca: Path) -> None:
     """Connects once, as a SuperNode would.
 
@@ -179,6 +198,6 @@ def check_server(host: str, port: int, ca: Path) -> None:
         raise FlexError(f"the server at {at} speaks no TLS; expected the one that `flex deploy server` runs") from None
     except OSError as error:
         what = error.strerror or str(error) or type(error).__name__
-        raise FlexError(
+        raise Unreachable(
             f"no server at {at} ({what}); expected `flex deploy server` to run there, and this port open to here"
         ) from None

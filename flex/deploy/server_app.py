@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flex.deploy.folder import Deployment, read_deployment
-from flex.deploy.grid import SiteGrid, wait_for
+from flex.deploy.grid import QUERY_S, SiteGrid, wait_for
 from flex.deploy.job import JobName, job_record
 from flex.deploy.progress import DONE, ENDED, PROGRESS, Teller
 from flex.deploy.superlink import nodes
@@ -18,7 +18,7 @@ from flex.errors import FlexError, first_line
 from flex.federation.agreement import settings_digest
 from flex.federation.flower import Context, Grid, ServerApp
 from flex.federation.messages import SiteAbout
-from flex.federation.rounds import ClientFailed
+from flex.federation.rounds import ClientFailed, ask_clients
 from flex.runs.job import Job
 from flex.runs.progress import Bar
 from flex.runs.run import RUN, alone_in, check_free, check_growth, claim, collect, is_finished_job, run_events, started
@@ -31,12 +31,18 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One Flower run: what is left of every job. `folder` of the run's configuration is the coordinator's."""
+    """One Flower run: what is left of every job.
+
+    Of the run's configuration `folder` is the coordinator's, `wait` how many seconds to wait for sites, and `sites`, in
+    Flower's simulation alone, a configuration with paths (`simulated.py`).
+    """
     folder = Path(str(context.run_config["folder"]))
     teller = Teller(folder / PROGRESS, context.run_id)
     try:
         deployment = read_deployment(folder)
-        serve(deployment, grid, nodes(deployment), float(context.run_config["wait"]), teller)
+        simulated = bool(context.run_config["sites"])
+        clients = numbered(grid, deployment) if simulated else nodes(deployment)
+        serve(deployment, grid, clients, float(context.run_config["wait"]), teller)
         teller.tell(**{ENDED: DONE})
     except (FlexError, ClientFailed) as error:
         teller.tell(**{ENDED: str(error)})
@@ -44,6 +50,11 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         teller.tell(**{ENDED: f"{type(error).__name__}: {first_line(error)}"})
         raise
+
+
+def numbered(grid: Grid, deployment: Deployment) -> dict[int, str]:
+    """node id -> site, of nodes that say which number they are (Flower's simulation); in order."""
+    return {node: deployment.sites[int(index)] for node, index in ask_clients(grid, QUERY_S).items()}
 
 
 def serve(deployment: Deployment, grid: Grid, clients: dict[int, str], wait: float, teller: Teller) -> None:

@@ -71,6 +71,18 @@ def register(deployment: Deployment) -> dict[str, int]:
     return {name: known[name]["node"] for name in deployment.sites}
 
 
+def wait_for_nodes(deployment: Deployment, seconds: float) -> dict[int, str]:
+    """`nodes`, again and again while a server that has just started registers them."""
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            return nodes(deployment)
+        except FlexError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(0.3)
+
+
 def nodes(deployment: Deployment) -> dict[int, str]:
     """node id -> site, in the order of the configuration; FlexError where a site is not registered."""
     path = deployment.folder / SERVER / NODES

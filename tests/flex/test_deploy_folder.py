@@ -159,7 +159,6 @@ def test_wheels_go_into_every_package(tmp_path):
         (["--address", "h:1", "--sites", "../a"], "the site '../a' cannot name a folder"),
         (["--address", "h:1", "--sites", "a", "--key", "a"], "--key got 'a'; expected NAME=FILE.pub"),
         (["--address", "h:1", "--sites", "a", "--key", "b=c.pub"], r"--key names \['b'\], which --sites does not"),
-        (["--address", "h:1", "--sites", "a", "--set", "data.split=iid"], "data.split is 'iid', which draws clients"),
         (["--address", "h:1", "--sites", "a", "--set", "train.rouns=3"], "did you mean train.rounds"),
     ],
 )
@@ -170,6 +169,13 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
     assert said.count("\n") == 1
     with pytest.raises(FlexError, match=sentence):
         raise FlexError(said)
+    assert not (tmp_path / "fed").exists()
+
+
+def test_a_drawn_split_is_refused(tmp_path):
+    drawn = RunConfig().with_values(data={"split": "iid", "num_clients": 2})
+    with pytest.raises(FlexError, match="data.split is 'iid', which draws clients from one file"):
+        init(tmp_path / "fed", drawn, "h:1", ["a"], {}, None)
     assert not (tmp_path / "fed").exists()
 
 
