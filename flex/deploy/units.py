@@ -30,6 +30,7 @@ Group=flex-site
 UMask=0077
 # Where the model and the data of this site are:
 Environment=MODEL=/srv/flex/model DATA=/srv/flex/train.jsonl
+Environment=HOME=/var/lib/flex-worker HF_HUB_OFFLINE=1
 ExecStart={flex} worker {package} --model ${{MODEL}} --data ${{DATA}} \\
     --state /var/lib/flex-worker --socket {socket} --node-user flex-node --group flex-site
 StateDirectory=flex-worker
@@ -57,6 +58,7 @@ Wants=network-online.target
 User=flex-node
 Group=flex-site
 ExecStart={flex} node {package} --socket {socket} --home /var/lib/flex-node --key /var/lib/flex-node/node.key
+Environment=HOME=/var/lib/flex-node
 StateDirectory=flex-node
 StateDirectoryMode=0700
 Restart=always

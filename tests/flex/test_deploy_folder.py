@@ -174,7 +174,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
 
 def test_a_drawn_split_is_refused(tmp_path):
     drawn = RunConfig().with_values(data={"split": "iid", "num_clients": 2})
-    with pytest.raises(FlexError, match="data.split is 'iid', which draws clients from one file"):
+    with pytest.raises(FlexError, match=r"data.split is 'iid', which draws clients from one file"):
         init(tmp_path / "fed", drawn, "h:1", ["a"], {}, None)
     assert not (tmp_path / "fed").exists()
 
