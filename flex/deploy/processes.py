@@ -1,6 +1,7 @@
 """Flower's own programs as child processes: their environment, their start, their end, what they last said."""
 
 import collections
+import ctypes
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 from flex.errors import FlexError
 
 END_S = 20.0
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_LIBC = ctypes.CDLL(None)
 CALL_S = 120.0
 
 
@@ -62,8 +65,14 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def _end_with_parent() -> None:
+    """In a child, before its program starts: whoever started it may be killed without a chance to end it."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Child:
-    """A child process whose output goes to a log file or the terminal, and whose last lines are kept."""
+    """A child process whose output goes to a log file or the terminal, and whose last lines are kept. It ends with the
+    thread that started it."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None):
         self.last: collections.deque[str] = collections.deque(maxlen=40)
@@ -75,6 +84,7 @@ class Child:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=_end_with_parent,
         )
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True)
         self._reader.start()
@@ -82,10 +92,11 @@ class Child:
     def _read(self, log: Path | None) -> None:
         file = log.open("a", encoding="utf-8") if log else sys.stderr
         try:
-            for line in self.process.stdout or ():
-                self.last.append(line.rstrip())
-                file.write(line)
-                file.flush()
+            with self.process.stdout as lines:
+                for line in lines:
+                    self.last.append(line.rstrip())
+                    file.write(line)
+                    file.flush()
         finally:
             if log:
                 file.close()
