@@ -126,10 +126,12 @@ def flwr(deployment: Deployment, *command: str, options: Sequence[str] = (), as_
 def is_alive(deployment: Deployment, run_id: int) -> bool:
     """Whether Flower still has this run at work; False too where the SuperLink does not answer."""
     try:
+        check_server("127.0.0.1", deployment.port, deployment.ca)
         told = flwr(deployment, "list", options=["--run-id", str(run_id)], as_json=True)
     except FlexError:
         return False
-    return not any(str(run.get("status", "")).startswith("finished") for run in told.get("runs", []))
+    states = [str(run.get("status", "finished")) for run in told.get("runs", [])]
+    return bool(states) and not any(state.startswith("finished") for state in states)
 
 
 def stop(deployment: Deployment, run_id: int) -> None:
