@@ -1,5 +1,8 @@
 """What `flex train --dry-run` prints of a forecast."""
 
+from collections.abc import Sequence
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -8,7 +11,8 @@ from flex.config import RunConfig
 from flex.methods import METHODS
 from flex.runs.forecast import Cost, Forecast
 
-UNITS = ("B", "kB", "MB", "GB", "TB")
+PLAIN = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}  # 80 columns are enough
+UNITS, COUNTS = ("B", "kB", "MB", "GB", "TB"), ("", "k", "M", "G")
 
 
 def print_forecast(console: Console, config: RunConfig, told: Forecast) -> None:
@@ -37,7 +41,7 @@ def print_forecast(console: Console, config: RunConfig, told: Forecast) -> None:
 
 
 def _lengths(config: RunConfig, told: Forecast) -> Table:
-    table = Table(title=Text("tokens of an example", "table.title"))
+    table = Table(title=Text("tokens of an example", "table.title"), **PLAIN)
     for column in ("client", "part", "examples", "half up to", "90 % up to", "longest", "cut"):
         table.add_column(column, justify="left" if column in ("client", "part") else "right")
     for row in told.lengths:
@@ -48,16 +52,16 @@ def _lengths(config: RunConfig, told: Forecast) -> Table:
 
 
 def _costs(config: RunConfig, told: Forecast) -> Table:
-    table = Table(title=Text("what the methods train, send and take", "table.title"))
+    table = Table(title=Text("what the methods train, send and take", "table.title"), **PLAIN)
     table.add_column("method", no_wrap=True)
-    for column in ("shared", "private", "tensors", "bytes", "step", "train", "score", "choose"):
-        table.add_column(column, justify="right")
+    for column in ("shared", "private", "sent", "bytes", "step", "train", "score", "choose"):
+        table.add_column(column, justify="right", no_wrap=True)
     for cost in told.costs:
         table.add_row(cost.method, *_row(cost))
     seeds, rounds = len(config.train.seeds), config.train.rounds
     targets = ", ".join(name.rpartition(".")[2] for name in config.lora.targets[:8])
     table.caption = Text(
-        "shared, private: numbers trained; tensors, bytes: sent by a client in a round, as many come back; seconds "
+        "shared, private: numbers trained; sent: tensors and bytes of a client in a round, as many come back; seconds "
         f"of a step, and of {seeds} seed(s) with {rounds} rounds each; LoRA on {targets}"
     )
     return table
@@ -65,24 +69,30 @@ def _costs(config: RunConfig, told: Forecast) -> Table:
 
 def _row(cost: Cost) -> list[str]:
     if not METHODS[cost.method].trains:
-        return ["–"] * 6 + [_duration(cost.score_seconds), "–"]
-    return [
-        *(f"{cost.trained.get(role, 0):,}" for role in ("shared", "personal")),
-        str(cost.tensors),
-        _bytes(cost.sent_bytes),
-        f"{cost.step_seconds:.3g} s",
+        return ["–"] * 6 + [_duration(cost.score_seconds).replace(" ", ""), "–"]
+    cells = [
+        *(_scaled(cost.trained.get(role, 0), COUNTS) for role in ("shared", "personal")),
+        str(cost.tensors or "–"),
+        _bytes(cost.sent_bytes) if cost.sent_bytes else "–",
+        f"{cost.step_seconds:.2g} s",
         _duration(cost.train_seconds),
         _duration(cost.score_seconds),
         _duration(cost.choose_seconds) if cost.choose_seconds else "–",
     ]
+    return [cell.replace(" ", "") for cell in cells]
 
 
 def _bytes(number: float) -> str:
-    for unit in UNITS:
-        if number < 1000 or unit == UNITS[-1]:
-            return f"{number:.3g} {unit}"
+    return _scaled(number, UNITS)
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    """Three digits and a unit of thousands."""
+    for unit in units[:-1]:
+        if number < 999.5:
+            return f"{number:.3g} {unit}".rstrip()
         number /= 1000
-    raise AssertionError
+    return f"{number:.3g} {units[-1]}"
 
 
 def _duration(seconds: float) -> str:

@@ -130,6 +130,9 @@ def _check_texts(record: Record) -> None:
         value = record.get(column, "")
         if not (isinstance(value, str) or (value is None and column == "context")):
             raise FlexError(f"{record.where} has {_shown(value)} as {column!r}; expected a string")
+    asked = f"{record['instruction']}{record.get('context') or ''}"
+    for text, column in ((asked, "instruction"), (record["response"], "response")):
+        require(bool(text.strip()), f"{record.where} has an empty {column!r}; expected text")
 
 
 def _check_client(record: Record, clients_by: str) -> None:

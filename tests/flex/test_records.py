@@ -110,3 +110,17 @@ def test_needed_columns_are_named(tmp_path):
     path = write_records(tmp_path / "x.jsonl", [{**PAIR, "skill": "sum"}, PAIR])
     with pytest.raises(FlexError, match=r"line 2 has no column 'skill'; it has 'instruction', 'context', 'response'$"):
         read_records(path, needs=["skill"])
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({**PAIR, "response": " \n"}, "line 1 has an empty 'response'; expected text"),
+        ({**PAIR, "instruction": ""}, "line 1 has an empty 'instruction'; expected text"),
+    ],
+)
+def test_a_pair_with_an_empty_side_is_refused(tmp_path, row, sentence):
+    with pytest.raises(FlexError, match=sentence):
+        read_records(write_records(tmp_path / "x.jsonl", [row]))
+    context = {**PAIR, "instruction": "", "context": "1 and 2"}
+    assert read_records(write_records(tmp_path / "y.jsonl", [context])) == [context]
