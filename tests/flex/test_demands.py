@@ -1,5 +1,7 @@
 """What is wrong is said before the base is loaded, or right after; nothing has trained or been written then."""
 
+import re
+
 import pytest
 from rich.console import Console
 from tiny import records, tiny_config, write_records
@@ -96,3 +98,12 @@ def test_a_template_that_the_tokenizer_decides_is_told_and_written(tmp_path, cap
     assert 'template = "chat"' in (tmp_path / "run" / "config.toml").read_text()
     assert '"template": "chat"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     run(config, QUIET)  # and the same command resumes it
+
+
+def test_examples_longer_than_the_base_was_made_for_are_noted(tmp_path):
+    config = tiny_config(tmp_path).with_values(data={"max_length": 512})
+    assert not world.load_world(config, 0).notes
+    long = [{**record, "response": "cat " * 150} for record in records("a", 5)]
+    write_records(tmp_path / "data" / "train.jsonl", [*long, *records("b", 5)])
+    (note,) = world.load_world(config, 0).notes
+    assert re.fullmatch(r"the longest example has 1\d\d tokens, but the base was made for 128; data.max_length.*", note)
