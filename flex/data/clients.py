@@ -171,6 +171,10 @@ def _drawn(config: DataConfig, notes: list[str]) -> tuple[Parts, Parts]:
     _note_unread(config.train, train, needs, notes)
     if config.test:
         test = read_records(config.test, config.columns, needs=needs)
+        own = {texts_of(record) for record in train}  # whoever is dealt them: what is shared has seen them
+        if seen := sum(texts_of(record) in own for record in test):
+            require(seen < len(test), _all_trained_on(seen, config.test))
+            notes.append(f"{seen} of {len(test)} test examples are among the training examples")
     elif config.replace:  # before anything is dealt: what one client is tested on may be another's to train on
         train, test = split_held_out(train, config.test_fraction, "all clients")
 

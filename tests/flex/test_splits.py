@@ -115,6 +115,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_test_file_that_is_the_training_file_is_refused(tmp_path):
+    path = write(tmp_path)["train"]
+    for case in ({"split": "iid", "num_clients": 5}, {"split": "dirichlet", "num_clients": 3, "label_by": "label"}):
+        with pytest.raises(FlexError, match=r"all 100 examples of .* are trained on"):
+            read_clients(DataConfig(train=path, test=path, **case))
+
+
 def test_labels_that_nobody_trains_on_are_named(tmp_path):
     paths = write(tmp_path)
     with Path(paths["test"]).open("a") as file:
