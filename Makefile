@@ -4,8 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo full-size test test-flower test-flower-all check lint install format bench aot test-gpu bench-gpu test-matrix \
-        test-wheel clean
+.PHONY: demo full-size test test-flower test-flower-all check quick lint install format bench aot test-gpu bench-gpu \
+        test-matrix test-wheel clean
 
 demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a table and runs/demo/report.html
 	$(BIN)/flex demo --output runs/demo
@@ -16,8 +16,8 @@ test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's 
 
 check: test
 
-.PHONY: demo full-size test test-flower test-flower-all check lint install format bench aot test-gpu bench-gpu test-matrix \
-        test-wheel clean
+quick: $(STAMP) lint  ## a newcomer's check: something of every room (tests/quick.txt)
+	$(BIN)/python -m pytest -q @tests/quick.txt
 
 # The operations' own tests: the same files serve the plain run, the interpreter and a device.
 KERNEL_TESTS := $(addprefix tests/flex_kernels/test_,experts.py weights.py route.py graft_logits.py grafted_route.py \

@@ -61,6 +61,13 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 PROGRAMS = r"(?:[A-Z_]+=[^\s`]+ )*(?:flex|make|python3?|pytest|pip|flwr|flower-\w+|bash|docker|apt-get) "
 # Commands by their beginning -> the test that runs the same.
 TESTED = {
+    "flex deploy": "tests/flower/page.py::test_the_commands_of_the_page",
+    "flex worker": "tests/flower/page.py::test_the_commands_of_the_page",
+    "flex node": "tests/flower/engines.py::test_deployment_through_accidents_gives_the_bits_of_one_machine",
+    "flex report --run fed/run": "tests/flower/page.py::test_the_commands_of_the_page",
+    "flwr run": "tests/flower/engines.py::test_flowers_simulation_gives_the_bits_of_one_machine",
+    "make test-flower": "tests/flower/engines.py",
+    "make test-flower-all": "tests/flower/faults.py",
     "make full-size": "tests/tools/test_full_size.py",
     "python docs/make_api.py": "tests/test_docs.py::test_the_api_page_is_up_to_date",
     "python examples/serve.py": "tests/test_examples.py::test_serve",
@@ -208,7 +215,7 @@ def typed_by_a_reader(command: str, world: Path) -> tuple[list[str], str]:
     The files that it names are there then, with data of the tiny model's kind.
     """
     for placeholder, stands_for in STANDS_FOR.items():
-        command = re.sub(rf"(?<![\w./-]){re.escape(placeholder)}(?![\w/-])", stands_for, command)
+        command = re.sub(rf"(?<![\w./-]){re.escape(placeholder)}(?![\w./-])", stands_for, command)
     command = re.sub(r" > \S+", "", re.sub(r"\[(--[^]]*)\]", r"\1", command))  # [--option] may be left out
     command, _, stdin = command.partition(" < ")
     words = shlex.split(command)[1:]
