@@ -16,6 +16,12 @@ test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's 
 
 check: test
 
+test-flower: $(STAMP)  ## three engines, real processes on loopback: the same bits, through accidents
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/flower/engines.py
+
+test-flower-all: $(STAMP)  ## every accident and every refusal that docs/deploy.md names, and its commands; tens of minutes
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(wildcard tests/flower/*.py)
+
 quick: $(STAMP) lint  ## a newcomer's check: something of every room (tests/quick.txt)
 	$(BIN)/python -m pytest -q @tests/quick.txt
 

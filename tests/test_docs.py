@@ -275,3 +275,10 @@ def test_a_command_is_found_however_it_is_written(tmp_path: Path) -> None:
     known = {"make bench": "1", "make bench SHAPE=": "2", "make": "3"}
     assert settled("make bench SHAPE=4 PEER=x", known) == "2"
     assert settled("make benchmarks", {"make bench": "1"}) is None
+
+
+def test_every_make_target_of_a_document_is_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    typed = {word for path in DOCUMENTS for c in commands_of(path) for word in re.findall(r"\bmake ([a-z][\w-]*)", c)}
+    assert {"demo", "test", "quick", "bench"} <= typed
+    assert typed <= targets, f"no target of the Makefile: {typed - targets}"
