@@ -287,3 +287,15 @@ def test_records_of_the_same_texts_stay_on_one_side_of_the_validation_split():
 def test_too_few_examples_for_a_validation_part_are_refused_by_name(count):
     with pytest.raises(FlexError, match=rf"client 'a' has too few training examples \({count}, 1 of them different\)"):
         split_validation(records("a", 1) * count, 0.5, "a", 0)
+
+
+def test_a_template_that_leaves_out_earlier_answers_can_be_asked_though_not_trained_on():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% endif %}{% endfor %}"
+    )
+    own = Encoder(tokenizer, "chat", 64)
+    turns = [{"role": role, "content": "3 kg"} for role in ("user", "assistant", "user")]
+    assert own.next_ids(turns) == tokenizer("<user> 3 kg <user> 3 kg ", add_special_tokens=False)["input_ids"]
+    with pytest.raises(FlexError, match="leaves out or changes an earlier answer"):
+        own.conversation_ids(turns)

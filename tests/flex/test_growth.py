@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from same_run import assert_same_run, plug_pulled, tensors
 from tiny import read_log, records, save_data, tiny_config, write_records
 
 from flex.cli import main
@@ -34,25 +34,6 @@ def small(folder: Path, **sections: dict) -> RunConfig:
     config = tiny_config(folder, train={"steps": 1, "batch_size": 2, "rounds": 2, "methods": METHODS})
     config = config.with_values(data={"clients": ("a", "b")}, evaluate={"rouge": False}, lora={"dropout": 0.0})
     return config.with_values(**sections)
-
-
-def values(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.relative_to(folder)}:{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def assert_same(one: Path, other: Path) -> None:
-    first, second = values(one), values(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    times = {"seconds", "started", "tokens", "peak_bytes"}
-    logs = [
-        [{k: v for k, v in e.items() if k not in times} for e in read_log(f / "metrics.jsonl")] for f in (one, other)
-    ]
-    assert logs[0] == logs[1]
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +88,17 @@ def test_more_rounds_go_on_from_the_stored_state(copied, two_rounds, monkeypatch
     assert load_saved(folder, "flex", None).round_index == 4
 
 
-def test_an_extended_run_that_is_stopped_goes_on_to_the_same_bits(copied, tmp_path, monkeypatch) -> None:
+def test_an_extended_run_that_is_stopped_goes_on_to_the_same_bits(copied, tmp_path) -> None:
     folder, config = copied
     config = config.with_values(train={"rounds": 4, "methods": ("flex",)}, data={"clients": ("a", "b", "c")})
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
     run(dataclasses.replace(config, output=str(whole)), QUIET)
-    original = client_module.Site.train
     for stop_at in (3, 4):
-
-        def fails(self, round_index, *rest, stop_at=stop_at, **more):
-            if self.client_id == "b" and round_index == stop_at:
-                raise RuntimeError("pulled the plug")
-            return original(self, round_index, *rest, **more)
-
-        monkeypatch.setattr(client_module.Site, "train", fails)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
+        with plug_pulled(stop_at):
             run(config, QUIET)
-        monkeypatch.setattr(client_module.Site, "train", original)
     run(config, QUIET)
-    assert_same(folder / "flex-seed0", whole / "flex-seed0")
+    assert_same_run(folder / "flex-seed0", whole / "flex-seed0")
 
 
 def test_a_client_joins_and_another_leaves(copied, capsys) -> None:
@@ -148,11 +120,11 @@ def test_a_client_joins_and_another_leaves(copied, capsys) -> None:
     assert ": client c joined; earlier rounds" in " ".join(findings(summary))
     assert (folder / "flex-seed0" / "clients" / "c").is_dir()
 
-    kept = values(folder / "flex-seed0" / "clients" / "b")
+    kept = tensors(folder / "flex-seed0" / "clients" / "b")
     left = joined.with_values(train={"rounds": 4}, data={"clients": ("a", "c")})
     run(left, Console(width=200))
     assert "note: client 'b' has left: its files and its rounds stay as they are" in capsys.readouterr().out
-    after = values(folder / "flex-seed0" / "clients" / "b")
+    after = tensors(folder / "flex-seed0" / "clients" / "b")
     assert after.keys() == kept.keys()
     assert all(torch.equal(after[key], kept[key]) for key in kept)
     assert [e["client_id"] for e in events_of(folder) if e["event"] == "train" and e["round"] == 4] == ["a", "c"]
@@ -265,27 +237,22 @@ def test_what_is_kept_survives_being_stopped_to_the_same_bits(kept_best, tmp_pat
     folder, config = kept_best
     last = events_of(folder)[-1]["round"]
     config = dataclasses.replace(config, output=str(tmp_path / "run")).with_values(train={"methods": ("flex",)})
-    original, evaluate = client_module.Site.train, client_module.Site.evaluate
-    for stop_at in range(2, last + 2):
-
-        def fails(self, round_index, *rest, stop_at=stop_at, **more):
-            if self.client_id == "b" and round_index == stop_at:
-                raise RuntimeError("pulled the plug")
-            return original(self, round_index, *rest, **more)
-
-        def fails_at_the_end(self, round_index, shared, *rest, stop_at=stop_at, **more):
-            if stop_at > last and self.client_id == "b" and "test" in more.get("splits", ()):
-                raise RuntimeError("pulled the plug")
-            return evaluate(self, round_index, shared, *rest, **more)
-
-        monkeypatch.setattr(client_module.Site, "train", fails)
-        monkeypatch.setattr(client_module.Site, "evaluate", fails_at_the_end)
-        with pytest.raises(RuntimeError, match="pulled the plug"):
+    for stop_at in range(2, last + 1):
+        with plug_pulled(stop_at):
             run(config, QUIET)
-    monkeypatch.setattr(client_module.Site, "train", original)
+    evaluate = client_module.Site.evaluate
+
+    def fails(self, round_index, shared, *rest, **more):  # while the round that is kept is scored, after the last one
+        if self.client_id == "b" and "test" in more.get("splits", ()):
+            raise RuntimeError("pulled the plug")
+        return evaluate(self, round_index, shared, *rest, **more)
+
+    monkeypatch.setattr(client_module.Site, "evaluate", fails)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run(config, QUIET)
     monkeypatch.setattr(client_module.Site, "evaluate", evaluate)
     run(config, QUIET)
-    assert_same(tmp_path / "run" / "flex-seed0", folder / "flex-seed0")
+    assert_same_run(tmp_path / "run" / "flex-seed0", folder / "flex-seed0")
 
 
 def test_a_client_that_joins_begins_the_choice_anew(kept_best, tmp_path) -> None:

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 from rich.console import Console
+from same_run import plug_pulled
 from tiny import read_log, tiny_config
 
 from flex.errors import FlexError
-from flex.federation import client as client_module
 from flex.runs.progress import duration, job_lines
 from flex.runs.run import run
 from flex.store.events import Trained
@@ -52,18 +52,9 @@ def test_without_a_terminal_a_round_is_one_line_with_loss_seconds_and_time_left(
     assert "base seed 0: done before\nfedavg seed 0: done before\n" in again
 
 
-def test_a_run_that_goes_on_prints_the_rounds_that_are_left(tmp_path, monkeypatch):
-    original = client_module.Site.train
-
-    def fails(self, round_index, *rest, **more):
-        if round_index == 2:
-            raise RuntimeError("pulled the plug")
-        return original(self, round_index, *rest, **more)
-
-    monkeypatch.setattr(client_module.Site, "train", fails)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+def test_a_run_that_goes_on_prints_the_rounds_that_are_left(tmp_path):
+    with plug_pulled(2):
         told(tmp_path, small(tmp_path))
-    monkeypatch.setattr(client_module.Site, "train", original)
     text = told(tmp_path, small(tmp_path))
     assert [m[1] for line in text.splitlines() if (m := LINE.fullmatch(line))] == ["2", "3"]
 
@@ -115,20 +106,11 @@ def test_jobs_in_processes_of_their_own_print_their_rounds_and_draw_their_curves
         assert dict(found["train loss/mean"]) == pytest.approx(losses(tmp_path / "run", method), rel=1e-6)
 
 
-def test_tensorboard_gets_what_the_log_says(tmp_path, monkeypatch):
+def test_tensorboard_gets_what_the_log_says(tmp_path):
     pytest.importorskip("tensorboard")
     config = small(tmp_path, methods=("fedavg", "flex"), track="tensorboard")
-    original = client_module.Site.train
-
-    def fails(self, round_index, *rest, **more):  # stopped and resumed: one curve without a gap or a double
-        if round_index == 3:
-            raise RuntimeError("pulled the plug")
-        return original(self, round_index, *rest, **more)
-
-    monkeypatch.setattr(client_module.Site, "train", fails)
-    with pytest.raises(RuntimeError, match="pulled the plug"):
+    with plug_pulled(3):  # and resumed: one curve without a gap or a double
         told(tmp_path, config)
-    monkeypatch.setattr(client_module.Site, "train", original)
     told(tmp_path, config)
     for method in ("fedavg", "flex"):
         found = curves(tmp_path / "run" / "tensorboard" / f"{method}-seed0")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from same_run import assert_same_run, plug_pulled, tensors, without_times
 from tiny import read_log, tiny_config, write_records
 
 from flex.cli import main
@@ -28,31 +29,6 @@ from flex.runs.world import load_world
 from flex.store import files
 
 QUIET = Console(quiet=True)
-TIMES = ("seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
-
-
-def without_times(events):
-    return [{k: v for k, v in e.items() if k not in TIMES} for e in events]
-
-
-def tensors(folder):
-    """Every tensor of every file of a run, by file and name."""
-    return {
-        f"{path.relative_to(folder)}:{name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def assert_same_run(one, other):
-    a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    events = [without_times(read_log(f / "metrics.jsonl")) for f in (one, other)]
-    for stream in events:
-        for event in stream:
-            event.pop("title", None)
-    assert events[0] == events[1]
 
 
 @pytest.fixture(scope="module")
@@ -194,22 +170,9 @@ def test_resumes_from_every_round_to_the_same_bits(tmp_path):
     whole = tmp_path / "whole"
     (tmp_path / "run").rename(whole)
 
-    from flex.federation import client
-
-    original = client.Site.train
     for stop_at in (1, 2, 3):
-
-        def fails(self, round_index, *rest, stop_at=stop_at):
-            if self.client_id == "b" and round_index == stop_at:
-                raise RuntimeError("pulled the plug")
-            return original(self, round_index, *rest)
-
-        client.Site.train = fails
-        try:
-            with pytest.raises(RuntimeError, match="pulled the plug"):
-                run(config, QUIET)
-        finally:
-            client.Site.train = original
+        with plug_pulled(stop_at):
+            run(config, QUIET)
     run(config, QUIET)
     assert_same_run(tmp_path / "run", whole)
 
