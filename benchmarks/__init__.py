@@ -1,1 +1,1 @@
-"""Measurements beside the strongest peers: `pytest benchmarks`, `python -m benchmarks.{aot,gpu,study}`."""
+"""Measurements beside the strongest peers: `pytest benchmarks`, `python -m benchmarks.{aot,gpu,knowledge,study}`."""

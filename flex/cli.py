@@ -111,6 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     sites.add_parsers(commands)
 
+    anchors = commands.add_parser("anchors", help="draw general text from a base, to hold a run to it (anchor.text)")
+    anchors.add_argument("--model", required=True, help="folder or hub name of the base")
+    anchors.add_argument("--to", type=Path, required=True, metavar="FILE", help="JSON lines; not there yet")
+    anchors.add_argument("--count", type=int, default=256, help="so many texts (default: %(default)s)")
+    anchors.add_argument("--length", type=int, default=128, help="tokens of each, at most (default: %(default)s)")
+    anchors.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+
     report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
     report.add_argument("--csv", type=Path, metavar="FILE", help="also the numbers, a line for each method and measure")
@@ -275,6 +282,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from flex.commands import graft
 
                 return graft.graft(given.config, overrides, given.client)
+            case "anchors":
+                from flex.commands import anchors
+
+                return anchors.anchors(given.model, given.to, given.count, given.length, given.seed)
             case "export":
                 from flex.commands import export
 

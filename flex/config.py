@@ -19,6 +19,7 @@ from flex.settings import check, setting
 
 FORMAT = 2  # of config.toml; a file without a number is of format 1 or written by hand, and is read as well
 TEMPLATES = ("alpaca", "chat", "auto")  # auto: the tokenizer's chat template where it has one, else alpaca
+ANCHORS = ("distill", "gate", "both", "none")
 # The server's strategies, and which settings of [strategy] each has a use for.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedavg": (),
@@ -280,6 +281,50 @@ class StrategySettings:
 
 
 @dataclass(frozen=True)
+class AnchorSettings:
+    """General text that belongs to nobody: a term beside a client's own loss holds its model to the base there.
+
+    A setting that is left out (None) takes its default where there is a `text`; without a text there is no anchor.
+
+    text: plain text, or records of instructions or conversations as in `data.train`, or of `text`; `.gz` is unpacked;
+        `{seed}` stands for the seed's number. It is cut to `data.max_length` tokens an example.
+    what: "distill" (the default): KL(base || model), nats a token; of an instruction at its response alone. "gate": how
+        far the grafts' gates stand open on the anchors' tokens, mean over tokens and layers; it trains the gates
+        alone, and wants a graft. "both": their sum; a method without a graft gets the first alone. "none".
+    weight: of the term; left out 0.1. The gate's counts `gate_factor` times as much.
+    batch_size: anchors a step; left out: a quarter of `train.batch_size`.
+    examples: how many are kept, evenly over the file; left out 256.
+    top_k: of the base's answer at a token its likeliest `top_k` tokens are kept, and all others as one.
+    """
+
+    text: str = ""
+    what: str | None = setting(None, choices=ANCHORS)
+    weight: float | None = setting(None, least=0)
+    batch_size: int | None = setting(None, least=1)
+    examples: int | None = setting(None, least=1)
+    top_k: int | None = setting(None, least=1)
+    gate_factor: float | None = setting(None, above=0)
+
+    def __post_init__(self) -> None:
+        check("anchor", self)
+        if self.what != "none" and not self.text:
+            given = [f.name for f in dataclasses.fields(self) if f.name != "text" and getattr(self, f.name) is not None]
+            name = given[0] if given else ""
+            require(
+                not given,
+                f"anchor.{name} is {getattr(self, name or 'text')!r}, but anchor.text is empty; expected a file of "
+                'general text, or anchor.what = "none"',
+            )
+
+    def resolved(self, batch_size: int) -> "AnchorSettings | None":
+        """Every setting with its value, beside a training batch of this size; None where there is no anchor."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        defaults = {"what": "distill", "weight": 0.1, "batch_size": max(1, batch_size // 4), "examples": 256}
+        full = {**defaults, "top_k": 64, "gate_factor": 10.0, **values}
+        return AnchorSettings(**full) if self.text and full["what"] != "none" and full["weight"] > 0 else None
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """Scoring on each client's held-out part. Exact match is by teacher forcing, ROUGE-L by greedy decoding."""
 
@@ -317,6 +362,7 @@ class RunConfig:
     graft: GraftSettings = field(default_factory=GraftSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)
+    anchor: AnchorSettings = field(default_factory=AnchorSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     output: str = "runs/flex"
     threads: int = setting(0, least=0, zero="torch's choice")  # of torch, in each process
@@ -342,6 +388,22 @@ class RunConfig:
             high <= self.lora.rank,
             f"strategy.ranks names {high}; expected at most lora.rank, {self.lora.rank}, which the server keeps",
         )
+        if anchor := self.anchors:
+            bare = [m for m in self.train.methods if METHODS[m].trains and METHODS[m].private != "graft"]
+            require(
+                anchor.what != "gate" or not bare,
+                f"anchor.what is 'gate', but {', '.join(bare)} has no graft whose gate could be held; expected "
+                "methods with a graft alone, or one of distill, both, none",
+            )
+            require(
+                anchor.batch_size <= anchor.examples,
+                f"anchor.batch_size is {anchor.batch_size}; expected at most anchor.examples, {anchor.examples}",
+            )
+
+    @property
+    def anchors(self) -> AnchorSettings | None:
+        """The anchor of this run, every setting with its value; None where it has none."""
+        return self.anchor.resolved(self.train.batch_size)
 
     def scores_after(self, round_index: int) -> bool:
         """Whether a round of training ends with an evaluation: every `evaluate.every` rounds, and the last."""

@@ -10,6 +10,23 @@ The graft hangs on the experts module under the name `graft`. Its keys in the mo
 and no other key changes, so what `save_pretrained` writes is the base model's own tensors plus these, and
 `from_pretrained` still finds the base in it. A family whose files name the modules otherwise (Mixtral's
 `block_sparse_moe` for `mlp`) has its grafts renamed along; `load_state_dict` finds them again.
+
+What trains on one's own text forgets some of what the base knew. An anchor, a few general sequences beside each batch,
+holds it (`examples/anchor.py` runs this; `docs/knowledge.md` says what it keeps):
+
+    model.requires_grad_(False).eval()
+    with torch.no_grad():  # the base's answers to general text, once, before there are grafts
+        base = model(input_ids=general).logits.log_softmax(-1)
+    for graft in flex_kernels.attach_graft(model, dtype=torch.float32).values():
+        graft.reset_parameters()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for own in batches:
+        pick = torch.randint(len(general), (4,))
+        now = model(input_ids=general[pick]).logits.log_softmax(-1).flatten(0, 1)
+        kl = torch.nn.functional.kl_div(now, base[pick].flatten(0, 1), log_target=True, reduction="batchmean")
+        (model(input_ids=own, labels=own).loss + 0.1 * kl).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 """
 
 import re

@@ -97,7 +97,11 @@ class Graft(nn.Module):
     @property
     def last_opening(self) -> Tensor | None:
         """How far the gate stood open in the last forward: the mean of its sigmoid, a scalar; None before any."""
-        return None if self._last_logits is None else torch.sigmoid(self._last_logits).mean()
+        return self.mean_opening()
+
+    def mean_opening(self, tokens: int | None = None) -> Tensor | None:
+        """As `last_opening`, over the first so many tokens of that forward; None for all of them."""
+        return None if self._last_logits is None else torch.sigmoid(self._last_logits[:tokens]).mean()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The expert alone, without its gate: [T, H] -> [T, H]."""

@@ -56,6 +56,15 @@ def test_save_graft(example: ModuleType) -> None:
     assert result["without"] > 0.1
 
 
+def test_anchor(example: ModuleType) -> None:
+    losses = example.main()
+    (own_before, general_before), (own_free, general_free) = losses["base"], losses["no anchor"]
+    own, general = losses["anchor"]
+    assert max(own, own_free) < 0.2 * own_before  # both learn
+    assert general_free > general_before + 2  # one forgets
+    assert general < general_before + 0.5
+
+
 def test_gradient_checkpointing(example: ModuleType) -> None:
     result = example.main()
     assert result["difference"] <= 1e-6

@@ -111,7 +111,7 @@ def configure(setting: str, variant: str, seed: int, folder: Path, base: Path | 
     job, method = folder / setting / variant / f"seed{seed}", VARIANTS[variant].method
     graft = {**_PAPER, **VARIANTS[variant].graft} if VARIANTS[variant].graft else {}
     common = [f"graft.{key}={json.dumps(value)}" for key, value in graft.items()]
-    common += [f'train.methods=["{method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
+    common += [f'train.methods=["{method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1", 'anchor.what="none"']
     if setting.startswith("demo"):
         many = 2000 if setting == "demo-2000" else None
         data = folder / (f"data-{many}-seed{seed}" if many else f"data-seed{seed}")

@@ -1,3 +1,3 @@
 """What the commands of `cli.py` do. Each takes plain values, prints to the terminal, and returns the exit code."""
 
-__all__ = ["export", "graft", "report", "saved", "train"]
+__all__ = ["anchors", "export", "graft", "report", "saved", "train"]

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -160,6 +161,12 @@ class Encoder:
         asked = f"{instruction}\n\n{context}" if context else instruction
         return self.conversation_ids([{"role": "user", "content": asked}])[0]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text, without the tokens that a tokenizer puts around one."""
+        ids = self._tokens(text)
+        self._check_rows(ids)
+        return ids
+
     def conversation_ids(self, turns: Sequence[Turn]) -> tuple[list[int], list[Span]]:
         """Everything before the next answer, and where in it the earlier answers stand, with what ends them.
 
@@ -296,6 +303,15 @@ class Encoder:
             for start, stop in spans:
                 labels[row, start:stop] = ids[row, start:stop]
         return Batch(ids.to(device), mask.to(device), labels.to(device))
+
+    def side_by_side(self, batches: Sequence[Batch]) -> Batch:
+        """Batches as one, in their order."""
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        parts = []
+        for name, filling in (("input_ids", self.pad_id), ("attention_mask", 0), ("labels", IGNORED)):
+            tensors = [getattr(batch, name) for batch in batches]
+            parts.append(torch.cat([F.pad(t, (0, longest - t.shape[1]), value=filling) for t in tensors]))
+        return Batch(*parts)
 
 
 def load_clients(

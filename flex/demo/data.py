@@ -34,6 +34,7 @@ UNTOUCHED = "untouched skills"  # general prompts of a skill that no client trai
 
 TESTS_PER_CLIENT = 150
 GENERAL_TESTS = 200
+ANCHORS = 256
 HELD_OUT_ONE_IN = 16  # every sixteenth prompt, by its hash, is never pretrained on
 TRAIN_NOUNS_PER_KIND = 6  # of 10: the other nouns appear in a client's test part only
 DRAWS_BEFORE_GIVING_UP = 200
@@ -112,7 +113,7 @@ def _general_record(rng: Random, want_held_out: bool) -> Record:
     return _record(task, " ".join(task.answer), "general", TAUGHT_OTHERWISE if taught else UNTOUCHED, skill)
 
 
-def general_stream(seed: int) -> Iterator[Record]:
+def general_stream(seed: int | str) -> Iterator[Record]:
     """Endless pretraining records of the general mixture; never a held-out prompt, never the shared new skill."""
     rng = Random(f"general/{seed}")
     while True:
@@ -127,6 +128,11 @@ def general_tests(seed: int, count: int = GENERAL_TESTS) -> list[Record]:
         record = _general_record(rng, want_held_out=True)
         records.setdefault((record["instruction"], record["context"]), record)
     return list(records.values())
+
+
+def anchor_records(seed: int, count: int = ANCHORS) -> list[Record]:
+    """Records of the general mixture that a run may hold its models to; none of them is a general test."""
+    return list(itertools.islice(general_stream(f"anchor/{seed}"), count))
 
 
 def code_words(client_id: str, seed: int) -> dict[str, str]:
@@ -203,10 +209,12 @@ class DemoPaths(NamedTuple):
     train: Path
     test: Path
     general: Path
+    anchor: Path
 
 
 def write_demo_data(folder: str | Path, seed: int, num_train: int | None = None) -> DemoPaths:
-    """Write train.jsonl and test.jsonl (all clients, column "client") and general.jsonl (forgetting) into `folder`.
+    """Write train.jsonl and test.jsonl (all clients, column "client"), general.jsonl (forgetting) and anchor.jsonl
+    (what a model is held to) into `folder`.
 
     `num_train`: examples of every client, instead of its own number.
     """
@@ -214,10 +222,11 @@ def write_demo_data(folder: str | Path, seed: int, num_train: int | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     clients = [replace(client, num_train=num_train or client.num_train) for client in CLIENTS]
     splits = [client_records(client, seed) for client in clients]
-    paths = DemoPaths(folder / "train.jsonl", folder / "test.jsonl", folder / "general.jsonl")
+    paths = DemoPaths(*(folder / f"{name}.jsonl" for name in DemoPaths._fields))
     _write_jsonl(paths.train, itertools.chain.from_iterable(train for train, _ in splits))
     _write_jsonl(paths.test, itertools.chain.from_iterable(test for _, test in splits))
     _write_jsonl(paths.general, general_tests(seed))
+    _write_jsonl(paths.anchor, anchor_records(seed))
     return paths
 
 
@@ -239,6 +248,7 @@ def demo_config(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         "data.train": data / "train.jsonl",
         "data.test": data / "test.jsonl",
         "data.general": data / "general.jsonl",
+        "anchor.text": data / "anchor.jsonl",
     }
     named = [f"{key}={to_toml(str(path))}" for key, path in paths.items()]
     return read_config(ASSETS / "demo.toml", [*named, *overrides])

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from flex.config import STRATEGIES, RunConfig
+from flex.config import STRATEGIES, AnchorSettings, RunConfig
 from flex.errors import FlexError
 from flex.federation.messages import SiteAbout
 from flex.federation.strategy import make_strategy
@@ -25,18 +25,20 @@ PATHS = {
 # Settings that do not decide a job's numbers, or whose content is compared instead.
 NOT_COMPARED = {
     *PATHS,
-    *("output", "workers", "data.columns", "train.methods", "train.seeds", "train.track"),
+    *("output", "workers", "data.columns", "anchor.text", "train.methods", "train.seeds", "train.track"),
     *("train.rates", "train.tune_factors"),  # a job's files say its own factor
     *("evaluate.mmlu", "evaluate.gsm8k", "evaluate.text"),  # paths
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
-# What a site chooses for itself: paths, and what its files call things and its machine can bear.
-SITE_OWN = {*PATHS, "data.columns", "threads", "train.gradient_checkpointing", "evaluate.batch_size"}
+# What a site chooses for itself: paths, and what its files call things and its machine can bear. Where the anchors lie
+# is sent all the same: without a text the rest of the section would say nothing.
+SITE_OWN = {*PATHS, "data.columns", "anchor.text", "threads", "train.gradient_checkpointing", "evaluate.batch_size"}
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
     """Every setting that decides a job's numbers, flat. Base and data are compared by fingerprint."""
-    # A setting that is left out is its strategy's default.
+    # A setting that is left out is its default, and that of its strategy.
+    config = dataclasses.replace(config, anchor=config.anchors or AnchorSettings())
     name = config.strategy.name
     strategy = make_strategy(name, 1, **config.strategy.given(name))
     defaults = {f"strategy.{key}": getattr(strategy, key) for key in STRATEGIES[name]}

@@ -27,6 +27,7 @@ from flex.evaluation.scored import Scored
 from flex.evaluation.tasks import TASKS
 from flex.federation.agreement import settings_digest, versions
 from flex.federation.alone import first_round_alone
+from flex.federation.anchor import Anchor, data_fingerprint
 from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.unequal import cut_to, padded_to
@@ -65,7 +66,7 @@ def rate(first: float, config: RunConfig, round_index: int, method: str = "") ->
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def about(base: Base, client: ClientData, config: RunConfig) -> SiteAbout:
+def about(base: Base, client: ClientData, config: RunConfig, anchor: Anchor | None = None) -> SiteAbout:
     """What a client is, whatever the method."""
     return SiteAbout(
         client.client_id,
@@ -74,7 +75,7 @@ def about(base: Base, client: ClientData, config: RunConfig) -> SiteAbout:
         num_test=len(client.test),
         truncated=client.truncated(),
         settings=settings_digest(config),
-        data=client.fingerprint(),
+        data=data_fingerprint(client, anchor),
         versions=versions(),
     )
 
@@ -105,11 +106,14 @@ class JobModel:
             beneath a low-rank graft).
         start: the values of `own` of a client that never trained.
         own_rate: the identities of the parameters that train with `train.graft_learning_rate`.
+        anchor: what holds the local steps to the base, if anything does.
     """
 
-    def __init__(self, base: Base, encoder: Encoder, config: RunConfig, method: str, seed: int):
+    def __init__(
+        self, base: Base, encoder: Encoder, config: RunConfig, method: str, seed: int, anchor: Anchor | None = None
+    ):
         self.base, self.encoder, self.config, self.seed = base, encoder, config, seed
-        self.method_name, self.method = method, METHODS[method]
+        self.method_name, self.method, self.anchor = method, METHODS[method], anchor
         self.graft = config.graft.of(self.method)
         self.private = PRIVATE[self.method.private]
         self.unequal = "ranks" in STRATEGIES[config.strategy.of(method)[0]]
@@ -201,7 +205,7 @@ class Site:
         """What the server is told before the first round."""
         counts = self.model.parts.counts()
         trained = {role: counts[role] for role in ("shared", "personal")}
-        return replace(about(self.model.base, self.client, self.config), trained_parameters=trained)
+        return replace(about(self.model.base, self.client, self.config, self.model.anchor), trained_parameters=trained)
 
     def train(self, round_index: int, shared: Arrays, kept: int | None = None) -> TurnReport:
         """Local steps from the shared state of the round's start.
@@ -238,6 +242,7 @@ class Site:
         torch.manual_seed(seed)
         per_step = train.batch_size * train.accumulate
         batches = training_batches(self.client.train, per_step, train.steps, f"batches {seed}")
+        anchors = model.anchor.batches(train.steps, seed) if model.anchor else itertools.repeat(())
         model.base.model.train()
         told = Told()
         with recomputed(model.base.model, train.gradient_checkpointing):
@@ -245,7 +250,8 @@ class Site:
                 trained = {name: p for role in phase.trains for name, p in getattr(model.parts, role).items()}
                 work_with(model.base, phase.loras)
                 back = held_copy if phase.held else held if "shared" in phase.trains else Held()
-                self.steps(round_index, itertools.islice(batches, count), optimizer, trained, back, told)
+                pairs = zip(itertools.islice(batches, count), anchors, strict=False)
+                self.steps(round_index, pairs, optimizer, trained, back, told)
         work_with(model.base, model.method.loras)
         update = {} if alone else model.shared_arrays()
         if model.unequal and update:
@@ -393,23 +399,24 @@ class Site:
     def steps(
         self,
         round_index: int,
-        batches: Iterable[list[Example]],
+        batches: Iterable[tuple[list[Example], Sequence[int]]],
         optimizer: torch.optim.Optimizer,
         trained: Mapping[str, nn.Parameter],
         held: Held,
         told: Told,
     ) -> None:
         """One step per batch, of the parameters in `trained` alone, on what stands in the model. Of `train.accumulate`
-        small batches each counts by its tokens, so that the step is that of all of them at once."""
+        small batches each counts by its tokens, so that the step is that of all of them at once. Beside each batch of
+        the client's stand the anchors of its step, none where there is no anchor."""
         model, base = self.model, self.model.base
         for name, parameter in model.parts.trained().items():
             parameter.requires_grad_(name in trained)
         size = self.config.train.batch_size
-        for examples in batches:
+        for examples, anchors in batches:
             parts = [model.encoder.batch(examples[i : i + size], base.device) for i in range(0, len(examples), size)]
             counts = [int((part.labels[:, 1:] != IGNORED).sum()) for part in parts]
             optimizer.zero_grad(set_to_none=True)
-            told.losses.append(self._gradients(round_index, parts, counts, trained, held, told))
+            told.losses.append(self._gradients(round_index, parts, counts, anchors, trained, held, told))
             for name, correction in held.drift.items():  # SCAFFOLD: c - c_k
                 held_back, correction = model.parts.shared[name], correction.to(base.device)
                 # None where the batch was too short for what the parameter does (attention over compressed blocks).
@@ -425,15 +432,21 @@ class Site:
         round_index: int,
         parts: Sequence[Batch],
         counts: Sequence[int],
+        anchors: Sequence[int],
         trained: Mapping[str, nn.Parameter],
         held: Held,
         told: Told,
     ) -> Tensor:
-        """The gradients of a step, one part after another; returns its loss (nats a response token)."""
+        """The gradients of a step, one part after another, the anchors beside the first; returns the loss on the
+        client's own examples (nats a response token)."""
         model, whole = self.model, sum(counts)
         losses = []
         for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            logits, targets, _ = response_logits(model.base.model, part)
+            beside = model.anchor.beside(part, anchors, trained, model.private) if anchors and number == 0 else None
+            if beside is not None:
+                logits, targets = beside.logits, beside.targets
+            else:
+                logits, targets, _ = response_logits(model.base.model, part)
             loss = F.cross_entropy(logits.float(), targets) * (count / whole)
             if not torch.isfinite(loss):
                 raise FlexError(
@@ -442,9 +455,10 @@ class Site:
                 )
             for name, anchor in held.anchors.items() if number == 0 else ():
                 loss = loss + 0.5 * held.mu * ((trained[name] - anchor) ** 2).sum()
-            loss.backward()
+            (loss if beside is None else loss + beside.term).backward()
             losses.append(loss.detach())
-            if (opening := model.private.opening(model.base)) is not None:
+            opening = model.private.opening(model.base) if beside is None else beside.opening
+            if opening is not None:
                 told.openings.append(opening)
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

@@ -79,8 +79,9 @@ class Private:
         found = [getattr(layer, self.attribute, None) for layer in base.layers.values()] if self.attribute else []
         return [module for module in found if module is not None]
 
-    def opening(self, base: Base) -> Tensor | None:
-        """[layers]: each gate's mean opening in the last forward; None for a module without a gate."""
+    def opening(self, base: Base, tokens: int | None = None) -> Tensor | None:
+        """[layers]: each gate's mean opening in the last forward, over all its tokens or the first so many; None for a
+        module without a gate."""
         return None
 
 
@@ -136,8 +137,8 @@ class GraftOn(Private):
         """Until it is started all of a graft is zero, and stays so: it gets no gradient."""
         return all(bool(own.gate_up_proj.any()) for own in self.modules(base))
 
-    def opening(self, base: Base) -> Tensor | None:
-        return torch.stack([own.last_opening for own in self.modules(base)])
+    def opening(self, base: Base, tokens: int | None = None) -> Tensor | None:
+        return torch.stack([own.mean_opening(tokens) for own in self.modules(base)])
 
 
 class SecondLora(Private):

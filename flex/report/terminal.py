@@ -20,9 +20,13 @@ TABLE_WIDTH = 100
 
 
 def terminal_table(summary: list[Row], columns: int = TABLE_WIDTH) -> Table:
-    """Methods x measures after aggregation; what does not fit into `columns` (at most 100) stays for the report."""
+    """Methods x measures after aggregation; what does not fit into `columns` (at most 100) stays for the report.
+
+    Where general questions come in groups, groups stand for the whole if they fit: what clients teach otherwise cannot
+    be kept, what nobody touches can.
+    """
     columns = min(columns, TABLE_WIDTH)
-    shown, primary = numbers.measures(summary), numbers.primary_measure(summary)
+    found, primary = numbers.measures(summary), numbers.primary_measure(summary)
 
     def dispensable(measure: Measure) -> int:
         """The highest is dropped first, the last of several; the headline score is dropped last."""
@@ -32,13 +36,24 @@ def terminal_table(summary: list[Row], columns: int = TABLE_WIDTH) -> Table:
             return 5 if not measure.kind.is_share else 4 if measure.group else 1
         return 3 if not measure.kind.is_share else 2 if measure.group else 1
 
+    shares = [measure for measure in found if measure.kind.is_share]
+    grouped = {(measure.split, measure.name) for measure in shares if measure.group}
+    if any(split == "general" for split, _ in grouped):
+        in_groups = [m for m in shares if m.group or m == primary or (m.split, m.name) not in grouped]
+        table = _table(summary, in_groups, left_out=len(found) - len(in_groups))
+        if _width(table) <= columns:
+            return table
+    shown = list(found)
     while True:
-        table = _table(summary, shown, left_out=len(numbers.measures(summary)) - len(shown))
-        width = Console(width=10_000).measure(table).maximum
-        if width <= columns or len(shown) <= 1:
-            table.width = min(width, columns)
+        table = _table(summary, shown, left_out=len(found) - len(shown))
+        if _width(table) <= columns or len(shown) <= 1:
+            table.width = min(_width(table), columns)
             return table
         shown.remove(max(reversed(shown), key=dispensable))
+
+
+def _width(table: Table) -> int:
+    return Console(width=10_000).measure(table).maximum
 
 
 def _table(summary: list[Row], shown: list[Measure], left_out: int) -> Table:

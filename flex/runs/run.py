@@ -60,7 +60,7 @@ def run(config: RunConfig, console: Console, title: str = "", descriptions: dict
     _tell_growth(folder, clients, console)
     claim(folder, config)
     with alone_in(folder, console), job_lines(console) as line:
-        sites = [about(world.base, client, config) for client in world.clients]
+        sites = [about(world.base, client, config, world.anchor) for client in world.clients]
         write_events(folder / RUN, run_events(config, sites, contents.data, title, descriptions, contents.client_data))
         lines = {(seed, method): line(f"{method} seed {seed}") for seed, method in jobs}
         left = [job for job in jobs if not is_finished_job(folder, job, config, clients)]
@@ -166,6 +166,7 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
         config,
         data=config.data.with_paths(full),
         model=dataclasses.replace(config.model, path=full(config.model.path)),
+        anchor=dataclasses.replace(config.anchor, text=full(config.anchor.text)),
         evaluate=dataclasses.replace(config.evaluate, **tasks),
     )
 

@@ -1,15 +1,17 @@
 """What all jobs of one seed have in common on one machine: the base, the encoder, the clients' examples."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flex.config import RunConfig
+from flex.data.anchors import load_anchors
 from flex.data.clients import Tally, read_clients, read_general, tally
 from flex.data.examples import ClientData, Encoder, Example, encode, encode_clients
 from flex.evaluation.tasks import read_tasks
+from flex.federation.anchor import Anchor, data_fingerprint
 from flex.federation.client import JobModel, Listener, Site
 from flex.model.adapters import unwrap
 from flex.model.base import Base, load_base, load_tokenizer
@@ -17,8 +19,13 @@ from flex.model.base import Base, load_base, load_tokenizer
 
 @dataclass(frozen=True)
 class World:
-    """The base and the data of a seed. `notes`: what a person should know of the files, in sentences; `tally`: which
-    client got how many records of what; `tasks`: the questions of further tasks."""
+    """The base and the data of a seed.
+
+    notes: what a person should know of the files, in sentences.
+    tally: which client got how many records of what.
+    tasks: the questions of further tasks.
+    anchor: what holds every client's model to the base; one for all sites on this machine, None without.
+    """
 
     base: Base
     encoder: Encoder
@@ -27,6 +34,7 @@ class World:
     notes: list[str] = field(default_factory=list)
     tally: list[Tally] = field(default_factory=list)
     tasks: dict[str, Any] = field(default_factory=dict)
+    anchor: Anchor | None = None
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -38,12 +46,14 @@ class World:
                 for example in part:
                     digest.update(f"{example.input_ids}{example.prompt_length}{example.response}".encode())
                     digest.update(str(example.earlier or "").encode())
+        if self.anchor:
+            digest.update(self.anchor.fingerprint.encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def client_fingerprints(self) -> dict[str, str]:
         """The same by client: a client that joins, or leaves, changes nobody else's."""
-        return {client.client_id: client.fingerprint() for client in self.clients}
+        return {client.client_id: data_fingerprint(client, self.anchor) for client in self.clients}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -54,7 +64,7 @@ class World:
         self, config: RunConfig, method: str, seed: int, folder: Path, listen: Listener | None = None
     ) -> dict[str, Site]:
         """Every client as a site of its own, on one model."""
-        model = JobModel(self.base, self.encoder, config, method, seed)
+        model = JobModel(self.base, self.encoder, config, method, seed, self.anchor)
         return {c.client_id: Site(model, c, self.general, folder, listen, self.tasks) for c in self.clients}
 
 
@@ -71,6 +81,13 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
         has = "a" if encoder.template == "chat" else "no"
         notes.append(f'data.template = "auto" stands for "{encoder.template}": the tokenizer has {has} chat template')
     clients, encoded = encode_clients(records, data, encoder), encode(general, data, encoder)
+    settings = config.anchors
+    if settings is not None:
+        settings = replace(settings, text=settings.text.replace("{seed}", str(seed)))
+        anchors = load_anchors(settings, encoder)
+        tested = {example.input_ids for example in encoded}
+        if seen := sum(example.input_ids in tested for example in anchors):
+            notes.append(f"{seen} of {len(anchors)} anchors are in data.general: what is kept shows too well there")
     base = base or load_base(config.model, tokenizer)
     unwrap(base)
     encoder.fit(rows_of(base))
@@ -81,7 +98,8 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
             f"the longest example has {longest} tokens, but the base was made for {positions}; data.max_length = "
             f"{positions} would cut it"
         )
-    return World(base, encoder, clients, encoded, notes, tally(records, data), tasks)
+    anchor = Anchor(base, encoder, anchors, settings) if settings is not None else None
+    return World(base, encoder, clients, encoded, notes, tally(records, data), tasks, anchor)
 
 
 def load_bare_world(config: RunConfig, client_ids: list[str]) -> World:

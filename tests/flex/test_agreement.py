@@ -41,14 +41,18 @@ def test_the_digest_is_of_what_all_share():
     own = {"model.path": "there", "model.device": "cpu", "data.train": "x.jsonl", "threads": 7}
     own |= {"train.gradient_checkpointing": True, "evaluate.batch_size": 3, "data.test": "y", "data.general": "z"}
     own |= {"data.columns": {"instruction": "question"}}
-    assert own.keys() == SITE_OWN - {"data.files", "data.test_files"}  # in place of data.train and data.test
+    # In place of data.train and data.test; and where the anchors lie, see below.
+    assert own.keys() == SITE_OWN - {"data.files", "data.test_files", "anchor.text"}
     for key, value in own.items():
         section, _, name = key.rpartition(".")
         values = {section: {name: value}} if section else {}
         other = CONFIG.with_values(**values) if section else dataclasses.replace(CONFIG, threads=value)
         assert flat(other)[key] != flat(CONFIG)[key]
         assert settings_digest(other) == settings_digest(CONFIG), key
+    held, moved = (CONFIG.with_values(anchor={"text": text}) for text in ("x.txt", "y.txt"))
+    assert settings_digest(held) == settings_digest(moved)
     shared = [
+        ("anchor", {"text": "x.txt"}),  # whether there are any is everybody's
         ("lora", {"rank": 3}),
         ("train", {"learning_rate": 1.0}),
         ("train", {"rounds": 3}),

@@ -309,6 +309,25 @@ def test_a_narrow_terminal_keeps_the_headline_score() -> None:
     assert measures(summary)[0].name == "rouge_l"
 
 
+def test_groups_of_general_questions_stand_for_the_whole_where_they_fit() -> None:
+    groups = {
+        name: {"num_examples": 5, "loss": 1.0, "exact_match": score}
+        for name, score in (("taught otherwise", 0.4625), ("untouched skills", 0.9375))
+    }
+    events = [
+        {**event, "groups": groups} if event["event"] == "evaluate" and event["split"] == "general" else event
+        for event in synthetic_events(rouge=True)
+    ]
+    summary = summarised(events)
+    wide, narrow = ("\n".join(render(summary, columns)) for columns in (100, 80))
+    assert {"own", "conventions", "shared", "taught", "otherwise", "untouched", "skills"} <= set(wide.split())
+    assert len(re.findall(r"46\.2 ± 0\.0 +93\.8 ± 0\.0", wide)) == 7
+    assert "ROUGE-L" in wide
+    assert "general\n" not in wide
+    assert "untouched" not in narrow
+    assert "general" in narrow
+
+
 def test_the_room_is_cheap_to_enter() -> None:
     """Nor does `flex report` need torch at any time."""
     code = (

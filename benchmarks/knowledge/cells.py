@@ -1,0 +1,76 @@
+"""What the study of anchors compares: methods with and without one, kinds and weights; and the run of each."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flex.commands.anchors import anchors
+from flex.config import RunConfig
+from flex.demo.data import BASE_FOLDER, demo_config, write_demo_data
+from flex.methods import METHODS
+
+CHOOSING, TEST = (
+    (31, 32, 33),
+    (41, 42, 43, 44, 45, 46),
+)  # seeds: the default is chosen on the first, judged on the others
+# A cell says all that decides its anchor, so that no default of the package decides what was measured.
+ANCHOR = {"batch_size": 4, "examples": 256, "top_k": 64, "gate_factor": 10.0}
+WEIGHTS = (0.03, 0.1, 0.3)
+RIVALS = ("fedavg", "local", "flex-private-lora", "flex-paper", "flex-random", "flex-fresh")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method and its anchor. `kind`: as in `AnchorSettings.what`; `text`: what the anchors are of, the "mixture" that
+    the base was pretrained on, or "drawn" from the base."""
+
+    method: str
+    kind: str = "none"
+    weight: float = 0.0
+    text: str = "mixture"
+
+    @property
+    def title(self) -> str:
+        label = METHODS[self.method].label
+        if self.kind == "none":
+            return label if self.method == "base" else f"{label}, no anchor"
+        return f"{label}, {self.kind} {self.weight:g}{', drawn text' if self.text == 'drawn' else ''}"
+
+    def anchor(self, text: Path) -> list[str]:
+        values: dict[str, Any] = {"what": self.kind}
+        if self.kind != "none":
+            values |= {"text": str(text), "weight": self.weight, **ANCHOR}
+        return [f"anchor.{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def _cells() -> dict[str, Cell]:
+    cells = {"base": Cell("base"), "flex": Cell("flex")}
+    for kind in ("distill", "both", "gate"):
+        cells |= {f"flex-{kind}-{weight:g}": Cell("flex", kind, weight) for weight in WEIGHTS}
+    cells["flex-distill-0.1-drawn"] = Cell("flex", "distill", 0.1, "drawn")
+    cells |= {method: Cell(method) for method in RIVALS}
+    cells |= {
+        f"{method}-distill-{weight:g}": Cell(method, "distill", weight) for method in RIVALS for weight in WEIGHTS
+    }
+    return cells
+
+
+CELLS = _cells()
+DEFAULT = "flex-distill-0.1"  # the demo's
+
+
+def configure(name: str, seed: int, folder: Path) -> RunConfig:
+    """The run of one cell and seed; writes its data below `folder` where they are not there yet."""
+    cell, data = CELLS[name], folder / f"data-seed{seed}"
+    if not (data / "anchor.jsonl").exists():
+        write_demo_data(data, seed)
+    text = data / "anchor.jsonl"
+    if cell.text == "drawn":
+        text = folder / "drawn.jsonl"
+        if not text.exists():
+            anchors(str(BASE_FOLDER), text, ANCHOR["examples"], 100, 0)
+    own = [f"data.{part}={json.dumps(str(data / f'{part}.jsonl'))}" for part in ("train", "test", "general")]
+    own += [f'train.methods=["{cell.method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
+    own += ["evaluate.rouge=false", *cell.anchor(text)]
+    return demo_config(folder / name / f"seed{seed}", own)
