@@ -72,7 +72,7 @@ TESTED = {
     "python docs/make_api.py": "tests/test_docs.py::test_the_api_page_is_up_to_date",
     "python examples/serve.py": "tests/test_examples.py::test_serve",
     "python -m tools.pretrain": "tests/tools/test_pretrain.py",
-    "python -m benchmarks.knowledge page": "tests/benchmarks/test_knowledge.py::test_the_page_says_what_the_jobs_measured",
+    "python -m benchmarks.knowledge page": "tests/benchmarks/test_knowledge.py::test_the_page_is_made",
     "python -m benchmarks.study page": "tests/benchmarks/test_study.py::test_the_page_says_what_the_jobs_measured",
     "PYTHONPATH=. make bench SHAPE=": "tests/benchmarks/test_bench_picked.py::test_make_hands_on_what_was_picked",
 }

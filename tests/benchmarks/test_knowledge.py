@@ -49,7 +49,7 @@ def write_job(out: Path, name: str, seed: int, own: float, untouched: float) -> 
     path.write_text("".join(f"{json.dumps(e)}\n" for e in [*events, {"event": "done", "round": 2}]))
 
 
-def test_the_page_says_what_the_jobs_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "runs"
     for seed in TEST[:5]:
         write_job(out, "base", seed, 0.0, 1.0)
