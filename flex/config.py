@@ -330,6 +330,7 @@ class EvaluateSettings:
 
     every: int = setting(0, least=0, zero="the last round only")  # rounds
     batch_size: int = setting(16, least=1)
+    clients: int = setting(0, least=0, zero="all")  # how many are evaluated, the same ones every time
     rouge: bool = True
     max_new_tokens: int = setting(256, least=1)
     tasks: tuple[str, ...] = setting(

@@ -8,10 +8,11 @@ import hashlib
 import math
 import random
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from flex.data.clients import ClientRecords, read_clients, read_general
 from flex.data.records import CONVERSATION, Record, is_conversation
 from flex.errors import FlexError, first_line
 
+MANY = 100  # clients; of more, examples are encoded when their client takes part
+PARTS_KEPT = 8  # of those, how many parts stay encoded
 IGNORED = -100  # the label that cross_entropy skips
 # Where an answer begins and ends in a rendered template: nobody's text has these.
 OPEN, CLOSED = "\u2063open\u2063", "\u2063closed\u2063"
@@ -331,15 +334,15 @@ def encode_clients(clients: Sequence[ClientRecords], config: DataConfig, encoder
     Raises:
         FlexError: a conversation that the template cannot say, or every answer of everyone is cut at `max_length`.
     """
+    make = encode if len(clients) <= MANY else EncodedWhenAsked
     encoded = []
     for client in clients:
-        parts = (encode(part, config, encoder) for part in (client.train, client.test, client.validation))
+        parts = (make(part, config, encoder) for part in (client.train, client.test, client.validation))
         encoded.append(ClientData(client.client_id, *parts))
-    examples = [example for client in encoded for example in client.train]
-    end = encoder.tokenizer.eos_token_id
-    if examples and not any(example.input_ids[-1] == end for example in examples):
+    end, count = encoder.tokenizer.eos_token_id, sum(len(client.train) for client in encoded)
+    if count and not any(example.input_ids[-1] == end for client in encoded for example in client.train):
         raise FlexError(
-            f"data.max_length is {config.max_length}, and every answer of all {len(examples)} training examples is cut "
+            f"data.max_length is {config.max_length}, and every answer of all {count} training examples is cut "
             "there; expected room for at least one prompt with its answer"
         )
     return encoded
@@ -347,6 +350,37 @@ def encode_clients(clients: Sequence[ClientRecords], config: DataConfig, encoder
 
 def encode(records: Sequence[Record], config: DataConfig, encoder: Encoder) -> list[Example]:
     return [encoder.example(record, _group(record, config)) for record in records]
+
+
+class EncodedWhenAsked(Sequence[Example]):
+    """A part of one client's examples, which are tokens while it is at work: of all clients' parts the last few that
+    were asked for stay, so that memory does not grow with the number of clients."""
+
+    _kept: ClassVar[OrderedDict[int, list[Example]]] = OrderedDict()
+
+    def __init__(self, records: Sequence[Record], config: DataConfig, encoder: Encoder):
+        self.records, self.config, self.encoder = records, config, encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._examples()[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._examples())
+
+    def _examples(self) -> list[Example]:
+        kept = self._kept
+        if id(self) not in kept:
+            kept[id(self)] = encode(self.records, self.config, self.encoder)
+            while len(kept) > PARTS_KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end(id(self))
+        return kept[id(self)]
+
+    def __del__(self) -> None:
+        self._kept.pop(id(self), None)
 
 
 def _group(record: Record, config: DataConfig) -> str:

@@ -77,7 +77,8 @@ class FedAvg(FlowerFedAvg):
     Attributes:
         clients: node id -> client id, in the order in which clients are numbered, sampled and summed. `run_rounds` sets
             it. While it is empty, nodes stand in the order of their ids, and replies by the `client-index` they report.
-        clients_per_round: how many train in a round; 0: all. Everyone is evaluated.
+        clients_per_round: how many train in a round; 0: all.
+        clients_evaluated: how many are evaluated, the same ones every time; 0: all.
         num_clients: how many there are at all.
         moments: the server's own tensors, `<kind>/<name of the shared tensor>`; with the round they are all its state.
         moment_kinds: the kinds that this strategy keeps.
@@ -88,7 +89,7 @@ class FedAvg(FlowerFedAvg):
     def __init__(self, **flower_settings):
         super().__init__(**flower_settings)
         self.clients: dict[int, str] = {}
-        self.clients_per_round = self.num_clients = 0
+        self.clients_per_round = self.num_clients = self.clients_evaluated = 0
         self.moments: Arrays = {}
         self.sent = ArrayRecord()
 
@@ -104,8 +105,13 @@ class FedAvg(FlowerFedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """One message with the shared state for every client there is."""
-        return self._messages(MessageType.EVALUATE, server_round, arrays, config, self._nodes(grid))
+        """One message with the shared state for every client there is, or for those that are always evaluated."""
+        nodes = self._nodes(grid)
+        if 0 < self.clients_evaluated < len(nodes):
+            nodes = [
+                nodes[i] for i in sorted(random.Random("evaluated").sample(range(len(nodes)), self.clients_evaluated))
+            ]
+        return self._messages(MessageType.EVALUATE, server_round, arrays, config, nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

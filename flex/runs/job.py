@@ -96,6 +96,7 @@ class Job:
         strategy = make_strategy(
             self.strategy_name, len(sites), clients_per_round=train.clients_per_round, **self.strategy_settings
         )
+        strategy.clients_evaluated = self.config.evaluate.clients
         factor = train.rates.get(self.log.method, 1.0)
         started_event = JobStarted(
             num_rounds=train.rounds if self.method.trains else 0,
