@@ -39,6 +39,8 @@ def test_every_family_has_attention_to_train(family: str) -> None:
         assert targets == FOUR
     assert targets == OTHERS.get(family, targets)
     assert not [name for name in full if "expert" in name or "indexer" in name or "router" in name]
+    if targets == FOUR:  # trained in whole runs; what follows is for those of other shapes
+        return
     model.requires_grad_(False)
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
     trained = {name: p for name, p in model.named_parameters() if "lora_B" in name}
