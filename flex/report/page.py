@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -139,6 +140,7 @@ def page(run: Run) -> str:
         sent=[(row, _total_bytes(row)) for row in sent],
         widest=max((max(row.bytes_per_round.values()) for row in sent), default=0) or 1,
         arrays=_arrays(run),
+        byte_groups=_byte_groups(run),
         truncated=_truncated(run),
     )
 
@@ -420,6 +422,21 @@ def _senders(ways: dict[str, set[str]], both: str) -> tuple[tuple[tuple[str, ...
     for method, directions in ways.items():
         by_words.setdefault(both if len(directions) == 2 else WAYS[min(directions)], []).append(method)
     return tuple((tuple(methods), words) for words, methods in by_words.items())
+
+
+def _byte_groups(run: Run) -> list[tuple[str, str, str, int, int]]:
+    """(method, direction, group, how many tensors, their bytes) of one client's message: tensors that differ in the
+    number of their layer alone are one group."""
+    lines = []
+    for row in run.summary:
+        sent = next((job.sent for job in row.jobs if job.sent), {})
+        for direction, tensors in sorted(sent.items(), reverse=True):
+            groups: dict[str, list[int]] = {}
+            for tensor in tensors:
+                name = re.sub(r"\.\d+\.", ".*.", str(tensor.get("name", "")))
+                groups.setdefault(name, []).append(tensor.get("bytes") or 0)
+            lines += [(row.label, direction, name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
+    return lines
 
 
 def _truncated(run: Run) -> list[Truncated]:

@@ -338,6 +338,17 @@ def test_the_room_is_cheap_to_enter() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_bytes_are_summed_by_group_of_arrays(tmp_path: Path, small: list[Event]) -> None:
+    """Two layers of q and v: their A and B are four groups of two arrays each."""
+    run = report_page.Run(typed(small))
+    groups = [group for group in report_page._byte_groups(run) if group[:2] == ("FLEx", "up")]
+    assert {group[2].rpartition("self_attn.")[2] for group in groups} == {
+        f"{proj}.lora_{ab}.weight" for proj in ("q_proj", "v_proj") for ab in "AB"
+    }
+    assert {group[3:] for group in groups} == {(2, 8192)}
+    assert "Bytes of one client" in read_page(write_report(write_run(tmp_path, small))).text
+
+
 def test_what_was_sent_is_listed_by_name_and_checked_against_the_counters(tmp_path: Path, small: list[Event]) -> None:
     text = read_page(write_report(write_run(tmp_path, small))).text
     assert text.count("model.layers.1.self_attn.v_proj.lora_B.weight") == 1  # the same for all methods
