@@ -122,7 +122,8 @@ class PreparedWriter:
 def load_prepared(path: Folder, format: str | None = None, *, model_class: Any = None, **options: Any) -> Any:
     """A transformers model with its experts in a format, from dense files or from those of `save_prepared`.
 
-    Dense files go straight into the format: beside what the model will take there is at most one layer's experts.
+    Dense files go straight into the format: beside what the model will take there are at most one layer's experts, as
+    they come from the files and joined.
 
     Args:
         path: a folder, or for dense files the name of a model.

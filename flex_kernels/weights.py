@@ -152,10 +152,6 @@ class FrozenWeight(Tensor):
     def format(self) -> str:
         return _BY_CODES[self.codes.dtype].name
 
-    @property
-    def layout_name(self) -> str:
-        return LAYOUT
-
     def dequantize(self) -> Tensor:
         """The dense weight in its dtype."""
         return reference.dequantize(self.codes, self.scales, self.shape[-1], self.dtype)

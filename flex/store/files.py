@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flex.errors import FlexError
@@ -20,6 +20,19 @@ from flex.errors import FlexError
 FORMAT = 2  # of the files; one without a number is of format 1, which has the same tensors
 SIMPLE_NAME = re.compile(r"(?!\.)[\w .-]+")  # no separator, and no leading dot: neither hidden nor ".."
 HEADER = "flex"  # under which a file's metadata hold ours
+# As safetensors names them.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 LONGEST_NAME = 120  # bytes; file systems take 255
 
 
@@ -33,7 +46,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, **header})
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata={HEADER: text})
+        _stream(part, tensors, {HEADER: text})
         _to_disk(part)
         part.replace(path)
         _to_disk(path.parent)  # the rename too
@@ -41,6 +54,27 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise FlexError(f"cannot write {path}: {error}") from None
+
+
+def _stream(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, tensor by tensor: the library's own `save_file` first makes bytes of all of them.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
 def _to_disk(path: Path) -> None:

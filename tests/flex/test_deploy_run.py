@@ -313,9 +313,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path):
 def test_a_full_disk_at_a_site_is_a_sentence(tmp_path, monkeypatch):
     deployment, _ = federation(tmp_path)
     with at_work(tmp_path, deployment, "ab") as loop:
-        monkeypatch.setattr(
-            "flex.store.files.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space"))
-        )
+        monkeypatch.setattr("flex.store.files._stream", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space")))
         with pytest.raises(
             (FlexError, ClientFailed), match=r"'a' failed in round 1 \(train\): cannot write .*No space"
         ):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_model, tiny_config
 
 from flex.config import METHODS, ModelConfig
@@ -198,3 +198,21 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
     assert done.stdout.startswith(f"cannot write {path}: ")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     torch.testing.assert_close(load_tensors(path)[0]["x"], torch.ones(2))
+
+
+def test_files_are_what_the_library_itself_writes_and_reads(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).to(torch.bfloat16),
+        "a": torch.randn(7),
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "turned": torch.randn(4, 6).T,
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(3.0, dtype=torch.float64),
+        "yes": torch.tensor([True, False]),
+    }
+    save_tensors(tmp_path / "a.safetensors", tensors, {"round": 1})
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name], tensor)

@@ -224,7 +224,7 @@ def d_preactivations(
     num_experts, hidden_size, intermediate_size = call.down_proj.shape
     graft_size, has_graft, needs = call.graft_width, call.has_graft, call.needs
     if isinstance(call.down_proj, Stored):
-        tile = beside_codes(target, "d_preactivations", tile)
+        tile = beside_codes(target, "d_preactivations", call.down_proj.format.name, tile)
     num_columns, graft_num_columns = cdiv(intermediate_size, tile.block_n), cdiv(graft_size, tile.block_n)
     products_wanted = needs.routing_weights or needs.graft_logits
     empty = d_out.new_empty

@@ -133,7 +133,7 @@ def gate_up_fwd(
     With `activate=False` the first two have no rows. Beside codes the graft, which is dense, has a launch of its own.
     """
     if isinstance(gate_up_proj, Stored):
-        tile = beside_codes(target, "gate_up", tile)
+        tile = beside_codes(target, "gate_up", gate_up_proj.format.name, tile)
     if isinstance(gate_up_proj, Stored) and graft_gate_up_proj is not None:
         rows, rest = (hidden_states, sorted_pairs, top_k), (target, tile, activation, save_preactivations, activate)
         activations, _, preactivations, _ = gate_up_fwd(*rows, gate_up_proj, None, schedule, *rest)

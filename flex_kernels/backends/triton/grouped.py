@@ -337,7 +337,7 @@ def grouped_rows(
 
     Beside codes the graft, which is dense, has a launch of its own."""
     if isinstance(weights, Stored):
-        tile = beside_codes(target, "down" if inner_last else "d_hidden", tile)
+        tile = beside_codes(target, "down" if inner_last else "d_hidden", weights.format.name, tile)
     if isinstance(weights, Stored) and graft_rows is not None:
         out_size = weights.shape[1 if inner_last else 2]
         out = rows.new_empty(schedule.num_rows + schedule.num_tokens, out_size)

@@ -63,18 +63,24 @@ _TILES_32_BIT = ((32, 16, 4, 2, 2),) * 4
 _TILES_UNALIGNED = ((32, 32, 4, 2, 2),) * 4
 
 
-# Codes are dequantised in registers, beside the accumulators: of those a thread has at most so many. More spilled
-# (Triton 3.7, `make aot`); a chip or product that is not here has room for the tiles of the table.
-_BESIDE_CODES: dict[str, dict[str, int]] = {
-    "sm80": {"gate_up": 64, "down": 32, "d_hidden": 32, "d_preactivations": 16},
-    "sm90": {"d_preactivations": 64},
-    "sm100": {"gate_up": 32, "d_preactivations": 16},
+# Codes are dequantised in registers, beside the accumulators: of those a thread has at most so many, for a chip, a
+# product and a format. More spilled (Triton 3.7, `make aot`); where nothing is said, the table's tiles fit.
+_BESIDE_CODES: dict[tuple[str, str, str], int] = {
+    ("sm80", "gate_up", "int8"): 64,
+    ("sm80", "gate_up", "nf4"): 64,
+    ("sm80", "d_hidden", "nf4"): 32,
+    ("sm80", "d_preactivations", "int8"): 16,
+    ("sm80", "d_preactivations", "nf4"): 16,
+    ("sm90", "d_preactivations", "int8"): 64,
+    ("sm90", "d_preactivations", "nf4"): 64,
+    ("sm100", "gate_up", "nf4"): 32,
+    ("sm100", "d_preactivations", "nf4"): 16,
 }
 
 
-def beside_codes(target: Target, kernel: str, tile: Tile) -> Tile:
+def beside_codes(target: Target, kernel: str, format: str, tile: Tile) -> Tile:
     """The tile, as narrow as this product of codes needs it."""
-    most, columns = _BESIDE_CODES.get(target.chip, {}).get(kernel), 2 if kernel == "gate_up" else 1
+    most, columns = _BESIDE_CODES.get((target.chip, kernel, format)), 2 if kernel == "gate_up" else 1
     while most and tile.block_n > 32 and columns * tile.block_m * tile.block_n > most * 32 * tile.num_warps:
         tile = replace(tile, block_n=tile.block_n // 2)
     return tile
