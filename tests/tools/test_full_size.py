@@ -1,4 +1,4 @@
-"""`make full-size` at real widths, with one layer, eight experts and a small vocabulary, whose head is most of it."""
+"""`make full-size` from the making of its base to the last line, at small widths: at real ones it takes minutes."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,21 @@ def changed(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
     monkeypatch.setattr(full_size, "base_config", base_config)
 
 
-@pytest.mark.slow
+SMALL = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
 def test_one_layer_of_eight_experts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed(monkeypatch, vocab_size=600)
+    changed(monkeypatch, **SMALL)
     assert full_size.main(["--layers", "1", "--experts", "8", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for what in ("GB on disk, made in", "one round of two clients:", "peak memory of this process:"):
@@ -36,9 +46,7 @@ def test_one_layer_of_eight_experts(
 
 
 def test_a_base_is_made_in_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48, "num_attention_heads": 4}
-    sizes |= {"shared_expert_intermediate_size": 64, "num_key_value_heads": 4}
-    changed(monkeypatch, vocab_size=600, **sizes)
+    changed(monkeypatch, **SMALL)
     full_size.make_base(tmp_path, 2, 5, "nf4")
     about = json.loads((tmp_path / INDEX).read_text())["metadata"]["flex_experts"]
     assert (about["format"], about["source"]) == ("nf4", "random weights, seed 0")
