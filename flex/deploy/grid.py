@@ -85,19 +85,16 @@ class SiteGrid(Grid):
 
 
 def wait_for(
-    present: Callable[[], set[int]], clients: dict[int, str], seconds: float, say: Callable[[str], None], enough: int
+    present: Callable[[], set[int]], clients: dict[int, str], seconds: float, say: Callable[[str], None]
 ) -> None:
-    """Waits until every site is connected; after `seconds`, `enough` of them will do.
+    """Waits until every site is connected: what a run rests on is asked of all of them.
 
     Raises:
-        FlexError: fewer than `enough` came; names who did not.
+        FlexError: a site did not come within `seconds`; names it.
     """
     ends, before = time.monotonic() + seconds, None
     while missing := [name for node, name in clients.items() if node not in present()]:
         if time.monotonic() > ends:
-            if len(clients) - len(missing) >= enough:
-                say(f"without {', '.join(missing)}")
-                return
             raise FlexError(
                 f"{', '.join(missing)} did not connect within {seconds:g} s; expected `flex node` to run there"
             )

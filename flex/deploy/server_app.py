@@ -74,8 +74,7 @@ def serve(deployment: Deployment, grid: Grid, clients: dict[int, str], wait: flo
         for name in set(jobs) - set(left):
             teller.line(title(name))(total=1, advance=1, what="done before", ended=True)
         if left:
-            enough = 1 if getattr(config.train, "skip_failed", False) else len(clients)
-            wait_for(lambda: set(grid.get_node_ids()), clients, wait, lambda what: teller.tell(what=what), enough)
+            wait_for(lambda: set(grid.get_node_ids()), clients, wait, lambda what: teller.tell(what=what))
         for name in left:
             run_job(deployment, grid, clients, name, teller)
             collect(folder)
