@@ -93,7 +93,11 @@ def wait_for(
         FlexError: a site did not come within `seconds`; names it.
     """
     ends, before = time.monotonic() + seconds, None
-    while missing := [name for node, name in clients.items() if node not in present()]:
+    while True:
+        there = present()
+        missing = [name for node, name in clients.items() if node not in there]
+        if not missing:
+            return
         if time.monotonic() > ends:
             raise FlexError(
                 f"{', '.join(missing)} did not connect within {seconds:g} s; expected `flex node` to run there"
