@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +21,7 @@ from flex.runs.progress import Tell, job_lines
 console = Console()
 LOOK_S = 0.3
 QUIET_S = 20.0  # after this long without a word, Flower is asked whether the run still lives
+MOST_UNANSWERED = 3
 
 
 def make(
@@ -116,27 +119,41 @@ def _stop(deployment: Deployment, run_id: int) -> None:
 def _follow(deployment: Deployment, run_id: int) -> str:
     """Shows how far the run is until it ends; how it ended."""
     listener = Listener(deployment.folder / PROGRESS, run_id)
-    heard = time.monotonic()
+    looked, unanswered, gone = time.monotonic(), 0, False
     with job_lines(console) as place:
         lines: dict[str, Tell] = {}
         while True:
-            for line in listener.new():
-                heard = time.monotonic()
-                values = {key: value for key, value in line.items() if key not in ("run", "pid", "time", "job")}
-                job = line.get("job")
-                if job is None and ENDED in values:
-                    return str(values[ENDED])
-                if job is None:
-                    console.print(values["what"], markup=False, highlight=False)
-                    continue
-                if not console.is_terminal and values.get("what") and not values.get("ended"):
-                    print(f"{job}: {values['what']}", flush=True)
-                if job not in lines:
-                    lines[job] = place(job)
-                lines[job](**values)
-            if time.monotonic() - heard > QUIET_S:
-                heard = time.monotonic()
-                if not superlink.is_alive(deployment, run_id) and not listener.new():
-                    log = deployment.folder / SERVER / superlink.LOG
-                    return f"the run ended at the server without a word (was it restarted? {log})"
+            for line in (new := listener.new()):
+                if (ended := _show(line, lines, place)) is not None:
+                    return ended
+            if new:
+                looked, unanswered, gone = time.monotonic(), 0, False
+            elif gone:  # and nothing has come since: its last word would have been there before
+                log = deployment.folder / SERVER / superlink.LOG
+                return f"the run ended at the server without a word (was it restarted? {log})"
+            elif time.monotonic() - looked > QUIET_S:
+                try:
+                    gone = superlink.has_ended(deployment, run_id)
+                    unanswered = 0
+                except FlexError:  # a machine that is busy answers late: once is no proof
+                    unanswered += 1
+                    gone = unanswered >= MOST_UNANSWERED
+                looked = time.monotonic()
             time.sleep(LOOK_S)
+
+
+def _show(line: dict[str, Any], lines: dict[str, Tell], place: Callable[[str], Tell]) -> str | None:
+    """Shows one line of progress; how the run ended, where that is what it says."""
+    values = {key: value for key, value in line.items() if key not in ("run", "pid", "time", "job")}
+    job = line.get("job")
+    if job is None:
+        if ENDED in values:
+            return str(values[ENDED])
+        console.print(values["what"], markup=False, highlight=False)
+        return None
+    if not console.is_terminal and values.get("what") and not values.get("ended"):
+        print(f"{job}: {values['what']}", flush=True)
+    if job not in lines:
+        lines[job] = place(job)
+    lines[job](**values)
+    return None

@@ -123,15 +123,17 @@ def flwr(deployment: Deployment, *command: str, options: Sequence[str] = (), as_
         raise FlexError(f"`flwr {command[0]}` answered {said[-200:]!r}; expected JSON") from None
 
 
-def is_alive(deployment: Deployment, run_id: int) -> bool:
-    """Whether Flower still has this run at work; False too where the SuperLink does not answer."""
-    try:
-        check_server("127.0.0.1", deployment.port, deployment.ca)
-        told = flwr(deployment, "list", options=["--run-id", str(run_id)], as_json=True)
-    except FlexError:
-        return False
-    states = [str(run.get("status", "finished")) for run in told.get("runs", [])]
-    return bool(states) and not any(state.startswith("finished") for state in states)
+def has_ended(deployment: Deployment, run_id: int) -> bool:
+    """Whether Flower says that this run has ended.
+
+    Raises:
+        FlexError: the SuperLink does not answer.
+    """
+    check_server("127.0.0.1", deployment.port, deployment.ca)
+    told = flwr(deployment, "list", options=["--run-id", str(run_id)], as_json=True)
+    if not told.get("runs"):
+        raise FlexError(f"Flower does not know the run {run_id}: {told.get('error-message', told)}")
+    return any(str(run.get("status")).startswith("finished") for run in told["runs"])
 
 
 def stop(deployment: Deployment, run_id: int) -> None:

@@ -91,6 +91,7 @@ class Federation:
         self.folder, self.sites, self.port = folder, tuple(sites), free_port()
         self.fed, self.example = folder / "fed", folder / "example"
         self.running: dict[str, Process] = {}
+        self.started: list[Process] = []  # all of them: a name is taken over by who starts under it next
         self.flex("deploy", "example", self.example)
 
     def flex(self, *words: object, code: int = 0, seconds: float = RUN_S) -> str:
@@ -114,7 +115,8 @@ class Federation:
         )
 
     def start(self, name: str, *words: object, ready: str = "") -> Process:
-        self.running[name] = process = Process(self.folder / f"{name}-{len(self.running)}-{time.time_ns()}.log", *words)
+        self.running[name] = process = Process(self.folder / f"{name}-{len(self.started)}.log", *words)
+        self.started.append(process)
         if ready:
             until(f"{name} says {ready!r}", lambda: process.said(ready) or process.ended())
             assert process.said(ready), process.log.read_text()
@@ -153,8 +155,8 @@ class Federation:
         return next((self.package(site) / "state").glob(f"*/{job}/clients/{site}"))
 
     def end(self) -> None:
-        for name in reversed(list(self.running)):
-            self.running.pop(name).end()
+        for process in reversed(self.started):
+            process.end()
 
 
 @contextlib.contextmanager

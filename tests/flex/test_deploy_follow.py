@@ -1,0 +1,63 @@
+"""What `flex deploy run` shows of a run that another process serves, and how it knows that the run is over."""
+
+import pytest
+from test_deploy_folder import CONFIG
+
+from flex.commands import deploy
+from flex.deploy import superlink
+from flex.deploy.folder import init
+from flex.deploy.progress import DONE, ENDED, PROGRESS, Teller
+from flex.errors import FlexError
+from flex.store.events import Trained
+
+
+@pytest.fixture
+def deployment(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "LOOK_S", 0.01)
+    monkeypatch.setattr(deploy, "QUIET_S", 0.02)
+    return init(tmp_path / "fed", CONFIG, "127.0.0.1:8000", ["a"], {}, None)
+
+
+def test_a_run_is_shown_to_its_end(deployment, capsys):
+    Teller(deployment.folder / PROGRESS, 7).tell(**{ENDED: "another run's word"})
+    teller = Teller(deployment.folder / PROGRESS, 8)
+    teller.tell(what="waiting for a to connect")
+    line = teller.line("flex seed 0")
+    line(total=4, completed=0, rounds=2)
+    line(what="round 1, train: all sites answered")
+    line(events=[Trained(1, "a", 10, 2.5)])
+    line(ended=True, what="done, exact match 0.5")
+    teller.tell(**{ENDED: DONE})
+    assert deploy._follow(deployment, 8) == DONE
+    said = capsys.readouterr().out
+    assert "waiting for a to connect" in said
+    assert "flex seed 0: round 1, train: all sites answered" in said
+    assert "round 1/2, loss 2.5" in said
+    assert "done, exact match 0.5" in said
+    assert "another" not in said
+
+
+def test_a_run_that_ended_without_a_word(deployment, monkeypatch):
+    monkeypatch.setattr(superlink, "has_ended", lambda *_: True)
+    assert "ended at the server without a word" in deploy._follow(deployment, 8)
+
+
+def test_a_late_answer_is_no_end_and_a_server_that_is_gone_is(deployment, monkeypatch):
+    asked = []
+
+    def answers(*_):
+        asked.append(len(asked))
+        if len(asked) in (1, 2, 4, 5):
+            raise FlexError("no answer within 120 s")
+        if len(asked) == 7:
+            Teller(deployment.folder / PROGRESS, 8).tell(**{ENDED: "client 'a' failed"})
+        return False
+
+    monkeypatch.setattr(superlink, "has_ended", answers)
+    assert deploy._follow(deployment, 8) == "client 'a' failed"
+
+    def never(*_):
+        raise FlexError("no server")
+
+    monkeypatch.setattr(superlink, "has_ended", never)
+    assert "without a word" in deploy._follow(deployment, 9)
