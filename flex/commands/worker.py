@@ -4,6 +4,8 @@ import grp
 import os
 import pwd
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from flex.deploy.processes import Child, environment, free_port, program, until_
 from flex.deploy.shim import SOCKET, connected
 from flex.errors import FlexError, require
 
-LOOK_S = 0.3
+LOOK_S, AGAIN_S = 0.3, 2.0
 REFUSED = ("Failed to activate SuperNode", "Failed to register SuperNode")
 
 
@@ -97,28 +99,38 @@ def worker(
 
 
 def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None, wait: float) -> int:
-    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for its server."""
+    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for a server that knows it."""
     package = read_package(folder)
     host, port = split_address(package.address)
     key, socket = key or folder / KEY, (socket or default_socket(folder)).absolute()
+    ends = time.monotonic() + wait
     _check_key(key)
     wait_for_server(host, port, folder / CA, wait)
     connected(str(socket)).close()
     with until_stopped() as stopped:
-        child = Child(_supernode(package, folder, key, socket), environment((home or folder / "node").absolute()))
-        try:
-            while not stopped.wait(LOOK_S):
-                if child.ended is None:
-                    continue
-                if child.said(*REFUSED):
-                    raise FlexError(
-                        f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
-                        "expected `flex deploy server` to have registered it"
-                    )
+        env = environment((home or folder / "node").absolute())
+        while (child := _until_ended(_supernode(package, folder, key, socket), env, stopped)) is not None:
+            if not child.said(*REFUSED):
                 raise FlexError(f"the SuperNode ended with code {child.ended}; what it said is above")
-        finally:
-            child.end()
+            if time.monotonic() > ends:  # a server that has just started registers one key after another
+                raise FlexError(
+                    f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
+                    "expected `flex deploy server` to have registered it"
+                )
+            stopped.wait(AGAIN_S)
     return 0
+
+
+def _until_ended(command: list[str], env: dict[str, str], stopped: threading.Event) -> Child | None:
+    """Runs a SuperNode; the child once it has ended by itself, None where it was stopped."""
+    child = Child(command, env)
+    try:
+        while not stopped.wait(LOOK_S):
+            if child.ended is not None:
+                return child
+    finally:
+        child.end()
+    return None
 
 
 def _supernode(package: Package, folder: Path, key: Path, socket: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """What `flex deploy run` shows of a run that another process serves, and how it knows that the run is over."""
 
 import pytest
-from test_deploy_folder import CONFIG
 
 from flex.commands import deploy
+from flex.config import RunConfig
 from flex.deploy import superlink
 from flex.deploy.folder import init
 from flex.deploy.progress import DONE, ENDED, PROGRESS, Teller
@@ -15,7 +15,7 @@ from flex.store.events import Trained
 def deployment(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy, "LOOK_S", 0.01)
     monkeypatch.setattr(deploy, "QUIET_S", 0.02)
-    return init(tmp_path / "fed", CONFIG, "127.0.0.1:8000", ["a"], {}, None)
+    return init(tmp_path / "fed", RunConfig(), "127.0.0.1:8000", ["a"], {}, None)
 
 
 def test_a_run_is_shown_to_its_end(deployment, capsys):

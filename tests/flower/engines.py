@@ -38,7 +38,7 @@ def test_deployment_through_accidents_gives_the_bits_of_one_machine(embedded, tm
 
         # A key that nobody registered.
         make_node_key(tmp_path / "odd", tmp_path / "odd.pub")
-        odd = sites.node("farm", "--key", tmp_path / "odd", "--home", tmp_path / "odd-home")
+        odd = sites.node("farm", "--key", tmp_path / "odd", "--home", tmp_path / "odd-home", "--wait", 0)
         sites.running["odd"] = odd
         until("the odd key is refused", odd.ended)
         assert odd.said("does not know the key"), odd.log.read_text()
