@@ -42,6 +42,7 @@ def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, se
         for seed in (*seeds, TUNED_ON[setting]):
             write_demo_data(Path(str(data).replace("{seed}", str(seed))), seed)
         paths = [f"data.{n}={json.dumps(str(data / f'{n}.jsonl'))}" for n in ("train", "test", "general")]
+        paths += [f"anchor.text={json.dumps(str(data / 'anchor.jsonl'))}"]
         return demo_config(folder / "run", [*paths, *common])
     if base is None or dolly is None:
         raise SystemExit("dolly needs --base (a pretrained MoE) and --dolly (a folder)")

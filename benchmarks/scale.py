@@ -53,7 +53,13 @@ def measure(out: Path, clients: int, per_round: int, rounds: int, method: str) -
     own = [f"data.train={json.dumps(str(data / 'train.jsonl'))}", 'data.test=""', "data.test_fraction=0.2"]
     own += ['data.split="iid"', f"data.num_clients={clients}", "data.clients=[]", 'data.general=""', "threads=1"]
     own += [f"train.clients_per_round={per_round}", f"train.rounds={rounds}", f'train.methods=["{method}"]']
-    own += ["train.seeds=[3]", "evaluate.rouge=false", f"evaluate.clients={per_round}", "workers=1"]
+    own += [
+        "train.seeds=[3]",
+        'anchor.what="none"',
+        "evaluate.rouge=false",
+        f"evaluate.clients={per_round}",
+        "workers=1",
+    ]
     folder = out / f"{method}-{clients}"
     config = demo_config(folder, own)
     watch = Watch(folder / f"{method}-seed3" / "server")

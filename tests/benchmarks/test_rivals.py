@@ -14,6 +14,7 @@ def test_the_demo_is_configured_with_every_method(tmp_path: Path) -> None:
     assert config.train.methods == tuple(METHODS)
     assert Path(config.data.for_seed(31).train).exists()
     assert Path(config.data.for_seed(rivals.TUNED_ON["demo"]).train).exists()
+    assert Path(config.anchor.text.replace("{seed}", "31")).exists()
     with pytest.raises(SystemExit, match="dolly needs --base"):
         rivals.configure("dolly", tmp_path, None, None, (0,))
 
