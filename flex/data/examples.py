@@ -119,7 +119,7 @@ class Encoder:
             raise FlexError('the tokenizer has no chat template; expected data.template = "alpaca"')
         self.tokenizer, self.template, self.max_length, self.num_rows = tokenizer, template, max_length, num_rows
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.highest = 0  # token id so far
+        self.highest = self.longest = 0  # token id, and tokens of an example, so far
         self._check_rows([self.pad_id, tokenizer.eos_token_id])
 
     def fit(self, num_rows: int) -> None:
@@ -263,10 +263,12 @@ class Encoder:
             FlexError: see `conversation_ids`; it names the record's line.
         """
         try:
-            return self._example(record, group)
+            example = self._example(record, group)
         except FlexError as error:
             where = getattr(record, "where", "")
             raise FlexError(f"{where}: {error}") if where else error from None
+        self.longest = max(self.longest, len(example.input_ids))
+        return example
 
     def _example(self, record: Mapping[str, Any], group: str) -> Example:
         turns: list[Turn] = []

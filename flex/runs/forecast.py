@@ -162,7 +162,7 @@ def _steps(site: Site, batch: list[Example], timed: bool = True) -> tuple[int, i
 
     def step() -> None:
         optimizer = site.optimizer(1)
-        site.steps(1, [batch], optimizer, trained, Held(), Told())
+        site.steps(1, [(batch, ())], optimizer, trained, Held(), Told())
 
     with recomputed(base.model, train.gradient_checkpointing), memory_named(site):
         peak = peak_of(step, [*base.model.parameters(), *base.model.buffers()], base.device)

@@ -91,12 +91,11 @@ def load_world(config: RunConfig, seed: int, base: Base | None = None) -> World:
     base = base or load_base(config.model, tokenizer)
     unwrap(base)
     encoder.fit(rows_of(base))
-    longest = max(len(e.input_ids) for client in clients for part in client.parts().values() for e in part)
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    if positions and longest > positions:
+    if positions and encoder.longest > positions:
         notes.append(
-            f"the longest example has {longest} tokens, but the base was made for {positions}; data.max_length = "
-            f"{positions} would cut it"
+            f"the longest example has {encoder.longest} tokens, but the base was made for {positions}; "
+            f"data.max_length = {positions} would cut it"
         )
     anchor = Anchor(base, encoder, anchors, settings) if settings is not None else None
     return World(base, encoder, clients, encoded, notes, tally(records, data), tasks, anchor)

@@ -66,7 +66,7 @@ def test_the_gradients_are_the_same_to_a_millionth(world, tmp_path):
             train={"batch_size": batch_size, "accumulate": accumulate, "max_grad_norm": 1e9}
         )
         with recomputed(site.model.base.model.train(), checkpointing):
-            site.steps(1, [site.client.train], Keep(trained.values(), 0.0), trained, Held(0.0, {}, {}), Told())
+            site.steps(1, [(site.client.train, ())], Keep(trained.values(), 0.0), trained, Held(0.0, {}, {}), Told())
         return found
 
     whole = gradients(6, 1)
