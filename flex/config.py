@@ -44,6 +44,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
 LABELLED = ("pathological", "dirichlet")  # those that go by data.label_by
 # What a model is scored on (`evaluation/tasks.py`), and the setting of [evaluate] that a task needs.
 TASKS = {"test": "", "general": "", "mmlu": "mmlu", "mmlu_0": "mmlu", "gsm8k": "gsm8k", "perplexity": "text"}
+# Strategies that go by more than a middle of the clients' values, and those that a bound on an update, or a sum of them
+# alone, does not fit: SCAFFOLD has control variates beside the update, the others take the clients' tensors one by one.
+ONLY_MEAN = {"by_tokens", "flexlora"}
+UNBOUNDED = {"scaffold", "by_tokens"}
+NOT_SUMMED = {"scaffold", "by_tokens", "flexlora"}
+AGGREGATES = ("mean", "median", "trimmed-mean")
 # Settings by the names they had in format 1. There they were always written, whether the strategy used them or not.
 OLD_NAMES = {"train.strategy": "strategy.name", "train.proximal_mu": "strategy.proximal_mu"}
 
@@ -223,6 +229,8 @@ class TrainSettings:
     finetune_rounds: int = setting(0, least=0, zero="a tenth of the rounds")
     copy_mu: float = setting(0.1, least=0)  # holds a client's own copy of the LoRA to the shared one (Ditto)
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
+    skip_failed: bool = False  # go on without a client that fails, or whose reply is refused; the log says which
+    timeout: float = setting(3600.0, above=0)  # seconds to wait for the replies of clients on other machines
 
     def __post_init__(self) -> None:
         check("train", self)
@@ -248,7 +256,12 @@ class StrategySettings:
     """How the server aggregates what the clients share.
 
     A setting that is left out (None) is the strategy's own default. A method whose row in `methods.py` names a strategy
-    is aggregated by that one instead of `name`.
+    is aggregated by that one instead of `name`. The others hold for every strategy:
+
+    aggregate: the middle of the clients' values that a strategy goes by (`federation/robust.py`).
+    trim: share of the values that "trimmed-mean" takes off at each end.
+    max_update_norm: a longer update w_k - w is scaled down to it.
+    secure: the server sees the sum of the updates alone (`federation/masking.py`), and not whose is wrong.
     """
 
     name: str = setting("fedavg", choices=tuple(STRATEGIES))
@@ -258,11 +271,25 @@ class StrategySettings:
     beta_2: float | None = setting(None, least=0, below=1)
     proximal_mu: float | None = setting(None, least=0)
     ranks: tuple[int, ...] | None = setting(None, empty="the rank of every client, or of the first ones in turn")
+    aggregate: str = setting("mean", choices=AGGREGATES)
+    trim: float | None = setting(None, above=0, below=0.5)
+    max_update_norm: float = setting(0.0, least=0, zero="no bound")
+    secure: bool = False
 
     def __post_init__(self) -> None:
         check("strategy", self)
         wrong = [rank for rank in self.ranks or () if rank < 1]
         require(not wrong, f"strategy.ranks names {wrong}; expected 1 or more")
+        require(
+            self.trim is None or self.aggregate == "trimmed-mean",
+            f"strategy.trim is {self.trim}, which strategy.aggregate = {self.aggregate!r} has no use for; "
+            "expected it left out, or 'trimmed-mean'",
+        )
+        require(
+            not self.secure or self.aggregate == "mean",
+            f"strategy.secure shows the server a sum alone, of which it can take no {self.aggregate}; "
+            "expected strategy.aggregate = 'mean'",
+        )
 
     def of(self, method: str) -> tuple[str, dict[str, Any]]:
         """(name, settings that are given and that it takes) of the strategy that averages for `method`."""
@@ -377,6 +404,16 @@ class RunConfig:
             "data.validation_fraction above 0, e.g. 0.1",
         )
         names = {self.strategy.of(method)[0] for method in self.train.methods}
+        for given, setting_name, unfit in (
+            (self.strategy.secure, "secure", NOT_SUMMED),
+            (self.strategy.max_update_norm, "max_update_norm", UNBOUNDED),
+            (self.strategy.aggregate != "mean", "aggregate", ONLY_MEAN),
+        ):
+            require(
+                not given or not names & unfit,
+                f"strategy.{setting_name} is {getattr(self.strategy, setting_name)!r}, which does not hold for what "
+                f"the clients of {', '.join(sorted(names & unfit))} send; expected it left out, or another strategy",
+            )
         for key in {key for keys in STRATEGIES.values() for key in keys}:
             value, users = getattr(self.strategy, key), [name for name, keys in STRATEGIES.items() if key in keys]
             require(

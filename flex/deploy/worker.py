@@ -28,6 +28,7 @@ from flex.federation.client import Site
 from flex.federation.client_app import make_client_app
 from flex.federation.flower import Message, MessageType, RecordDict
 from flex.federation.local import FIRST_NODE_ID, InProcessGrid
+from flex.federation.masked_site import NEXT
 from flex.federation.messages import ASK, CONFIG, EVENTS
 from flex.federation.seal import digest, round_of
 from flex.federation.strategy import sample_clients
@@ -35,7 +36,7 @@ from flex.runs.workers import job_folder
 from flex.runs.world import Worlds
 
 ACCEPTED, RECORD, LOCK = "accepted.json", "record.jsonl", ".lock"
-QUERIES = ("who", "about", "start")
+QUERIES = ("who", "about", "start", *NEXT)  # the last ones of secure aggregation, whose order the site itself holds
 MOST_SCORED = 3  # different shared states that a site scores in one round: a run that is resumed may ask again
 
 

@@ -28,6 +28,7 @@ NOT_COMPARED = {
     *("output", "workers", "data.columns", "anchor.text", "train.methods", "train.seeds", "train.track"),
     *("train.rates", "train.tune_factors"),  # a job's files say its own factor
     *("evaluate.mmlu", "evaluate.gsm8k", "evaluate.text"),  # paths
+    *("train.skip_failed", "train.timeout"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
 # What a site chooses for itself: paths, and what its files call things and its machine can bear. Where the anchors lie

@@ -29,6 +29,7 @@ def save_server(
     tensors |= {f"strategy:{name}": array for name, array in strategy_state(strategy).items()}
     tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in tensors.items()}
     kept = {"kind": "server", "round": round_index, "sha256": _digest(tensors), "header": dict(header or {})}
+    kept["order"] = list(shared)  # a safetensors file has its own; sums over tensors and seals go by that of the run
     save_tensors(path, tensors, kept)
 
 
@@ -47,7 +48,8 @@ def load_server(path: Path) -> tuple[int, Arrays, Arrays, dict[str, Any]]:
     for key, tensor in tensors.items():
         part, _, name = key.partition(":")
         parts[part][name] = tensor.numpy().copy()  # the tensor is a map of the file
-    return kept["round"], parts["shared"], parts["strategy"], kept["header"]
+    shared = {name: parts["shared"][name] for name in kept.get("order", parts["shared"])}
+    return kept["round"], shared, parts["strategy"], kept["header"]
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -28,14 +28,15 @@ from flex.evaluation.tasks import TASKS
 from flex.federation.agreement import settings_digest, versions
 from flex.federation.alone import first_round_alone
 from flex.federation.anchor import Anchor, data_fingerprint
+from flex.federation.masked_site import MaskedSite
 from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.unequal import cut_to, padded_to
 from flex.federation.weighing import ANCHORS, Weighing
 from flex.graft.calibrate import Calibration
 from flex.graft.choose import choose_grafts, new_modules
-from flex.methods import METHODS, Phase
-from flex.model.adapters import PRIVATE, copies, recomputed, weigh, work_with, wrap
+from flex.methods import METHODS, SHARED_LORA, Phase
+from flex.model.adapters import PRIVATE, copies, pretrained_only, recomputed, weigh, work_with, wrap
 from flex.model.base import Base
 from flex.model.partition import (
     Partition,
@@ -45,7 +46,7 @@ from flex.model.partition import (
     partition,
     snapshot,
 )
-from flex.store.events import AFTER, BEFORE, VALIDATION, Evaluated, Event
+from flex.store.events import AFTER, BASE_ALONE, BEFORE, UPDATE_ALONE, VALIDATION, Evaluated, Event
 from flex.store.files import folder_name
 from flex.store.personal import PersonalState, PersonalStore
 
@@ -200,12 +201,18 @@ class Site:
         self.config = model.config
         own_folder = folder / "clients" / folder_name(client.client_id)
         self.store = PersonalStore(own_folder, {**model.header, "client": client.client_id})
+        self.masked = MaskedSite(own_folder, client.client_id)
 
     def about(self) -> SiteAbout:
         """What the server is told before the first round."""
         counts = self.model.parts.counts()
         trained = {role: counts[role] for role in ("shared", "personal")}
         return replace(about(self.model.base, self.client, self.config, self.model.anchor), trained_parameters=trained)
+
+    def hides(self, round_index: int) -> bool:
+        """Whether its update of this round leaves under a mask alone."""
+        first_alone = first_round_alone(self.model.method, self.config.train)
+        return self.config.strategy.secure and (first_alone is None or round_index < first_alone)
 
     def train(self, round_index: int, shared: Arrays, kept: int | None = None) -> TurnReport:
         """Local steps from the shared state of the round's start.
@@ -280,7 +287,31 @@ class Site:
         events: list[Event] = [choice for choice in own.choices if choice.round >= round_index - 1]
         if self.config.scores_after(round_index):
             events += self.evaluate(round_index, None, BEFORE)
+        if round_index == train.rounds and model.method.averages and update and "test" in self.config.evaluate.tasks:
+            events += self.given_away(round_index)
         return TurnReport(update, metrics, events)
+
+    def given_away(self, round_index: int) -> list[Event]:
+        """What the update that stands in the model knows alone: the base with it, and the base without it, asked the
+        client's own held-out prompts. Nothing private takes part."""
+        model, settings = self.model, replace(self.config.evaluate, rouge=False)
+        kept, sent = snapshot(model.own), {id(p) for p in model.parts.shared.values()}
+        modules = [module for private in PRIVATE.values() for module in private.modules(model.base)]
+        shared = [module for module in modules if any(id(p) in sent for p in module.parameters())]
+        load_into(model.own, model.start, "the start")  # what cannot be taken out adds nothing
+        work_with(model.base, (SHARED_LORA,) if model.method.lora else ())
+        if model.method.weighed:
+            weigh(model.base, 0.0)
+        found: list[Event] = []
+        for when, with_update in ((BASE_ALONE, False), (UPDATE_ALONE, True)):
+            with pretrained_only(model.base, with_update, shared if with_update else ()) as asked:
+                scores = score(asked, model.encoder, self.client.test, settings)
+            found.append(Evaluated(round_index, self.client_id, when, "test", **scores))
+        load_into(model.own, kept, "what was there")
+        work_with(model.base, model.method.loras)
+        if model.method.weighed:
+            weigh(model.base, 0.5)
+        return found
 
     def evaluate(
         self, round_index: int, shared: Arrays | None, when: str = AFTER, splits: Collection[str] = SCORED

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
-from flex.errors import FlexError, first_line
+from flex.errors import FlexError, first_line, require
 from flex.federation.client import Site
 from flex.federation.flower import (
+    Array,
     ArrayRecord,
     ClientApp,
     ConfigRecord,
@@ -21,6 +23,8 @@ from flex.federation.flower import (
     Mod,
     RecordDict,
 )
+from flex.federation.masked_site import NEXT
+from flex.federation.masking import LARGEST, MASK, MASKED, UPDATE_NORM, clipped, largest
 from flex.federation.messages import (
     ABOUT,
     ARRAYS,
@@ -66,11 +70,22 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
             reply.content[ABOUT] = json_record(asdict(site_of(message, context).about()))
         elif question == "start":
             reply.content[ARRAYS] = to_record(site_of(message, context).model.shared_arrays())
+        elif question in NEXT:
+            masked, asked = site_of(message, context).masked, message.content.config_records.get(MASK, {})
+            record, numbers = masked.answer(round_of(message.content), str(question), asked)
+            reply.content[MASK] = record
+            if numbers:
+                reply.content[MASKED] = ArrayRecord({name: Array(array) for name, array in numbers.items()})
         return reply
 
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         site, shared = site_of(message, context), carried_arrays(message.content)
+        asked = message.content.config_records.get(MASK)
+        require(
+            asked is not None or not shared or not site.hides(round_of(message.content)),
+            f"client {site.client_id!r} was asked for its update without a mask; expected one, as strategy.secure says",
+        )
         with memory_named(site):
             turn = site.train(round_of(message.content), shared, message.content[CONFIG].get(KEPT_ROUND))
         numbers = {
@@ -81,7 +96,10 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
             "tokens": turn.metrics["tokens"],
             "opening": turn.metrics["opening"] or [],
         }
-        return _reply(message, numbers, turn.events, update_records(turn.update, shared))
+        if asked is None:
+            return _reply(message, numbers, turn.events, update_records(turn.update, shared))
+        record, told = masked_update(site, round_of(message.content), asked, turn.update, shared)
+        return _reply(message, numbers | told, turn.events, {MASK: record})
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -107,6 +125,17 @@ def update_records(update: Arrays, sent: Arrays) -> dict[str, ArrayRecord | Conf
     control = {name: array for name, array in update.items() if name.startswith(CONTROL_PREFIX)}
     records = {ARRAYS: to_record({name: array for name, array in update.items() if name not in control})}
     return {**records, CONTROL: to_control(control)} if control else records
+
+
+def masked_update(
+    site: Site, round_index: int, asked: ConfigRecord, update: Arrays, shared: Arrays
+) -> tuple[ConfigRecord, dict[str, float]]:
+    """(the site's public keys, what it tells of its update in the clear); the change itself stays at the site."""
+    change, norm = clipped(update, shared, site.config.strategy.max_update_norm, f"client {site.client_id!r}")
+    weight = len(site.client.train) / float(asked["weight"]) if "weight" in asked else 1.0
+    require(weight <= 1, f"client {site.client_id!r} counts {weight:.4g} times the largest; expected at most once")
+    change = {name: np.asarray(weight * array, dtype=np.float32) for name, array in change.items()}
+    return site.masked.begin(round_index, asked, change), {UPDATE_NORM: norm, LARGEST: largest(change)}
 
 
 @contextmanager

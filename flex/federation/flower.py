@@ -1,13 +1,15 @@
 """The one door to Flower: what must stand before its import, the names this project uses, and its private parts.
 
 Flower (flwr) reads its settings when it is imported, and its import raises deprecation warnings that are not ours
-(typer and click), so every file takes Flower's names from here. Two things have no public form. They are below, each in
-a function that says so when a release moves them; `tests/test_engine.py` runs both.
+(typer and click), so every file takes Flower's names from here. Three things have no public form. They are below, each
+in a function that says so when a release moves them; the tests run all of them.
 """
 
+import importlib
 import os
 import warnings
 from importlib.metadata import version
+from types import SimpleNamespace
 
 # Read by flwr at import. `setdefault`: somebody who wants the telemetry or the update check can still ask for it.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -53,6 +55,7 @@ __all__ = [
     "Strategy",
     "become_server",
     "empty_run",
+    "secagg",
 ]
 
 SERVER_NODE_ID = 1  # what Flower's own server calls itself
@@ -82,6 +85,31 @@ def empty_run(run_id: int):
         return Run.create_empty(run_id)
     except (ImportError, AttributeError, TypeError) as error:
         raise _moved("Run.create_empty (flwr.supercore.run)") from error
+
+
+def secagg() -> SimpleNamespace:
+    """Flower's SecAgg+ (keys, shares of them, what unmasks): its client functions, which have no public form, the
+    names of their records, and `combine_shares` of the server's side."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            client = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
+            shamir = importlib.import_module("flwr.common.secure_aggregation.crypto.shamir")
+        return SimpleNamespace(
+            State=client.SecAggPlusState,
+            Key=client.Key,
+            setup=client._setup,
+            share_keys=client._share_keys,
+            collect=client._collect_masked_vectors,
+            unmask=client._unmask,
+            no_tensors=client.Parameters([], "numpy.ndarray"),
+            pair_key=lambda private, public: client.generate_shared_key(
+                client.bytes_to_private_key(private), client.bytes_to_public_key(public)
+            ),
+            combine_shares=shamir.combine_shares,
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise _moved("SecAgg+ (flwr.client.mod.secure_aggregation.secaggplus_mod)") from error
 
 
 def _moved(part: str) -> RuntimeError:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flex.errors import FlexError
-from flex.store.events import Evaluated, Event, Grafted, from_json
+from flex.store.events import Evaluated, Event, Grafted, check_types, from_json
 
 if TYPE_CHECKING:  # Flower itself only where a record is made: a client's turn needs none
     from flex.federation.flower import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -115,11 +115,14 @@ def _json_of(reply: Message, record: str, sender: str) -> Any:
         raise FlexError(f"{sender} sent no readable {record!r} record; expected JSON") from None
 
 
-def events_of(reply: Message, client_id: str) -> list[Event]:
+def events_of(reply: Message, client_id: str, round_index: int | None = None) -> list[Event]:
     """What a reply says for the log, as said of `client_id` whatever name it gives; nothing where it says nothing.
 
+    Args:
+        round_index: of which scores must be; None: of any.
+
     Raises:
-        FlexError: it is no JSON, or no event that a client may tell.
+        FlexError: it is no JSON, no event that a client may tell, or one whose values are not what such an event has.
     """
     if EVENTS not in reply.content.config_records:
         return []
@@ -129,6 +132,10 @@ def events_of(reply: Message, client_id: str) -> list[Event]:
     events = [from_json(value) for value in values] if well_formed else [None]
     if not all(isinstance(event, TOLD) for event in events):
         raise FlexError(f"{sender} sent events that are no scores and no grafts; expected these alone")
+    for event in events:
+        check_types(event, sender)
+        if round_index is not None and isinstance(event, Evaluated) and event.round != round_index:
+            raise FlexError(f"{sender} sent scores of round {event.round} in round {round_index}")
     return [replace(event, client_id=client_id, method=None, seed=None) for event in events]
 
 
@@ -149,8 +156,8 @@ def about_of(reply: Message, client_id: str) -> SiteAbout:
 def size_of(reply: Message, sender: str) -> float:
     """The weight of a reply in a mean: its number of examples."""
     size = metrics_of(reply, sender).get(NUM_EXAMPLES)
-    if not isinstance(size, int | float) or not 0 < size < math.inf:
-        raise FlexError(f"{sender} reported {NUM_EXAMPLES} {size!r}; expected a number above 0")
+    if not isinstance(size, int | float) or not 1 <= size < math.inf:
+        raise FlexError(f"{sender} reported {NUM_EXAMPLES} {size!r}; expected a number from 1 on")
     return size
 
 
@@ -206,7 +213,7 @@ def update_of(reply: Message, sent: ArrayRecord, sender: str, record: str = ARRA
     return same_tensors(records[record], sent, sender)
 
 
-def same_tensors(came: ArrayRecord, sent: ArrayRecord, sender: str) -> dict[str, Array]:
+def same_tensors(came: ArrayRecord, sent: ArrayRecord, sender: str, dtype: str = "float32") -> dict[str, Array]:
     """`came` in the order of `sent`; FlexError where its names, shapes or dtypes are others."""
     if missing := [name for name in sent if name not in came]:
         raise FlexError(f"{sender} did not send {missing[0]!r}; expected every tensor that the server sent out")
@@ -218,8 +225,8 @@ def same_tensors(came: ArrayRecord, sent: ArrayRecord, sender: str) -> dict[str,
                 f"{sender} sent {name!r} with shape {tuple(came[name].shape)}; expected {tuple(wanted.shape)}, as the "
                 "server sent it (all clients must have the same model and LoRA rank)"
             )
-        if came[name].dtype != "float32":
-            raise FlexError(f"{sender} sent {name!r} as {came[name].dtype}; expected float32")
+        if came[name].dtype != dtype:
+            raise FlexError(f"{sender} sent {name!r} as {came[name].dtype}; expected {dtype}")
     return {name: came[name] for name in sent}
 
 

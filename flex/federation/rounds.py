@@ -7,12 +7,14 @@ the report need of a round comes back in its replies (`RoundReport`).
 A client's own state is kept in its personal file, not in Flower's `Context.state`, which does not survive the process.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from flex.errors import FlexError
+from flex.federation.exchange import ClientFailed as ClientFailed
+from flex.federation.exchange import Exchange, Turn
 from flex.federation.flower import ConfigRecord, Context, Grid, Message, MessageType, RecordDict, Strategy
+from flex.federation.guard import Guard
 from flex.federation.messages import (
     ASK,
     CLIENT_INDEX,
@@ -22,40 +24,13 @@ from flex.federation.messages import (
     Arrays,
     SiteAbout,
     about_of,
-    events_of,
-    metrics_of,
-    sent_tensors,
     to_arrays,
     to_record,
 )
-from flex.federation.seal import check_seal
-from flex.store.events import VALIDATION, Event
+from flex.federation.secure import SecureRound
+from flex.store.events import VALIDATION, LeftOut, Secured
 
 Config = Mapping[str, bool | int | float | str]
-
-
-class ClientFailed(RuntimeError):
-    """A client raised or did not answer. The sentence names it; what it raised in this process is the cause."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One client's part in an exchange: the numbers and events it reported, and the tensors that travelled, with their
-    `name`, `shape`, `dtype` and `bytes`, down to the client and up from it."""
-
-    client_id: str
-    metrics: dict[str, Any]
-    events: list[Event]
-    down: list[dict[str, Any]]
-    up: list[dict[str, Any]]
-
-    @property
-    def bytes_down(self) -> int:
-        return sum(tensor["bytes"] for tensor in self.down)
-
-    @property
-    def bytes_up(self) -> int:
-        return sum(tensor["bytes"] for tensor in self.up)
 
 
 @dataclass(frozen=True)
@@ -65,7 +40,13 @@ class RoundReport:
     round_index: int
     train: list[Turn]
     evaluate: list[Turn] = field(default_factory=list)  # empty where the round has no evaluation
-    failed: dict[str, str] = field(default_factory=dict)  # client id -> what it said; only with `skip_failed`
+    left_out: list[LeftOut] = field(default_factory=list)  # only with `skip_failed`
+    secured: Secured | None = None  # of a round under masks
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """client id -> why it was left out."""
+        return {event.client_id: event.reason for event in self.left_out}
 
 
 def run_rounds(
@@ -82,6 +63,8 @@ def run_rounds(
     on_round: Callable[[int, Arrays, RoundReport], bool | None] | None = None,
     skip_failed: bool = False,
     timeout: float | None = None,
+    guard: Guard | None = None,
+    secure: SecureRound | None = None,
 ) -> Arrays:
     """Rounds `start_round` to `num_rounds` of federated training.
 
@@ -95,24 +78,33 @@ def run_rounds(
         validate: every round ends with the clients' scores on their validation parts.
         on_round: called with (round, shared state after it, report) when all of a round is done: the place for a
             checkpoint. If it returns True, that was the last round.
-        skip_failed: go on without a client that failed, as long as one has trained. By default the run stops.
+        skip_failed: go on without a client that failed, or whose reply is refused, as long as one has trained. By
+            default the run stops.
         timeout: seconds to wait for the replies of a round; not for `InProcessGrid`.
+        guard: what is required of a reply, whatever the strategy; by default what `guard.py` always requires.
+        secure: trains under masks (`masking.py`), with a `MaskedGuard`; the strategy gets one reply, the mean.
 
     Returns:
         the shared state after the last round.
 
     Raises:
-        ClientFailed, or FlexError where that is what the client raised: names the client, round and reason.
+        ClientFailed, or FlexError where that is what the client raised, or where its reply is refused: names the
+            client, round and reason.
     """
     inner(strategy).clients = clients = clients_of(grid, timeout)
+    guard = guard or Guard()
     for round_index in range(start_round, num_rounds + 1):
-        exchange = _Exchange(grid, clients, round_index, skip_failed, timeout)
+        exchange = Exchange(grid, clients, round_index, skip_failed, timeout)
         evaluating = _evaluates(round_index, num_rounds, evaluate_every)
 
         own = train_config(round_index) if callable(train_config) else train_config
         config = ConfigRecord({**(own or {}), "evaluate": evaluating})
         messages = strategy.configure_train(round_index, to_record(shared), config, grid)
-        replies, train = exchange(messages)
+        secured = None
+        if secure and round_index < secure.first_alone:
+            replies, train, secured = secure(exchange, list(messages), guard)
+        else:
+            replies, train = exchange(messages, guard)
 
         average, _ = strategy.aggregate_train(round_index, replies)
         shared = shared if average is None else to_arrays(average)
@@ -124,18 +116,26 @@ def run_rounds(
             messages = strategy.configure_evaluate(round_index, to_record(shared), config, grid)
             _, evaluate = exchange(messages)
 
-        if on_round and on_round(round_index, shared, RoundReport(round_index, train, evaluate, exchange.failed)):
+        guard.remember({turn.client_id: turn.update for turn in train if turn.update}, round_index)
+        report = RoundReport(round_index, train, evaluate, exchange.left_out, secured)
+        if on_round and on_round(round_index, shared, report):
             break
     return shared
 
 
 def evaluate_all(
-    strategy: Strategy, grid: Grid, shared: Arrays, round_index: int, timeout: float | None = None
-) -> list[Turn]:
+    strategy: Strategy,
+    grid: Grid,
+    shared: Arrays,
+    round_index: int,
+    skip_failed: bool = False,
+    timeout: float | None = None,
+) -> RoundReport:
     """Every client's scores with this shared state, outside of any round of training."""
     inner(strategy).clients = clients = clients_of(grid, timeout)
     messages = strategy.configure_evaluate(round_index, to_record(shared), ConfigRecord({}), grid)
-    return _Exchange(grid, clients, round_index, False, timeout)(messages)[1]
+    exchange = Exchange(grid, clients, round_index, skip_failed, timeout)
+    return RoundReport(round_index, [], exchange(messages)[1], exchange.left_out)
 
 
 def inner(strategy: Strategy) -> Strategy:
@@ -149,63 +149,6 @@ def _evaluates(round_index: int, num_rounds: int, every: int | None) -> bool:
     if every is None:
         return False
     return round_index == num_rounds or (every > 0 and round_index % every == 0)
-
-
-class _Exchange:
-    """Sends the messages of a round and takes the replies in: errors become exceptions, or are kept by client."""
-
-    def __init__(self, grid: Grid, clients: dict[int, str], round_index: int, skip_failed: bool, timeout: float | None):
-        self.grid, self.clients, self.round_index = grid, clients, round_index
-        self.skip_failed, self.timeout = skip_failed, timeout
-        self.failed: dict[str, str] = {}
-
-    def __call__(self, messages: Iterable[Message]) -> tuple[list[Message], list[Turn]]:
-        """The replies that are no errors, and the turns they tell of, both in client order."""
-        pending = {message.metadata.dst_node_id: message for message in messages}
-        answered: dict[int, tuple[Message, Turn]] = {}
-        for reply in _replies(self.grid, list(pending.values()), self.timeout):
-            node = self._sender(reply, pending)
-            message = pending.pop(node)
-            if reply.has_error():
-                cause = getattr(self.grid, "raised", {}).pop(node, None)
-                self._fail(node, message.metadata.message_type, reply.error.reason or "no reason given", cause)
-            else:
-                name = self._name(node)
-                check_seal(message, reply, f"client {name!r}")
-                down, up = sent_tensors(message.content), sent_tensors(reply.content)
-                answered[node] = (
-                    reply,
-                    Turn(name, metrics_of(reply, f"client {name!r}"), events_of(reply, name), down, up),
-                )
-        for node, message in pending.items():
-            self._fail(node, message.metadata.message_type, f"no reply within {self.timeout} s")
-        if not answered and self.failed:
-            said = "; ".join(f"{name}: {reason}" for name, reason in self.failed.items())
-            raise ClientFailed(f"every client failed in round {self.round_index}: {said}")
-        in_order = [answered[node] for node in sorted(answered, key=list(self.clients).index)]
-        return [reply for reply, _ in in_order], [turn for _, turn in in_order]
-
-    def _name(self, node: int) -> str:
-        return self.clients.get(node, f"node {node}")
-
-    def _sender(self, reply: Message, pending: dict[int, Message]) -> int:
-        """The node that answers; the reply for a node that died comes from the server, and only names the message."""
-        if reply.metadata.src_node_id in pending:
-            return reply.metadata.src_node_id
-        ids = {message.metadata.message_id: node for node, message in pending.items()}
-        return ids[reply.metadata.reply_to_message_id]
-
-    def _fail(self, node: int, doing: str, reason: str, cause: Exception | None = None) -> None:
-        self.failed[self._name(node)] = reason
-        if not self.skip_failed:
-            kind = FlexError if isinstance(cause, FlexError) else ClientFailed
-            raise kind(f"client {self._name(node)!r} failed in round {self.round_index} ({doing}): {reason}") from cause
-
-
-def _replies(grid: Grid, messages: list[Message], timeout: float | None) -> Iterable[Message]:
-    """One by one as they come, where the grid can do that."""
-    stream = getattr(grid, "stream", None)
-    return stream(messages) if stream else grid.send_and_receive(messages, timeout=timeout)
 
 
 def clients_of(grid: Grid, timeout: float | None = None) -> dict[int, str]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from flex.config import PROXIMAL_MU, STRATEGIES, StrategySettings
+from flex.config import PROXIMAL_MU, STRATEGIES, RunConfig, StrategySettings
 from flex.errors import FlexError
 from flex.federation.flower import (
     Array,
@@ -60,6 +60,7 @@ from flex.federation.messages import (
     update_of,
     weighted_mean,
 )
+from flex.federation.robust import FEWEST, TRIM, center, middle
 from flex.federation.scaffold import CONTROL_PREFIX
 from flex.federation.unequal import averaged_product, cut_to_rank, pairs
 
@@ -80,16 +81,20 @@ class FedAvg(FlowerFedAvg):
         clients_per_round: how many train in a round; 0: all.
         clients_evaluated: how many are evaluated, the same ones every time; 0: all.
         num_clients: how many there are at all.
+        aggregate, trim: the middle of the clients' values that it goes by, see `robust.py`.
         moments: the server's own tensors, `<kind>/<name of the shared tensor>`; with the round they are all its state.
         moment_kinds: the kinds that this strategy keeps.
+        weigh_by_size: whether clients count by their numbers of examples, or all alike.
     """
 
     moment_kinds: frozenset[str] = frozenset()
+    weigh_by_size = True
 
     def __init__(self, **flower_settings):
         super().__init__(**flower_settings)
         self.clients: dict[int, str] = {}
         self.clients_per_round = self.num_clients = self.clients_evaluated = 0
+        self.aggregate, self.trim = "mean", TRIM
         self.moments: Arrays = {}
         self.sent = ArrayRecord()
 
@@ -144,7 +149,7 @@ class FedAvg(FlowerFedAvg):
 
     def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
         """The next shared state; the one method in which the strategies differ."""
-        return weighted_mean(updates, sizes)
+        return center(updates, sizes, self.aggregate, self.trim)
 
     def _update(self, reply: Message) -> dict[str, Array]:
         return update_of(reply, self.sent, self._name(reply), self.arrayrecord_key)
@@ -220,9 +225,13 @@ class Scaffold(FedAvg):
 
     def combine(self, updates: Sequence[Mapping[str, Array]], sizes: Sequence[float]) -> Arrays:
         for name in self.control:
-            change = sum(update[name].numpy() for update in updates)
+            changes = [update[name].numpy() for update in updates]
+            if self.aggregate == "mean":
+                change = sum(changes)
+            else:
+                change = len(changes) * middle(np.stack(changes), self.aggregate, self.trim)
             self.moments[name] = np.asarray(self.moments[name] + change / self.num_clients, dtype=np.float32)
-        return weighted_mean([{name: update[name] for name in self.sent} for update in updates], sizes)
+        return super().combine([{name: update[name] for name in self.sent} for update in updates], sizes)
 
 
 class ServerOptimizer(FedAvg):
@@ -236,7 +245,11 @@ class ServerOptimizer(FedAvg):
         arrays = {}
         for name, array in self.sent.items():
             w = array.numpy()
-            d = sum(weight * (update[name].numpy() - w) for update, weight in zip(updates, weights, strict=True))
+            changes = [update[name].numpy() - w for update in updates]
+            if self.aggregate == "mean":
+                d = sum(weight * change for change, weight in zip(changes, weights, strict=True))
+            else:
+                d = middle(np.stack(changes), self.aggregate, self.trim)
             arrays[name] = w + self.step(name, d)
         return arrays
 
@@ -391,19 +404,29 @@ CLASSES: dict[str, type[FedAvg]] = {
 }
 
 
-def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **settings: Any) -> FedAvg:
+def make_strategy(
+    name: str,
+    num_clients: int,
+    *,
+    clients_per_round: int = 0,
+    aggregate: str = "mean",
+    trim: float | None = None,
+    **settings: Any,
+) -> FedAvg:
     """The strategy `name`, a Flower `Strategy` for `run_rounds`.
 
     Args:
         name: one of `config.STRATEGIES`.
         num_clients: all clients of the run (SCAFFOLD's N).
         clients_per_round: how many of them train in a round; 0: all.
+        aggregate, trim: the middle of the clients' values that it goes by, see `robust.py`.
         settings: of this strategy, see `config.STRATEGIES`.
 
     Raises:
         FlexError: no such strategy or setting, or a value outside its range.
     """
-    StrategySettings(name=name, **{key: value for key, value in settings.items() if key in SETTINGS})
+    known = {key: value for key, value in settings.items() if key in SETTINGS}
+    StrategySettings(name=name, aggregate=aggregate, trim=trim, **known)
     for key in settings:
         if key not in STRATEGIES[name]:
             raise FlexError(f"{name} has no setting {key!r}; expected {', '.join(STRATEGIES[name]) or 'none'}")
@@ -413,9 +436,35 @@ def make_strategy(name: str, num_clients: int, *, clients_per_round: int = 0, **
         raise FlexError(
             f"clients_per_round is {clients_per_round}; expected 0 (all) to {num_clients}, the clients there are"
         )
+    sampled = clients_per_round or num_clients
+    if aggregate != "mean" and sampled < FEWEST:
+        raise FlexError(
+            f"strategy.aggregate is {aggregate!r} with {sampled} clients a round; expected {FEWEST} or more, so that "
+            "one can be outvoted, or 'mean'"
+        )
     strategy = CLASSES[name](**settings)
     strategy.num_clients, strategy.clients_per_round = num_clients, clients_per_round
+    strategy.aggregate, strategy.trim = aggregate, trim or TRIM
     return strategy
+
+
+def configured_strategy(config: RunConfig, method: str, num_clients: int) -> FedAvg:
+    """The strategy that averages for `method` in a run of `num_clients`; raises as `make_strategy`."""
+    name, settings = config.strategy.of(method)
+    sampled = config.train.clients_per_round or num_clients
+    if config.strategy.secure and sampled < FEWEST:
+        raise FlexError(
+            f"strategy.secure hides one client among {sampled} a round; expected {FEWEST} or more: with two, each "
+            "knows the other's update from the sum and its own"
+        )
+    return make_strategy(
+        name,
+        num_clients,
+        clients_per_round=config.train.clients_per_round,
+        aggregate=config.strategy.aggregate,
+        trim=config.strategy.trim,
+        **settings,
+    )
 
 
 def strategy_state(strategy: FedAvg) -> Arrays:

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import ClassVar, Protocol
 
 import peft
@@ -356,16 +356,16 @@ def unwrap(base: Base) -> None:
 
 
 @contextlib.contextmanager
-def pretrained_only(base: Base, keep_lora: bool = False) -> Iterator[nn.Module]:
+def pretrained_only(base: Base, keep_lora: bool = False, keep: Collection[nn.Module] = ()) -> Iterator[nn.Module]:
     """The model as it was pretrained: whatever `wrap` put on it is out of the way inside the block, and nothing trains.
 
-    `keep_lora`: the LoRA stays at work, with the values it has.
+    `keep_lora`: the LoRA stays at work, with the values it has; so do the modules in `keep`.
     """
     added = [
         (layer, private.attribute, module)
         for layer in base.layers.values()
         for private in PRIVATE.values()
-        if private.attribute and (module := getattr(layer, private.attribute, None)) is not None
+        if private.attribute and (module := getattr(layer, private.attribute, None)) is not None and module not in keep
     ]
     training, trained = base.model.training, [p for p in base.model.parameters() if p.requires_grad]
     off = base.adapter is not None and not keep_lora

@@ -22,7 +22,16 @@ from flex.evaluation.measures import KINDS, Kind
 from flex.evaluation.paired import Pair
 from flex.methods import AVERAGED, MAIN, METHODS, GraftSettings, Method
 from flex.store import events
-from flex.store.events import AFTER, BEFORE, METRICS, Event, Grafted, RunStarted
+from flex.store.events import (
+    AFTER,
+    BASE_ALONE,
+    BEFORE,
+    METRICS,
+    UPDATE_ALONE,
+    Event,
+    Grafted,
+    RunStarted,
+)
 
 # A chosen expert with less than this part of an even share (1/E) of the routing weight is one the client hardly uses.
 LITTLE_USED_SHARE = 0.25
@@ -82,6 +91,9 @@ class JobLog:
     trains: dict[tuple[int, str], events.Trained] = field(default_factory=dict)  # round, client
     grafts: dict[tuple[str, int], Grafted] = field(default_factory=dict)  # client, layer
     sent: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # direction -> tensors
+    left_out: dict[tuple[int, str, str], events.LeftOut] = field(default_factory=dict)  # round, client, doing
+    secured: dict[int, events.Secured] = field(default_factory=dict)  # round
+    limited: dict[tuple[int, str, str], events.Limited] = field(default_factory=dict)  # round, client, what
 
     def add(self, event: Event) -> None:
         match event:
@@ -98,6 +110,12 @@ class JobLog:
                 self.trains[event.round, event.client_id] = event
             case Grafted():
                 self.grafts[event.client_id, event.layer] = event
+            case events.LeftOut():
+                self.left_out[event.round, event.client_id, event.doing] = event
+            case events.Limited():
+                self.limited[event.round, event.client_id, event.what] = event
+            case events.Secured():
+                self.secured[event.round] = event
             case events.Sent():
                 self.sent[event.direction] = event.tensors
 
@@ -125,7 +143,7 @@ class JobLog:
     def scores(self, when: str) -> dict[Measure, dict[str, tuple[float, int]]]:
         """{measure: {client: (value, number of examples)}} of the last round, for every measure that occurs."""
         whens = {key[2] for key in self.evaluations}
-        if not declared(self.method).averages and len(whens) == 1:
+        if not declared(self.method).averages and len(whens) == 1 and when in (AFTER, BEFORE):
             when = next(iter(whens))  # before and after aggregation are the same weights
         scores: dict[Measure, dict[str, tuple[float, int]]] = {}
         for (round_index, client, event_when, split), event in sorted(self.evaluations.items()):
@@ -184,8 +202,13 @@ class Row:
 
     @cached_property
     def scores(self) -> dict[str, dict[Measure, Stat]]:
-        """{AFTER or BEFORE aggregation: {measure: over the counted seeds}}."""
-        return {when: _over_seeds(self.counted, when) for when in (AFTER, BEFORE)}
+        """{what was scored (`Evaluated.when`): {measure: over the counted seeds}}."""
+        return {when: _over_seeds(self.counted, when) for when in (AFTER, BEFORE, UPDATE_ALONE, BASE_ALONE)}
+
+    @cached_property
+    def by_client(self) -> list[dict[Measure, dict[str, tuple[float, int]]]]:
+        """After aggregation, every client's (value, number of examples), job by job."""
+        return [job.scores(AFTER) for job in self.counted]
 
     def pairs(self, measure: Measure, when: str = AFTER) -> dict[Pair, float]:
         """Every score by (seed, client)."""

@@ -21,7 +21,17 @@ from flex.methods import AVERAGED, MAIN, METHODS
 from flex.report import figures, numbers
 from flex.report.findings import differences, findings, format_p
 from flex.report.numbers import JobLog, Measure, Row
-from flex.store.events import AFTER, BEFORE, Event, Grafted, RunStarted, Truncated
+from flex.store.events import (
+    BASE_ALONE,
+    BEFORE,
+    UPDATE_ALONE,
+    Event,
+    Grafted,
+    RunStarted,
+    Secured,
+    Trained,
+    Truncated,
+)
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "report.css"
@@ -142,6 +152,11 @@ def page(run: Run) -> str:
         arrays=_arrays(run),
         byte_groups=_byte_groups(run),
         truncated=_truncated(run),
+        updates=_updates(run),
+        alone=_alone(run),
+        secured=[(job, _over_masked(list(job.secured.values()))) for job in run.jobs if job.secured],
+        excluded=[(job, event) for job in run.jobs for _, event in sorted(job.left_out.items())],
+        limited=[(job, event) for job in run.jobs for _, event in sorted(job.limited.items())],
     )
 
 
@@ -162,7 +177,7 @@ def heading(measure: Measure) -> str:
 
 def client_mean(row: Row, measure: Measure, client: str) -> float | None:
     """One client's score after aggregation, mean over seeds."""
-    by_seed = [job.scores(AFTER).get(measure, {}) for job in row.counted]
+    by_seed = [scores.get(measure, {}) for scores in row.by_client]
     values = [by_client[client][0] for by_client in by_seed if client in by_client]
     return statistics.fmean(values) if values else None
 
@@ -370,6 +385,58 @@ def _openings(run: Run) -> list[Panel]:
         svg = figures.openness_panel(sorted(series[method]), lines, min(1.0, highest * 1.25) or 1.0, alt)
         panels.append(Panel(Markup(svg), label))
     return panels
+
+
+def _alone(run: Run) -> dict[str, Any] | None:
+    """What a client's update knows without what is private, between the base and the client itself."""
+    rows = [row for row in run.summary if row.scores[UPDATE_ALONE]]
+    if not rows:
+        return None
+    asked = [m for m in numbers.measures(rows, UPDATE_ALONE) if m.split == "test" and m.kind.is_share]
+    lines = [(None, "the base as it came", rows[0].scores[BASE_ALONE])]
+    for row in rows:
+        lines += [(row, "update alone", row.scores[UPDATE_ALONE]), (row, "the client itself", row.before)]
+    return {"measures": asked, "lines": lines}
+
+
+def _updates(run: Run) -> list[dict[str, Any]]:
+    """The lengths of the clients' updates, method by method and seed by seed: over the rounds, and every round."""
+    found = []
+    for job in run.jobs:
+        by_client: dict[str, list[Trained]] = {}
+        for _, event in sorted(job.trains.items()):
+            if event.update_norm is not None:
+                by_client.setdefault(event.client_id, []).append(event)
+        if by_client:
+            clients = [client for client in run.clients if client in by_client]
+            found.append(
+                {
+                    "title": _title(run, job),
+                    "rounds": sorted({event.round for events in by_client.values() for event in events}),
+                    "clients": {client: _over_rounds(by_client[client]) for client in clients},
+                    "events": {(e.round, client): e for client, events in by_client.items() for e in events},
+                }
+            )
+    return found
+
+
+def _over_masked(rounds: list[Secured]) -> dict[str, Any]:
+    errors = [event.error for event in rounds if event.error is not None]
+    seconds = [event.seconds for event in rounds if event.seconds is not None]
+    return {
+        "rounds": len(rounds),
+        "sites": f"{min(event.sites for event in rounds)} to {max(event.sites for event in rounds)}",
+        "dropped": sum(len(event.dropped) for event in rounds),
+        "error": max(errors, default=None),
+        "seconds": statistics.fmean(seconds) if seconds else None,
+    }
+
+
+def _over_rounds(events: list[Trained]) -> dict[str, float | None]:
+    norms = [event.update_norm for event in events]
+    cosines = [event.update_cosine for event in events if event.update_cosine is not None]
+    cosine = statistics.median(cosines) if cosines else None
+    return {"median": statistics.median(norms), "low": min(norms), "high": max(norms), "cosine": cosine}
 
 
 def _total_bytes(row: Row) -> float:

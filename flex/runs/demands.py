@@ -6,7 +6,7 @@ Methods come one after another, hours apart: what the last one lacks is said bef
 from flex.config import RunConfig
 from flex.data.clients import read_clients, read_general
 from flex.errors import require
-from flex.federation.strategy import make_strategy
+from flex.federation.strategy import configured_strategy
 from flex.graft.choose import check as check_grafts
 from flex.methods import METHODS
 from flex.model.adapters import recomputed, unwrap, wrap
@@ -58,8 +58,7 @@ def check_methods(config: RunConfig, world: World) -> None:
     seen = set()
     for name in config.train.methods:
         method = METHODS[name]
-        strategy, settings = config.strategy.of(name)
-        make_strategy(strategy, len(world.clients), clients_per_round=config.train.clients_per_round, **settings)
+        configured_strategy(config, name, len(world.clients))
         if method.start is not None:
             check_grafts(world.base, config.graft.of(method))
         if (method.lora, method.private, method.start) not in seen:

@@ -8,8 +8,9 @@ JOB/clients/<folder_name(client_id)>/   that client's personal files, for nobody
 writes into the log, comes in replies.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from flex.federation.agreement import check_sites
 from flex.federation.alone import EndsAlone, first_round_alone
 from flex.federation.checkpoint import load_server, save_server
 from flex.federation.flower import Grid, Strategy
+from flex.federation.guard import Guard
 from flex.federation.messages import KEPT_ROUND, NUM_EXAMPLES, Arrays, SiteAbout
 from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, evaluate_all, inner, run_rounds
-from flex.federation.strategy import load_strategy_state, make_strategy
+from flex.federation.secure import MaskedGuard, SecureRound
+from flex.federation.strategy import configured_strategy, load_strategy_state
 from flex.methods import METHODS
 from flex.runs.history import Best, best_of, extension, reopened, without_scores
 from flex.runs.progress import Bar
@@ -36,6 +39,7 @@ from flex.store.events import (
     EventLog,
     Grafted,
     JobStarted,
+    Limited,
     Sent,
     Trained,
     read_events,
@@ -43,6 +47,8 @@ from flex.store.events import (
 )
 from flex.store.files import check_header, round_file, rounds_in
 from flex.store.personal import KEPT_ROUNDS
+
+TOLD = ("loss", "seconds", "tokens", "opening")  # what the log needs of every turn, beside its number of examples
 
 
 class Job:
@@ -68,9 +74,9 @@ class Job:
         self.config, self.method, self.folder, self.grid, self.bar = config, METHODS[method], folder, grid, bar
         self.log = EventLog(folder / METRICS, method, seed)
         self.server = folder / "server"
-        self.strategy_name, self.strategy_settings = config.strategy.of(method)
         self.admit = admit
-        self.header = {"method": method, "seed": seed, "strategy": self.strategy_name}
+        self.secure = config.strategy.secure and self.method.averages
+        self.header = {"method": method, "seed": seed, "strategy": config.strategy.of(method)[0]}
         if method in config.train.rates:
             self.header["rate"] = config.train.rates[method]
         self.best = Best()
@@ -93,9 +99,7 @@ class Job:
         self.header |= {**self.admit(sites), "clients": {site.client_id: site.data for site in sites}}
         per_round = (train.clients_per_round or len(sites)) * train.steps
         total = train.rounds * per_round if self.method.trains else 1
-        strategy = make_strategy(
-            self.strategy_name, len(sites), clients_per_round=train.clients_per_round, **self.strategy_settings
-        )
+        strategy = configured_strategy(self.config, self.log.method, len(sites))
         strategy.clients_evaluated = self.config.evaluate.clients
         factor = train.rates.get(self.log.method, 1.0)
         started_event = JobStarted(
@@ -122,12 +126,21 @@ class Job:
                 evaluate_every=self.config.evaluate.every,
                 validate=self.keeps_best,
                 on_round=lambda index, arrays, report: self._keep(index, arrays, strategy, report),
+                skip_failed=train.skip_failed,
+                timeout=train.timeout,
+                guard=(MaskedGuard if self.secure else Guard)(
+                    self.config.strategy.max_update_norm,
+                    {site.client_id: site.num_train for site in sites},
+                    TOLD,
+                    self.seen,
+                ),
+                secure=SecureRound(strategy.weigh_by_size, first_alone or math.inf) if self.secure else None,
             )
             if self.keeps_best:
                 self._score_kept(strategy)
         else:
-            for turn in evaluate_all(strategy, self.grid, shared, 0):
-                self._write(turn.events)
+            report = evaluate_all(strategy, self.grid, shared, 0, train.skip_failed, train.timeout)
+            self._write(round_events(0, report))
             self.bar.step()
         seconds = time.perf_counter() - started
         last = self.last_round if self.method.trains else train.rounds
@@ -141,6 +154,7 @@ class Job:
         if not rounds:
             self.log.path.unlink(missing_ok=True)
             self.known: set[tuple] = set()
+            self.seen: dict[str, dict[str, int]] = {}
             self._write([started])
             return ask_start(self.grid), 0
         path = round_file(self.server, rounds[-1])
@@ -150,6 +164,7 @@ class Job:
         events = reopened(self.log.rewind(done))
         write_events(self.log.path, events)
         self.known = {_place(event) for event in events if isinstance(event, Grafted)}
+        self.seen = _seen(events)
         if (extended := extension(events, done, started)) is not None:
             self._write([extended])
             events.append(extended)
@@ -195,8 +210,9 @@ class Job:
         if not set(self.clients) <= {event.client_id for event in there}:
             write_events(self.log.path, without_scores(events, kept))
             shared = load_server(round_file(self.server, kept))[1]
-            there = [event for turn in evaluate_all(strategy, self.grid, shared, kept) for event in turn.events]
-            self._write(there)
+            train = self.config.train
+            report = evaluate_all(strategy, self.grid, shared, kept, train.skip_failed, train.timeout)
+            self._write(there := round_events(kept, report))
         self.exact = {e.client_id: e.exact_match for e in there if isinstance(e, Evaluated) and e.split == "test"}
 
     def _write(self, events: list[Event]) -> None:
@@ -231,15 +247,46 @@ def round_events(round_index: int, report: RoundReport) -> list[Event]:
             seconds=turn.metrics["seconds"],
             bytes_down=turn.bytes_down,
             bytes_up=turn.bytes_up,
+            **_measured(turn),
         )
         for turn in report.train
     ]
-    return [*(event for turn in (*report.train, *report.evaluate) for event in turn.events), *trained]
+    told = [event for turn in (*report.train, *report.evaluate) for event in turn.events]
+    secured = [report.secured] if report.secured else []
+    return [*told, *trained, *report.left_out, *_limits(round_index, report.train), *secured]
+
+
+def _measured(turn: Turn) -> dict[str, Any]:
+    """Of an update; of a method that shares nothing there is none."""
+    if turn.update is None or not turn.up:
+        return {}
+    update = turn.update
+    return {"update_norm": update.norm, "update_cosine": update.cosine, "sha256": update.sha256}
+
+
+def _limits(round_index: int, turns: list[Turn]) -> Iterator[Limited]:
+    for turn in turns:
+        if (update := turn.update) is None:
+            continue
+        if update.scale < 1:
+            kept = update.scale * update.norm
+            yield Limited(round_index, turn.client_id, "update norm", update.norm, kept)
+        if update.reported is not None:
+            yield Limited(round_index, turn.client_id, "examples", update.reported, turn.metrics[NUM_EXAMPLES])
 
 
 def is_done(folder: Path) -> bool:
     """Whether the job in `folder` was once finished."""
     return any(isinstance(event, Done) for event in read_events(folder / METRICS))
+
+
+def _seen(events: list[Event]) -> dict[str, dict[str, int]]:
+    """By client, {sha256 of an update: its round}, of the rounds that a log has."""
+    seen: dict[str, dict[str, int]] = {}
+    for event in events:
+        if isinstance(event, Trained) and event.sha256:
+            seen.setdefault(event.client_id, {})[event.sha256] = event.round
+    return seen
 
 
 def _place(event: Grafted) -> tuple[Any, ...]:

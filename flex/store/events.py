@@ -6,7 +6,10 @@ aside when a file is read, and keys that a file lacks take their defaults, so th
 
 import dataclasses
 import json
+import math
 import os
+import types
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +21,7 @@ METRICS = "metrics.jsonl"
 FORMAT = 2  # of the log; a log without a number is of format 1, which has the same events
 AFTER, BEFORE = "after_aggregation", "before_aggregation"
 VALIDATION = "validation"  # the split that the kept round is chosen by
+UPDATE_ALONE, BASE_ALONE = "update_alone", "base_alone"  # on the client's own prompts, nothing private in the model
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,11 @@ class Grafted(Event):
 
 @dataclass(frozen=True)
 class Trained(Event):
-    """A client's turn: `loss` is the mean over its local steps, `opening` the mean of each layer's gate or None."""
+    """A client's turn: `loss` is the mean over its local steps, `opening` the mean of each layer's gate or None.
+
+    update_norm, update_cosine: the length of what it sent less what it was sent, before any bound, and its cosine with
+    the sum of the other clients'. sha256: of the tensors that it sent, the first 16 hexadecimal digits.
+    """
 
     event: ClassVar[str] = "train"
     round: int
@@ -143,12 +151,59 @@ class Trained(Event):
     seconds: float | None = None
     bytes_down: int | None = None
     bytes_up: int | None = None
+    update_norm: float | None = None
+    update_cosine: float | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut(Event):
+    """A client had no part in a round's `doing` ("train" or "evaluate"): it failed, or what it sent was refused."""
+
+    event: ClassVar[str] = "left_out"
+    round: int
+    client_id: str
+    doing: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Limited(Event):
+    """Of what a client sent less was taken: its `what` ("update norm" or "examples") `came`, and was cut to `kept`."""
+
+    event: ClassVar[str] = "limited"
+    round: int
+    client_id: str
+    what: str
+    came: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Secured(Event):
+    """A round whose updates were summed under masks: of how many sites, and who dropped out after its turn.
+
+    range: the largest number under the masks. error: what rounding to levels can have done to the mean change at most,
+    in shares of its length. seconds: of the whole exchange, the turns with it.
+    """
+
+    event: ClassVar[str] = "secured"
+    round: int
+    sites: int
+    dropped: list[str] = field(default_factory=list)
+    range: float | None = None
+    error: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """A client's scores on a `split` (a task of `evaluation/tasks.py`), `when` before or after aggregation; `groups`:
-    what of them was scored by group; `details`: what a reader must know of the task, by name."""
+    """A client's scores on a `split` (a task of `evaluation/tasks.py`); `groups`: what of them was scored by group;
+    `details`: what a reader must know of the task, by name.
+
+    when: before or after aggregation; or, of the last round, what whoever holds base and update can ask of them: the
+    base with this client's update and nothing private (`UPDATE_ALONE`), and the base as it came (`BASE_ALONE`).
+    """
 
     event: ClassVar[str] = "evaluate"
     round: int
@@ -183,7 +238,21 @@ class Done(Event):
 
 
 KINDS: dict[str, type[Event]] = {
-    kind.event: kind for kind in (RunStarted, Truncated, JobStarted, Extended, Sent, Grafted, Trained, Evaluated, Done)
+    kind.event: kind
+    for kind in (
+        RunStarted,
+        Truncated,
+        JobStarted,
+        Extended,
+        Sent,
+        Grafted,
+        Trained,
+        LeftOut,
+        Limited,
+        Secured,
+        Evaluated,
+        Done,
+    )
 }
 
 
@@ -204,6 +273,34 @@ def from_json(values: Mapping[str, Any]) -> Event | None:
     if getattr(event, "format", FORMAT) > FORMAT:
         raise FlexError(f"this log has format {event.format}; this version reads formats 1 to {FORMAT}")
     return event
+
+
+def check_types(event: Event, sender: str) -> None:
+    """Raises FlexError where a value is of another type than its field, or a score is not finite: what a client tells
+    is read by the report, which counts on both."""
+    for name, kind in typing.get_type_hints(type(event)).items():
+        value = getattr(event, name)
+        if typing.get_origin(kind) is not ClassVar and not _is(value, kind):
+            raise FlexError(f"{sender} sent an event {event.event!r} whose {name} is {value!r:.80}; expected {kind}")
+        bounded = isinstance(event, Evaluated) and name != "perplexity"
+        if bounded and isinstance(value, float) and not math.isfinite(value):
+            raise FlexError(f"{sender} sent an event {event.event!r} whose {name} is {value}; expected a finite number")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value, as JSON gives it, is of an annotated type; an int is a float too."""
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, one) for one in typing.get_args(kind))
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
 
 
 class EventLog:

@@ -10,6 +10,7 @@ from tiny import read_log, tiny_config
 from flex.errors import FlexError
 from flex.federation import local
 from flex.federation.flower import Message, MessageType, MetricRecord, RecordDict
+from flex.federation.guard import Guard
 from flex.federation.messages import EVENTS, about_of, events_of, json_record, metrics_of, sent_tensors
 from flex.federation.rounds import RoundReport, Turn
 from flex.runs.job import round_events, sent_events
@@ -45,8 +46,10 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
                 sites.append(about_of(reply, client))
             continue
         content = (sent_tensors(message.content), sent_tensors(reply.content))
-        turn = Turn(client, metrics_of(reply), events_of(reply, client), *content)
-        turns.setdefault((int(message.content["config"]["server-round"]), kind), []).append(turn)
+        at = int(message.content["config"]["server-round"])
+        update = Guard().admit(message, reply, client, at) if kind == MessageType.TRAIN else None
+        turn = Turn(client, metrics_of(reply), events_of(reply, client), *content, update)
+        turns.setdefault((at, kind), []).append(turn)
 
     data = next(event["data"] for event in written if event["event"] == "run")
     digests = {"0": {site.client_id: site.data for site in sites}}
