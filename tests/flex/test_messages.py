@@ -55,7 +55,9 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
     digests = {"0": {site.client_id: site.data for site in sites}}
     again = [event.to_json() for event in run_events(config, sites, data, "", {}, digests)]
     log = EventLog(tmp_path / "again.jsonl", "flex", 0)
-    log.write(JobStarted(2, len(sites), sites[0].trained_parameters, clients=[site.client_id for site in sites]))
+    names = [site.client_id for site in sites]
+    rates = {name: getattr(config.train, name) for name in ("learning_rate", "graft_learning_rate")}
+    log.write(JobStarted(2, len(sites), sites[0].trained_parameters, clients=names, learning_rates=rates))
     known = set()
     for index in (1, 2):
         report = RoundReport(index, turns[index, MessageType.TRAIN], turns[index, MessageType.EVALUATE])
