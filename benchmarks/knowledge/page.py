@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.knowledge.cells import CELLS, CHOOSING, DEFAULT, TEST
 from benchmarks.knowledge.jobs import log_of
-from benchmarks.study.page import Pair, format_p, paired, seed_means, sign_flip
+from benchmarks.study.page import format_p, paired, seed_means
 from flex.demo.data import OWN_CONVENTIONS, SHARED_SKILL, TAUGHT_OTHERWISE, UNTOUCHED
+from flex.evaluation.paired import Pair, sign_flip
 from flex.methods import METHODS
 from flex.store.events import AFTER, Done, Evaluated, read_events
 
