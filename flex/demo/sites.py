@@ -38,6 +38,7 @@ def write_sites(folder: Path, sites: Sequence[str] = SITES, methods: Sequence[st
         ]
         overrides += [f"data.clients={json.dumps(list(sites))}", f"train.methods={json.dumps(list(methods))}"]
         overrides += [f"train.seeds=[{SEED}]", f"train.rounds={ROUNDS}", "threads=1", "workers=1"]
+        overrides += ['anchor.what="none"', 'anchor.text=""']  # one more file at every site, for nothing that is shown
         (folder / "flex.toml").write_text(config_text(demo_config(folder / "run", overrides)))
     except OSError as error:
         raise FlexError(f"cannot write the example to {folder}: {error}") from None

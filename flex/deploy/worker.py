@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from flex.config import RunConfig, config_text, parse_config
+from flex.data.examples import ClientData
 from flex.deploy.door import LOOK_S, Question
 from flex.deploy.job import JOB, JobName, job_of
 from flex.deploy.package import Package
@@ -65,7 +66,7 @@ class Worker:
         self._grid: InProcessGrid | None = None
 
     @property
-    def client(self):
+    def client(self) -> ClientData:
         """The site's examples, of the first seed."""
         return self.world.clients[0]
 
