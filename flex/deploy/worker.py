@@ -149,7 +149,7 @@ class Worker:
     @property
     def _may_miss(self) -> bool:
         """Whether the run goes on without a site that failed."""
-        return getattr(self.config.train, "skip_failed", False)
+        return self.config.train.skip_failed
 
     def _turn(self, name: JobName, kind: str, content: RecordDict) -> RecordDict:
         """The same ClientApp as on one machine answers, on this site's own model, data and files."""
