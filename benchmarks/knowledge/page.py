@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.knowledge.cells import CELLS, CHOOSING, DEFAULT, TEST
+from benchmarks.knowledge.cells import CELLS, CHOOSING, DEFAULT, DEMO, TEST
 from benchmarks.knowledge.jobs import log_of
 from benchmarks.study.page import format_p, paired, seed_means
 from flex.demo.data import OWN_CONVENTIONS, SHARED_SKILL, TAUGHT_OTHERWISE, UNTOUCHED
@@ -115,9 +115,10 @@ def rivals(scores: Scores) -> list[str]:
             leads = [lead(scores[DEFAULT][column], scores[name][column]) for column in COMPARED]
             texts = [format_lead(scores[DEFAULT][column], scores[name][column]) for column in COMPARED]
             reached = all(gain > 0 and p < GOAL_P and ahead >= GOAL_AHEAD for gain, p, ahead, _ in leads)
-            row = [METHODS[cell.method].label, str(leads[0][3]), *texts, "reached" if reached else "not reached"]
+            verdict = "reached" if reached else "not reached" if leads[0][3] >= len(TEST) else "too few seeds"
+            row = [METHODS[cell.method].label, str(leads[0][3]), *texts, verdict]
             lines.append(f"| {' | '.join(row)} |")
-    return [*lines, ""]
+    return [*lines, ""] if len(lines) > 2 else []
 
 
 def goals(scores: Scores) -> list[str]:
@@ -165,17 +166,21 @@ def write_page(out: Path) -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     rows = json.loads(RESULTS.read_text())
-    judged, chosen = scores_of(rows, TEST), scores_of(rows, CHOOSING)
+    judged, chosen, demo = (scores_of(rows, seeds) for seeds in (TEST, CHOOSING, DEMO))
     lines = [BEGIN, ""]
     if {DEFAULT, "flex", "base"} <= judged.keys():
         lines += [f"### The default, {CELLS[DEFAULT].title}, on seeds that served no choice", "", *goals(judged)]
-        lines += rivals(judged)
     titles = {}
-    for scores, seeds, what in ((judged, TEST, "judged on"), (chosen, CHOOSING, "chosen on")):
+    for scores, seeds, what in (
+        (judged, TEST, "judged on"),
+        (chosen, CHOOSING, "chosen on"),
+        (demo, DEMO, "the demo's"),
+    ):
         if scores:
             title = f"{what} seeds {seeds[0]} to {seeds[-1]}"
             titles[title] = scores
             lines += [f"### Every figure, {title}", "", *all_scores(scores)]
+            lines += rivals(scores) if DEFAULT in scores else []
     lines += ["### The front", "", f"![own conventions over untouched skills]({PICTURE})", ""]
     picture(titles, PAGE.parent / PICTURE)
     text = PAGE.read_text()

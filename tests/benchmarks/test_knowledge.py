@@ -70,10 +70,20 @@ def test_the_page_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "keeps 96.0 % of the base's untouched skills (goal: 95 %): reached" in text
     assert "own conventions -0.5 against no anchor (p = 0.002, 5 seeds; goal: within 1 point): reached" in text
     assert "| FedAvg | 5 | +37.0, p = 0.002, 5 of 5 | +46.0, p = 0.002, 5 of 5 | reached |" in text
+    assert "| FLEx over | seeds |" in text
     assert "| FLEx, no anchor | 5 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 75.0 ± 0.0 | 75.0 |  |" in text
     assert "| FLEx, no anchor | 1 | 25.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |  |" in text
     assert (tmp_path / page.PICTURE).exists()
     assert len(json.loads(page.RESULTS.read_text())) == 2 * 21
+
+
+def test_two_seeds_are_no_verdict() -> None:
+    scores: page.Scores = {}
+    for name, own in ((DEFAULT, 60.0), (DEFAULT.replace("flex", "fedavg", 1), 10.0)):
+        scores[name] = {column: {(seed, c): own for seed in (3, 4) for c in "ab"} for column in page.COLUMNS}
+    assert (
+        page.rivals(scores)[2] == "| FedAvg | 2 | +50.0, p = 0.125, 2 of 2 | +50.0, p = 0.125, 2 of 2 | too few seeds |"
+    )
 
 
 def test_a_job_that_is_not_finished_is_not_counted(tmp_path: Path) -> None:
