@@ -14,9 +14,11 @@ def test_controls_keep_their_criterion_and_the_size_of_flex():
     drawn = settings.of(METHODS["flex-random"])
     assert (drawn.criterion, drawn.graft_width(24), drawn.gate, drawn.target) == ("random", 24, "router", "output")
     merged = GraftSettings(criterion="scaled_subset", experts=2)
-    grafted = [m for m, method in METHODS.items() if method.private == "graft"]
-    assert [merged.of(METHODS[m]).graft_width(24) for m in grafted] == [48, 24, 48, 48]
-    assert [GraftSettings().of(METHODS[m]).graft_width(24) for m in grafted] == [24, 24, 24, 24]
+    widths = {m: merged.of(method).graft_width(24) for m, method in METHODS.items() if method.private == "graft"}
+    assert widths.pop("flex-paper") == 24  # whole experts, one by the paper
+    assert set(widths) >= {"flex", "flex-random", "flex-fresh", "fedrep", "shared-graft"}
+    assert set(widths.values()) == {48}
+    assert [GraftSettings().of(METHODS[m]).graft_width(24) for m in widths] == [24] * len(widths)
 
 
 @pytest.mark.parametrize(
