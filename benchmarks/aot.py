@@ -390,7 +390,7 @@ def main() -> int:
     columns = "{kernel:26} {target:7} {dtype:5} {registers:>5} {spills:>6} {shared_bytes:>7} {matrix_instructions:>5}"
     columns += " {hgmma:>5} {hgmma_waits:>5} {tma:>4} {async_copies:>5} {resident:>4} {per_processor:>4} {compile_s:>5}"
     columns += "  {options}"
-    heads = ("kernel", "target", "dtype", "options", "regs", "spills", "shared", "mma")
+    heads = ("kernel", "target", "dtype", "options", "regs", "spills", "in loop", "shared", "mma")
     heads += ("hgmma", "waits", "tma", "async", "fit", "of", "s")
     print(columns.format(**dict(zip((field.name for field in dataclasses.fields(Compiled)), heads, strict=True))))
     for row in compiled:

@@ -75,8 +75,6 @@ DEPTH_FACTOR = 4
 class ByHand(GraftedByHand):
     """On the very parameters of flex's graft, so that flex's client trains them; cast in each forward, as flex does."""
 
-    last_opening = torch.zeros(())  # what flex's client asks of every graft
-
     def __init__(self, experts: nn.Module, graft: flex_kernels.Graft) -> None:
         super().__init__(experts, graft)
         for name, parameter in graft.named_parameters():
@@ -85,6 +83,10 @@ class ByHand(GraftedByHand):
     @property
     def graft(self) -> nn.Module:
         return self
+
+    def mean_opening(self, tokens: int | None = None) -> Tensor:
+        """What flex's client asks of every graft; here nobody notes it."""
+        return torch.zeros((), device=self.logit_bias.device)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         cast = {name: p.to(hidden_states.dtype) for name, p in self.named_parameters(recurse=False)}
@@ -238,7 +240,7 @@ def step_of(made: Sites) -> Callable[[], None]:
     """One step of the first client, on the same batch each time it is called."""
     site = made[0]
     batch = site.client.train[: site.config.train.batch_size]
-    return partial(site.steps, 1, [batch], site.optimizer(1), site.model.parts.trained(), Held(), Told())
+    return partial(site.steps, 1, [(batch, ())], site.optimizer(1), site.model.parts.trained(), Held(), Told())
 
 
 def measure_step(session: Session, made: Sites, key: Key) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from flex.config import STRATEGIES, AnchorSettings, RunConfig
 from flex.errors import FlexError
 from flex.federation.messages import SiteAbout
-from flex.federation.strategy import make_strategy
 
 # Where a machine has its base and data: said by each site, never sent to one.
 PATHS = {
@@ -38,6 +37,8 @@ SITE_OWN = {*PATHS, "data.columns", "anchor.text", "threads", "train.gradient_ch
 
 def comparable(config: RunConfig) -> dict[str, Any]:
     """Every setting that decides a job's numbers, flat. Base and data are compared by fingerprint."""
+    from flex.federation.strategy import make_strategy  # not above: a client trains where Flower is not installed
+
     # A setting that is left out is its default, and that of its strategy.
     config = dataclasses.replace(config, anchor=config.anchors or AnchorSettings())
     name = config.strategy.name

@@ -82,9 +82,11 @@ print(first, len(found))
 def test_faults_are_found() -> None:
     script = """
 from benchmarks import aot
-good = aot.Compiled("_grouped_rows_kernel", "sm90", "bf16", "", 128, 0, 1000, 8, 8, 2, 4, 0, 2, 2, 0.1)
+good = aot.Compiled("_grouped_rows_kernel", "sm90", "bf16", "", 128, 0, 0, 1000, 8, 8, 2, 4, 0, 2, 2, 0.1)
 bad = {"spills": 2, "hgmma": 0, "hgmma_waits": 9, "shared_bytes": 1 << 20}
 print(good.faults(), aot.dataclasses.replace(good, **bad).faults())
+spilling = aot.dataclasses.replace(good, spills=2)
+print(spilling.faults(), spilling.faults(outside_the_loop=False))
 print([aot.CHIPS["sm90"].resident(*of) for of in ((128, 0, 8), (129, 0, 8), (168, 113 << 10, 4), (168, 114 << 10, 4))])
 print([aot.CHIPS["gfx942"].resident(*of) for of in ((128, 0, 8), (100, 48 << 10, 4))])
 """
@@ -92,4 +94,4 @@ print([aot.CHIPS["gfx942"].resident(*of) for of in ((128, 0, 8), (100, 48 << 10,
     assert result.stdout.startswith("[] ["), result.stderr
     for fault in ("2 spills", "no HGMMA", "shared memory", "waits for the one before"):
         assert fault in result.stdout
-    assert result.stdout.splitlines()[1:] == ["[2, 1, 2, 1]", "[2, 1]"]
+    assert result.stdout.splitlines()[1:] == ["['2 spills'] []", "[2, 1, 2, 1]", "[2, 1]"]

@@ -60,7 +60,7 @@ def test_scores_want_the_data_and_the_base_of_the_run(tmp_path, capsys):
     capsys.readouterr()
     for method in ("fedavg", "base"):
         assert main(["eval", "--run", config.output, "--method", method]) == 2
-        assert "holds a run on other data (a file has changed)" in capsys.readouterr().err
+        assert "holds a run on other data (client 'a': a file has changed)" in capsys.readouterr().err
 
 
 def test_an_answer_needs_the_run_and_the_base_alone(tmp_path, capsys):
