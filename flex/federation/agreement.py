@@ -12,9 +12,10 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from flex.config import STRATEGIES, AnchorSettings, RunConfig
+from flex.config import STRATEGIES, AnchorSettings, RunConfig, TrainSettings
 from flex.errors import FlexError
 from flex.federation.messages import SiteAbout
+from flex.methods import Method
 
 # Where a machine has its base and data: said by each site, never sent to one.
 PATHS = {
@@ -60,6 +61,13 @@ def settings_digest(config: RunConfig) -> str:
     """A name for the settings that all sites of a run share."""
     shared = {key: value for key, value in comparable(config).items() if key not in SITE_OWN}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_round_alone(method: Method, train: TrainSettings) -> int | None:
+    """The first round in which nothing is averaged any more; None for a method that has no such rounds."""
+    if not method.last_phases:
+        return None
+    return train.rounds + 1 - (train.finetune_rounds or max(1, train.rounds // 10))
 
 
 @cache

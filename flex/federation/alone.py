@@ -6,16 +6,7 @@ state, which no longer changes, and send back numbers alone. A client knows thes
 
 from collections.abc import Iterable
 
-from flex.config import TrainSettings
 from flex.federation.flower import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, Strategy
-from flex.methods import Method
-
-
-def first_round_alone(method: Method, train: TrainSettings) -> int | None:
-    """The first round in which nothing is averaged any more; None for a method that has no such rounds."""
-    if not method.last_phases:
-        return None
-    return train.rounds + 1 - (train.finetune_rounds or max(1, train.rounds // 10))
 
 
 class EndsAlone(Strategy):

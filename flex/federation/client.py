@@ -12,8 +12,9 @@ import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,8 @@ from flex.errors import FlexError
 from flex.evaluation.score import Prepare, response_logits, score
 from flex.evaluation.scored import Scored
 from flex.evaluation.tasks import TASKS
-from flex.federation.agreement import settings_digest, versions
-from flex.federation.alone import first_round_alone
+from flex.federation.agreement import first_round_alone, settings_digest, versions
 from flex.federation.anchor import Anchor, data_fingerprint
-from flex.federation.masked_site import MaskedSite
 from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.unequal import cut_to, padded_to
@@ -49,6 +48,9 @@ from flex.model.partition import (
 from flex.store.events import AFTER, BASE_ALONE, BEFORE, UPDATE_ALONE, VALIDATION, Evaluated, Event
 from flex.store.files import folder_name
 from flex.store.personal import PersonalState, PersonalStore
+
+if TYPE_CHECKING:
+    from flex.federation.masked_site import MaskedSite
 
 
 def derived_seed(*parts: object) -> int:
@@ -201,7 +203,13 @@ class Site:
         self.config = model.config
         own_folder = folder / "clients" / folder_name(client.client_id)
         self.store = PersonalStore(own_folder, {**model.header, "client": client.client_id})
-        self.masked = MaskedSite(own_folder, client.client_id)
+
+    @cached_property
+    def masked(self) -> "MaskedSite":
+        """Its part in secure aggregation."""
+        from flex.federation.masked_site import MaskedSite  # not above: a client trains where Flower is not installed
+
+        return MaskedSite(self.store.folder, self.client_id)
 
     def about(self) -> SiteAbout:
         """What the server is told before the first round."""

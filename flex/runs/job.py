@@ -17,8 +17,8 @@ from typing import Any
 
 from flex.config import RunConfig
 from flex.errors import FlexError
-from flex.federation.agreement import check_sites
-from flex.federation.alone import EndsAlone, first_round_alone
+from flex.federation.agreement import check_sites, first_round_alone
+from flex.federation.alone import EndsAlone
 from flex.federation.checkpoint import load_server, save_server
 from flex.federation.flower import Grid, Strategy
 from flex.federation.guard import Guard

@@ -16,7 +16,7 @@ from toy import CLIENTS
 from flex.config import RunConfig
 from flex.errors import FlexError
 from flex.evaluation.score import response_logits
-from flex.federation.alone import first_round_alone
+from flex.federation.agreement import first_round_alone
 from flex.federation.client import JobModel, Site
 from flex.federation.local import InProcessGrid
 from flex.federation.messages import to_record
