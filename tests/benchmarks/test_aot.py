@@ -58,7 +58,8 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
         assert not row["faults"], row
         if row["kernel"] in GEMMS and row["dtype"] == "bf16":
             assert row["matrix_instructions"] > 0, row
-            assert (row["tma"] > 0) == (row["target"] in ("sm90", "sm100")), row
+            if not any(f"format={name}" in row["options"] for name in ("int8", "nf4")):  # codes are read by pointers
+                assert (row["tma"] > 0) == (row["target"] in ("sm90", "sm100")), row
         assert row["per_processor"] <= row["resident"], row
 
 
