@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.pages import write_between
 from benchmarks.study.variants import dolly_clients
 from flex.commands.train import report_on
 from flex.config import RunConfig, read_config
@@ -99,9 +100,7 @@ def section(setting: str, folder: Path) -> list[str]:
 def write_page(path: Path, out: Path) -> None:
     """Between the two marks of the page, or as a new page."""
     found = [line for name in SEEDS if (out / name / "run").exists() for line in section(name, out / name / "run")]
-    text = path.read_text() if path.exists() else f"# FLEx and its rivals\n\n{BEGIN}\n{END}\n"
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(before + "\n".join([BEGIN, "", *found]) + after)
+    write_between(path, BEGIN, END, found, new=f"# FLEx and its rivals\n\n{BEGIN}\n{END}\n")
 
 
 def main() -> None:

@@ -3,17 +3,15 @@
 Differences are paired by seed and client, with the p-value of the sign-flip test, as in `benchmarks.study.page`.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.knowledge.cells import CELLS, CHOOSING, DEFAULT, DEMO, TEST
 from benchmarks.knowledge.jobs import log_of
+from benchmarks.pages import kept_rows, plain, svg, write_between
 from benchmarks.study.page import format_p, paired, seed_means
 from flex.demo.data import OWN_CONVENTIONS, SHARED_SKILL, TAUGHT_OTHERWISE, UNTOUCHED
 from flex.evaluation.paired import Pair, sign_flip
@@ -136,13 +134,12 @@ def goals(scores: Scores) -> list[str]:
 
 def picture(scores: dict[str, Scores], path: Path) -> None:
     """Own conventions over untouched skills: one line a method and kind, one point a weight."""
-    with matplotlib.rc_context({"svg.hashsalt": "flex", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(7.2, 3.4 * len(scores)), layout="constrained")
+    with svg(path, (7.2, 3.4 * len(scores))) as figure:
         for axes, (title, own) in zip(np.atleast_1d(figure.subplots(len(scores))), scores.items(), strict=True):
             drawn = dict.fromkeys((CELLS[n].method, CELLS[n].kind) for n in own if CELLS[n].kind != "none")
-            plain = dict.fromkeys((CELLS[n].method, "none") for n in own if CELLS[n].method != "base")
-            methods = list(dict.fromkeys(method for method, _ in (*plain, *drawn)))
-            for method, kind in drawn or plain:
+            alone = dict.fromkeys((CELLS[n].method, "none") for n in own if CELLS[n].method != "base")
+            methods = list(dict.fromkeys(method for method, _ in (*alone, *drawn)))
+            for method, kind in drawn or alone:
                 names = [n for n in own if CELLS[n].method == method and CELLS[n].kind in (kind, "none")]
                 names = [n for n in names if CELLS[n].text == "mixture"]
                 names.sort(key=lambda n: CELLS[n].weight)
@@ -153,23 +150,17 @@ def picture(scores: dict[str, Scores], path: Path) -> None:
                 for n, at in zip(names, zip(x, y, strict=True), strict=True):
                     axes.annotate(f"{CELLS[n].weight:g}", at, xytext=(3, 3), textcoords="offset points", fontsize=7)
             axes.set(xlabel="untouched skills, exact match %", ylabel="own conventions, exact match %", title=title)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            plain(axes)
             axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
 
 
 def write_page(out: Path) -> None:
     """RESULTS from the jobs in `out`, if there are any, and what the page shows of it."""
-    if rows := collect(out):
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    rows = json.loads(RESULTS.read_text())
+    rows = kept_rows(RESULTS, collect(out))
     judged, chosen, demo = (scores_of(rows, seeds) for seeds in (TEST, CHOOSING, DEMO))
-    lines = [BEGIN, ""]
+    lines = []
     if {DEFAULT, "flex", "base"} <= judged.keys():
-        lines += [f"### The default, {CELLS[DEFAULT].title}, on seeds that served no choice", "", *goals(judged)]
+        lines = [f"### The default, {CELLS[DEFAULT].title}, on seeds that served no choice", "", *goals(judged)]
     titles = {}
     for scores, seeds, what in (
         (judged, TEST, "judged on"),
@@ -183,6 +174,4 @@ def write_page(out: Path) -> None:
             lines += rivals(scores) if DEFAULT in scores else []
     lines += ["### The front", "", f"![own conventions over untouched skills]({PICTURE})", ""]
     picture(titles, PAGE.parent / PICTURE)
-    text = PAGE.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(before + "\n".join(lines) + after)
+    write_between(PAGE, BEGIN, END, lines)

@@ -9,10 +9,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks.pages import kept_rows, plain, svg, write_between
 from benchmarks.study.variants import SETTINGS, VARIANTS, Setting
 from flex.evaluation.paired import Pair, sign_flip
 
@@ -133,8 +132,7 @@ def lead(setting: Setting, mine: dict[Pair, float], other: dict[Pair, float]) ->
 
 def picture(setting: Setting, scores: Scores, path: Path) -> None:
     """The score over the rounds, one line a start of the graft."""
-    with matplotlib.rc_context({"svg.hashsalt": "flex", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    with svg(path, (6.4, 3.4)) as figure:
         axes = figure.subplots()
         sign = 1 if setting.metric == "exact_match" else -1
         for number, name in enumerate(name for name in DRAWN if name in scores):
@@ -142,20 +140,14 @@ def picture(setting: Setting, scores: Scores, path: Path) -> None:
             values = [sign * np.mean(list(scores[name][at].values())) for at in rounds]
             axes.plot(rounds, values, "o-", ms=3, color=f"C{number}", label=VARIANTS[name].title)
         axes.set(xlabel="round", ylabel="exact match %" if sign > 0 else "test loss", title=setting.title)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.legend(frameon=False, fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None})
 
 
 def write_page(out: Path) -> None:
     """RESULTS from the jobs in `out`, if there are any, and what the page shows of it."""
-    if rows := collect(out):
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    rows = json.loads(RESULTS.read_text())
-    lines = [BEGIN, "", *leads(rows)]
+    rows = kept_rows(RESULTS, collect(out))
+    lines = leads(rows)
     for name, setting in SETTINGS.items():
         scores = scores_of(rows, name)
         if not scores:
@@ -169,6 +161,4 @@ def write_page(out: Path) -> None:
             "",
         ]
         lines += table(setting, scores)
-    text = PAGE.read_text()
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(before + "\n".join(lines) + after)
+    write_between(PAGE, BEGIN, END, lines)

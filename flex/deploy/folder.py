@@ -14,7 +14,6 @@ import dataclasses
 import secrets
 import shutil
 import tarfile
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,12 @@ from flex.deploy.package import (
     UNITS,
     WHEELS,
     Package,
+    read_toml,
     split_address,
     write_package,
 )
 from flex.deploy.units import server_unit, site_units
-from flex.errors import FlexError, require
+from flex.errors import require
 from flex.federation.agreement import PATHS
 from flex.store.files import SIMPLE_NAME
 
@@ -82,12 +82,7 @@ class Deployment:
 def read_deployment(folder: Path) -> Deployment:
     """Raises FlexError where `folder` is none."""
     path = folder / DEPLOY
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FlexError(f"no federation at {folder}; expected a folder that `flex deploy init` made") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FlexError(f"{path} cannot be read: {error}") from None
+    values = read_toml(path, f"no federation at {folder}; expected a folder that `flex deploy init` made")
     require(values.get("format") == FORMAT, f"{path} has format {values.get('format')!r}; this version reads {FORMAT}")
     folder = folder.absolute()
     config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / RUN))

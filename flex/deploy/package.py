@@ -12,6 +12,7 @@ wheels/       where the coordinator put some in
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flex.config import RunConfig, read_config, to_toml
 from flex.errors import FlexError, require
@@ -56,6 +57,16 @@ def write_package(package: Package, config_text: str, ca: bytes) -> None:
     (package.folder / CA).write_bytes(ca)
 
 
+def read_toml(path: Path, missing: str) -> dict[str, Any]:
+    """Raises FlexError where there is no such file (`missing` says what is missing), or it is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FlexError(missing) from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FlexError(f"{path} cannot be read: {error}") from None
+
+
 def read_package(folder: Path) -> Package:
     """The package in `folder`.
 
@@ -65,12 +76,7 @@ def read_package(folder: Path) -> Package:
     path = folder / SITE
     if folder.is_file():
         raise FlexError(f"{folder} is a file; expected the folder that `tar xf {folder}` gives")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FlexError(f"no package at {folder} (it has no {SITE}); expected what the coordinator sent") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FlexError(f"{path} cannot be read: {error}") from None
+    values = read_toml(path, f"no package at {folder} (it has no {SITE}); expected what the coordinator sent")
     number = values.pop("format", None)
     require(number == FORMAT, f"{path} has format {number!r}; this version reads format {FORMAT}")
     names = ("name", "address", "run")

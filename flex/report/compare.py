@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flex.errors import require
@@ -18,7 +17,7 @@ from flex.evaluation.paired import holm
 from flex.report import numbers
 from flex.report.findings import Difference, difference, format_p
 from flex.report.numbers import Measure, Row, read_events, summarise
-from flex.report.page import FOLDER, STYLE
+from flex.report.page import STYLE, environment
 from flex.store.events import Event, RunStarted
 
 LEFT_OUT = {"output", "workers", "threads", "format", "train.methods", "train.seeds"}  # of the settings' differences
@@ -132,25 +131,22 @@ def _of_seeds(row: Row, seeds: set[int]) -> Row:
 
 def page(runs: Sequence[Compared]) -> str:
     """The whole document: one file, no scripts, nothing fetched from anywhere."""
-    env = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = measures(runs)
     primary = numbers.primary_measure([row for run in runs for row in run.summary])
-    return env.get_template("compare.html.j2").render(
-        runs=runs,
-        style=Markup(STYLE.read_text(encoding="utf-8")),
-        measures=shown,
-        best={measure: best(runs, measure) for measure in shown},
-        settings=settings_that_differ(runs),
-        primary=primary,
-        pairs=paired_with_first(runs, primary) if primary else [],
-        format_p=format_p,
-        format_bytes=numbers.format_bytes,
+    return (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            runs=runs,
+            style=Markup(STYLE.read_text(encoding="utf-8")),
+            measures=shown,
+            best={measure: best(runs, measure) for measure in shown},
+            settings=settings_that_differ(runs),
+            primary=primary,
+            pairs=paired_with_first(runs, primary) if primary else [],
+            format_p=format_p,
+            format_bytes=numbers.format_bytes,
+        )
     )
 
 

@@ -106,15 +106,20 @@ class Panel(NamedTuple):
     remark: str = ""
 
 
-def page(run: Run) -> str:
-    """The whole document."""
-    env = Environment(
+def environment() -> Environment:
+    """How this folder's templates are read."""
+    return Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def page(run: Run) -> str:
+    """The whole document."""
+    env = environment()
     env.filters |= {"size": numbers.format_bytes, "count": numbers.format_count, "prose": _prose}
     env.filters |= {"heading": heading, "labels": lambda methods: ", ".join(run.rows[m].label for m in methods)}
     env.tests |= {"worse_than_zero": numbers.worse_than_zero, "little_used": numbers.little_used}

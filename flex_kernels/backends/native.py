@@ -63,9 +63,7 @@ def covers(stage: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
     if stage not in STAGES:
         return False
     dtypes = STAGES[stage]
-    if (dtypes is not None and not (dtype in dtypes[0] and weight_dtype in dtypes[1])) or module() is None:
-        return False
-    return weight_dtype not in CODE_DTYPES or hasattr(module().Scalar, "nf4")  # not in an extension built before
+    return (dtypes is None or (dtype in dtypes[0] and weight_dtype in dtypes[1])) and module() is not None
 
 
 def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,42 @@
+"""What the pages of the studies share: rows kept beside them, a part that is made between two marks, drawings."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def kept_rows(path: Path, collected: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was collected, kept in `path`, a row a line; what is kept there already, where nothing was collected."""
+    if collected:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[\n" + ",\n".join(json.dumps(row) for row in collected) + "\n]\n")
+    return json.loads(path.read_text())
+
+
+def write_between(path: Path, begin: str, end: str, lines: Sequence[str], new: str = "") -> None:
+    """Replaces what stands between the two marks of a page, which stay; `new` is the text of a page not yet there."""
+    text = path.read_text() if path.exists() or not new else new
+    before, after = text[: text.index(begin)], text[text.index(end) :]
+    path.write_text(before + "\n".join([begin, "", *lines]) + after)
+
+
+@contextmanager
+def svg(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """An empty figure, written to `path` afterwards; the same drawing gives the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "flex", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def plain(axes: Axes) -> None:
+    """A light grid, and no frame above and at the right."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
