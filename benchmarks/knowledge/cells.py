@@ -18,7 +18,7 @@ DEMO = (3, 4)  # those of `flex demo`; its jobs are the cells with the default a
 # A cell says all that decides its anchor, so that no default of the package decides what was measured.
 ANCHOR = {"batch_size": 4, "examples": 256, "top_k": 64, "gate_factor": 10.0}
 WEIGHTS = (0.03, 0.1, 0.3)
-RIVALS = ("fedavg", "local", "flex-private-lora", "flex-paper", "flex-random", "flex-fresh")
+RIVALS = ("fedavg", "local", "flex-private-lora", "ditto", "flex-paper", "flex-random", "flex-fresh")
 
 
 @dataclass(frozen=True)
