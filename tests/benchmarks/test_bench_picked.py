@@ -105,7 +105,8 @@ def test_nothing_picked_is_everything_usual() -> None:
 
 def test_make_hands_on_what_was_picked() -> None:
     # A make above this one (make test) would have its own options handed on, and its folders printed last.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
 
     def last_line(*given: str) -> str:
         command = ["make", "-n", "bench", *given]
