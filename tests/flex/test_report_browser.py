@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCHEMES = {"light": 1, "dark": 0}  # as Chromium's setting counts them
 PAGES = {
     "demo": DEMO,
-    "every method, wide": {"methods": tuple(METHODS), "layers": 8, "experts": 60, "seeds": (0,), "rouge": True}
-    | {"rounds": 2, "clients": tuple(f"client with a long name {i}" for i in range(8))},
+    "every method, wide": {"methods": tuple(METHODS), "layers": 4, "experts": 12, "seeds": (0,), "rouge": True}
+    | {"rounds": 2, "clients": tuple(f"client with a long name {i}" for i in range(5))},
 }
 # Whatever scrolls sideways, and whether the keyboard gets there and a screen reader says what it is.
 SCROLLING = """

@@ -62,6 +62,12 @@ def test_nobody_is_at_work_any_more_once_the_run_is_killed(tmp_path):
     assert len(workers) >= 2
     started.kill()
     started.wait(30)
-    time.sleep(1)
-    left = [stat.read_text() for pid in workers if (stat := Path(f"/proc/{pid}/stat")).exists()]
-    assert not [line for line in left if line.rpartition(") ")[2][0] != "Z"]
+
+    def at_work() -> list[str]:
+        left = [stat.read_text() for pid in workers if (stat := Path(f"/proc/{pid}/stat")).exists()]
+        return [line for line in left if line.rpartition(") ")[2][0] != "Z"]
+
+    deadline = time.monotonic() + 30
+    while at_work() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not at_work()
