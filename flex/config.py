@@ -43,7 +43,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 LABELLED = ("pathological", "dirichlet")  # those that go by data.label_by
 # What a model is scored on (`evaluation/tasks.py`), and the setting of [evaluate] that a task needs.
-TASKS = {"test": "", "general": "", "mmlu": "mmlu", "mmlu_0": "mmlu", "gsm8k": "gsm8k", "perplexity": "text"}
+TASKS = {"test": "", "general": "", "mmlu": "mmlu", "mmlu_0": "mmlu", "gsm8k": "gsm8k"}
+TASKS |= {"perplexity": "text", "cloze": "text"}
 # Strategies that go by more than a middle of the clients' values, and those that a bound on an update, or a sum of them
 # alone, does not fit: SCAFFOLD has control variates beside the update, the others take the clients' tensors one by one.
 ONLY_MEAN = {"by_tokens", "flexlora"}
@@ -365,8 +366,8 @@ class EvaluateSettings:
     )
     mmlu: str = ""  # a folder with dev/<subject>_dev.csv and test/<subject>_test.csv
     gsm8k: str = ""  # a file of questions and answers
-    text: str = ""  # a text file, for perplexity
-    questions: int = setting(0, least=0, zero="all")  # of each subject, and of gsm8k
+    text: str = ""  # a text file, for perplexity and cloze
+    questions: int = setting(0, least=0, zero="all")  # of each subject, of gsm8k, and of cloze
     prompt_length: int = setting(2048, least=16)  # tokens of a prompt with examples; never more than the model takes
 
     def __post_init__(self) -> None:

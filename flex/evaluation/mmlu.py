@@ -12,7 +12,6 @@ the model's context counts as wrong. Both are reported.
 
 import csv
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flex.config import EvaluateSettings
 from flex.errors import FlexError, require
+from flex.evaluation.likelihood import choice_likelihood, standard_error
 from flex.evaluation.scored import Scored
 
 LETTERS = "ABCD"
@@ -185,9 +183,9 @@ def score_mmlu(scored: Scored, subjects: Sequence[Subject], shots: int) -> dict[
     right = _right(scored, asked, prompts.letters[1])
     counts = Counter(a.category for a in asked)
     hits = Counter(a.category for a, hit in zip(asked, right, strict=True) if hit)
-    errors = {name: _standard_error(hits[name], count) for name, count in counts.items()}
+    errors = {name: standard_error(hits[name], count) for name, count in counts.items()}
     details = {
-        "standard_error": _standard_error(sum(right), len(right)),
+        "standard_error": standard_error(sum(right), len(right)),
         "standard_error_by_group": errors,
         "shots": shots,
         "mean_shots": sum(a.shots for a in asked) / len(asked),
@@ -197,11 +195,6 @@ def score_mmlu(scored: Scored, subjects: Sequence[Subject], shots: int) -> dict[
     groups = {name: {"num_examples": count, "accuracy": hits[name] / count} for name, count in sorted(counts.items())}
     own = {"num_examples": len(asked), "accuracy": sum(right) / len(asked), "groups": groups, "details": details}
     return own
-
-
-def _standard_error(hits: int, count: int) -> float:
-    share = hits / count
-    return math.sqrt(share * (1 - share) / count)
 
 
 def _right(scored: Scored, asked: Sequence[Asked], choices: list[list[int]]) -> list[bool]:
@@ -215,44 +208,6 @@ def _right(scored: Scored, asked: Sequence[Asked], choices: list[list[int]]) -> 
             right[i] = best == asked[i].answer
         scored.say("mmlu", start + len(indices), len(order))
     return right
-
-
-@torch.no_grad()
-def choice_likelihood(scored: Scored, prompts: Sequence[list[int]], choices: Sequence[list[int]]) -> torch.Tensor:
-    """[prompts, choices] fp32: the log-likelihood of each choice after each prompt.
-
-    Choices of one token each take one pass, in which the logits after the prompt alone are made; longer ones take a
-    pass for each choice.
-    """
-    if scored.prepare:
-        scored.prepare(prompts)
-    if all(len(choice) == 1 for choice in choices):
-        logits = _logits_after(scored, prompts, 1)[:, 0]
-        return logits.float().log_softmax(-1)[:, [choice[0] for choice in choices]].cpu()
-    columns = []
-    for choice in choices:
-        logits = _logits_after(scored, [[*prompt, *choice[:-1]] for prompt in prompts], len(choice))
-        of_tokens = logits.float().log_softmax(-1)[:, range(len(choice)), choice]
-        columns.append(of_tokens.sum(1).cpu())
-    return torch.stack(columns, 1)
-
-
-def _logits_after(scored: Scored, rows: Sequence[list[int]], last: int) -> torch.Tensor:
-    """[B, last, V]: the logits at the last places of each row."""
-    from flex.data.examples import Batch
-    from flex.evaluation.score import token_logits
-
-    device = next(scored.model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), scored.encoder.pad_id)
-    for row, own in enumerate(rows):
-        ids[row, : len(own)] = torch.tensor(own)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    column = (lengths[:, None] - last + torch.arange(last)).flatten().to(device)
-    row = torch.arange(len(rows)).repeat_interleave(last).to(device)
-    scored.model.eval()
-    batch = Batch(ids.to(device), mask.to(device), ids.to(device))
-    return token_logits(scored.model, batch, row, column).unflatten(0, (len(rows), last))
 
 
 def read(settings: EvaluateSettings) -> list[Subject]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from flex.config import EvaluateSettings
-from flex.evaluation import gsm8k, mmlu, perplexity
+from flex.evaluation import cloze, gsm8k, mmlu, perplexity
 from flex.evaluation.scored import Scored
 
 
@@ -31,6 +31,7 @@ TASKS = {
     "mmlu_0": Task("MMLU without examples", mmlu.read_bare, partial(mmlu.score_mmlu, shots=0)),
     "gsm8k": Task("GSM8K by the exact number", gsm8k.read, gsm8k.score_gsm8k),
     "perplexity": Task("the perplexity of plain text", perplexity.read, perplexity.score_perplexity),
+    "cloze": Task("a text's own continuation among four", perplexity.read, cloze.score_cloze),
 }
 
 

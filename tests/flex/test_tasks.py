@@ -1,4 +1,4 @@
-"""The tasks: MMLU by planted likelihoods and on a base that learnt a folder of its form, GSM8K, perplexity."""
+"""The tasks: MMLU by planted likelihoods and on a base that learnt a folder of its form, GSM8K, perplexity, cloze."""
 
 import csv
 import json
@@ -23,7 +23,9 @@ from flex.config import EvaluateSettings, RunConfig
 from flex.data.examples import Encoder
 from flex.errors import FlexError
 from flex.evaluation import gsm8k, perplexity
-from flex.evaluation.mmlu import LETTERS, Prompts, choice_likelihood, read_mmlu, score_mmlu
+from flex.evaluation.cloze import score_cloze
+from flex.evaluation.likelihood import choice_likelihood
+from flex.evaluation.mmlu import LETTERS, Prompts, read_mmlu, score_mmlu
 from flex.evaluation.scored import Scored
 from flex.evaluation.tasks import TASKS, read_tasks
 from flex.runs.run import run
@@ -299,6 +301,38 @@ def test_perplexity_is_of_every_token_once(tmp_path):
         scores = perplexity.score_perplexity(Scored(model, encoder, EvaluateSettings(batch_size=size)), text)
         assert scores["perplexity"] == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
         assert scores["details"] == {"tokens": len(ids) - 1}
+
+
+class Successor(torch.nn.Module):
+    """Holds the next token to be the last one and `step`; with `sure` 0 it holds all to be equally likely."""
+
+    def __init__(self, vocabulary: int, step: int, sure: float):
+        super().__init__()
+        self.anchor, self.vocabulary, self.step, self.sure = torch.nn.Parameter(torch.zeros(1)), vocabulary, step, sure
+
+    def forward(self, input_ids, attention_mask, use_cache=False):
+        return SimpleNamespace(logits=self.sure * F.one_hot((input_ids + self.step) % self.vocabulary, self.vocabulary))
+
+
+def test_cloze_takes_the_likeliest_continuation():
+    encoder = plain_encoder(max_length=40)
+    size, start = len(encoder.tokenizer), encoder.tokenizer.convert_tokens_to_ids("!")
+    # Passages of 40 tokens, each a run of its own through the vocabulary: one knows what follows, another knows wrong.
+    text = "".join(text_of(encoder, [start + p + i for i in range(40)]) for p in range(30)) + "rest"
+    for batch_size in (1, 16):
+        settings = EvaluateSettings(batch_size=batch_size)
+        knows, wrong, guesses = (
+            score_cloze(Scored(Successor(size, step, sure), encoder, settings), text)
+            for step, sure in ((1, 5.0), (-1, 5.0), (1, 0.0))
+        )
+        assert (knows["num_examples"], knows["accuracy"]) == (30, 1.0)
+        assert knows["details"] == {"standard_error": 0.0, "prompt": 24, "continuation": 16}
+        assert wrong["accuracy"] < 1
+        assert 0.05 < guesses["accuracy"] < 0.5  # who does not know takes the first of four
+    few = Scored(Successor(size, 1, 5.0), encoder, EvaluateSettings(questions=7))
+    assert score_cloze(few, text)["num_examples"] == 7
+    with pytest.raises(FlexError, match="has 2 passages of 40 tokens; expected at least 4"):
+        score_cloze(few, text[:100])
 
 
 def test_tasks_need_their_files(tmp_path):
