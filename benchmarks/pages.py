@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 
 def kept_rows(path: Path, collected: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was collected, kept in `path`, a row a line; what is kept there already, where nothing was collected."""
+    """What was collected, kept in `path`, a row a line; what is kept there already, where nothing was collected,
+    and nothing where nothing was kept."""
     if collected:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[\n" + ",\n".join(json.dumps(row) for row in collected) + "\n]\n")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def write_between(path: Path, begin: str, end: str, lines: Sequence[str], new: str = "") -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.dolly import dolly_clients, dolly_settings
 from benchmarks.pages import write_between
-from benchmarks.study.variants import dolly_clients
 from flex.commands.train import report_on
 from flex.config import RunConfig, read_config
 from flex.demo.data import demo_config, write_demo_data
@@ -49,15 +49,7 @@ def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, se
         raise SystemExit("dolly needs --base (a pretrained MoE) and --dolly (a folder)")
     for seed in (*seeds, TUNED_ON[setting]):
         dolly_clients(folder / f"data-{seed}", dolly, 0, seed)
-    own = [f"data.{n}={json.dumps(str(folder / 'data-{seed}' / f'{n}.jsonl'))}" for n in ("train", "test")]
-    own += [
-        f"model.path={json.dumps(str(base))}",
-        f"output={json.dumps(str(folder / 'run'))}",
-        'data.clients_by="client"',
-    ]
-    own += ["data.max_length=256", "lora.rank=8", "lora.alpha=16.0", "lora.dropout=0.0", "evaluate.max_new_tokens=32"]
-    own += ["train.rounds=8", "train.steps=5", "train.batch_size=4", "train.learning_rate=2e-3"]
-    own += ["train.graft_learning_rate=2e-3", "train.final_learning_rate=2e-4", "graft.calibration_sequences=64"]
+    own = [*dolly_settings(base, folder / "data-{seed}", folder / "run"), "evaluate.max_new_tokens=32"]
     return read_config(None, [*own, *common])
 
 

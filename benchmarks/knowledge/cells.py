@@ -1,19 +1,19 @@
-"""What the study of anchors compares: methods with and without one, kinds and weights; and the run of each."""
+"""What the study of anchors compares: methods with and without one, kinds and weights; and the run of each, on the demo
+and on Dolly."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.dolly import dolly_clients, dolly_settings
 from flex.commands.anchors import anchors
-from flex.config import RunConfig
+from flex.config import RunConfig, read_config
 from flex.demo.data import BASE_FOLDER, demo_config, write_demo_data
 from flex.methods import METHODS
 
-CHOOSING, TEST = (
-    (31, 32, 33),
-    (41, 42, 43, 44, 45, 46),
-)  # seeds: the default is chosen on the first, judged on the others
+# Seeds: the default is chosen on the first, judged on the others; on Dolly nothing is chosen.
+CHOOSING, TEST, DOLLY = (31, 32, 33), (41, 42, 43, 44, 45, 46), (50, 51, 52, 53, 54, 55)
 DEMO = (3, 4)  # those of `flex demo`; its jobs are the cells with the default anchor, with ROUGE-L besides
 # A cell says all that decides its anchor, so that no default of the package decides what was measured.
 ANCHOR = {"batch_size": 4, "examples": 256, "top_k": 64, "gate_factor": 10.0}
@@ -59,6 +59,29 @@ def _cells() -> dict[str, Cell]:
 
 CELLS = _cells()
 DEFAULT = "flex-distill-0.1"  # the demo's
+
+
+@dataclass(frozen=True)
+class RealText:
+    """What the runs on Dolly need. `base`: a pretrained MoE that has seen no record of the clients; `dolly`: a folder
+    with train.jsonl.gz and test.jsonl.gz; `anchors`: a text that the base was pretrained on; `held`: one like it that
+    nobody has seen, of which perplexity and cloze are made."""
+
+    base: Path
+    dolly: Path
+    anchors: Path
+    held: Path
+
+
+def configure_dolly(name: str, seed: int, folder: Path, given: RealText) -> RunConfig:
+    """As `configure`, for four clients of one category each."""
+    cell, data = CELLS[name], dolly_clients(folder / f"data-seed{seed}", given.dolly, 0, seed)
+    own = [*dolly_settings(given.base, data, folder / name / f"seed{seed}"), "evaluate.rouge=false"]
+    own += ['evaluate.tasks=["test", "perplexity", "cloze"]', f"evaluate.text={json.dumps(str(given.held))}"]
+    own += [f'train.methods=["{cell.method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
+    own += ["evaluate.questions=200", *cell.anchor(given.anchors)]
+    own += ["anchor.batch_size=1"] if cell.kind != "none" else []  # a quarter of the batch, as in the demo
+    return read_config(None, own)
 
 
 def configure(name: str, seed: int, folder: Path) -> RunConfig:

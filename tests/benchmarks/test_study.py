@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.dolly import dolly_clients
 from benchmarks.study import page, variants
-from benchmarks.study.variants import SETTINGS, VARIANTS, configure, dolly_clients
+from benchmarks.study.variants import SETTINGS, VARIANTS, configure
 from flex.config import METHODS, GraftSettings
 
 
