@@ -28,11 +28,13 @@ PAIR = ("farm", "clinic")
 JOB = "flex-seed3"
 
 
-def small(sites: Federation, **train: object) -> None:
+def small(sites: Federation, strategy: dict | None = None, **train: object) -> None:
     """One method, two rounds: what is tested is not the training."""
     path = sites.example / "flex.toml"
     values = {"methods": ("flex",), "rounds": 2, "steps": 2, **train}
-    config = read_config(path).with_values(train=values, evaluate={"rouge": False}, data={"clients": sites.sites})
+    config = read_config(path).with_values(
+        train=values, strategy=strategy or {}, evaluate={"rouge": False}, data={"clients": sites.sites}
+    )
     path.write_text(config_text(config))
 
 
@@ -112,6 +114,34 @@ def test_a_slow_site_is_gone_on_without(pair):
     trained = [line for line in log.splitlines() if '"event": "train"' in line]
     assert not any('"round": 2' in line and '"clinic"' in line for line in trained)
     assert "no reply within 25" in log
+
+
+def test_masks_cancel_between_real_sites_and_a_drop_out_is_survived(tmp_path):
+    """Secure aggregation, three sites: the bits of one machine; then with a site that stops working in round 2."""
+    for name in ("whole", "fewer"):
+        (tmp_path / name).mkdir()
+    with federation(tmp_path / "whole") as sites:
+        small(sites, {"secure": True, "max_update_norm": 10.0})
+        sites.init()
+        at_work(sites)
+        sites.run()
+        assert_same_run(embedded(sites), sites.fed / "run", sites.state, [JOB])
+        log = (sites.fed / "run" / JOB / "metrics.jsonl").read_text()
+        assert log.count('"event": "secured"') == 2
+    with federation(tmp_path / "fewer") as sites:
+        small(sites, {"secure": True, "max_update_norm": 10.0}, rounds=3, skip_failed=True, timeout=40.0)
+        sites.init()
+        at_work(sites)
+        run = sites.start("run", "deploy", "run", sites.fed)
+        until("round 1", (sites.fed / "run" / JOB / "server" / "round-0001.safetensors").exists, RUN_S)
+        workshop = sites.running["worker-workshop"]
+        os.kill(workshop.pid, signal.SIGSTOP)
+        until("round 2 without it", (sites.fed / "run" / JOB / "server" / "round-0002.safetensors").exists, RUN_S)
+        os.kill(workshop.pid, signal.SIGCONT)
+        until("the run ends", run.ended, RUN_S)
+        assert run.popen.returncode == 0, run.log.read_text()
+        log = (sites.fed / "run" / JOB / "metrics.jsonl").read_text()
+        assert '"client_id": "workshop"' in next(line for line in log.splitlines() if '"event": "left_out"' in line)
 
 
 def test_two_supernodes_with_one_key(pair):
