@@ -11,6 +11,7 @@ does not fill the experts with random numbers. The index, and each safetensors f
 of its experts are.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from flex_kernels.weights import (
 METHOD = "flex_experts"  # in the index and in the header of each file
 VERSION = 1
 SHARD_BYTES = 2**31
+# The steps by which transformers joins experts that stay as they are: stacked, and gate rows before up rows.
+JOINS = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 INDEX = "prepared.safetensors.index.json"
 
 Folder = str | os.PathLike[str]
@@ -122,8 +125,8 @@ class PreparedWriter:
 def load_prepared(path: Folder, format: str | None = None, *, model_class: Any = None, **options: Any) -> Any:
     """A transformers model with its experts in a format, from dense files or from those of `save_prepared`.
 
-    Dense files go straight into the format: beside what the model will take there are at most one layer's experts, as
-    they come from the files and joined.
+    Dense files go straight into the format, expert by expert: beside what the model will take there are at most one
+    layer's experts, as they come from the files.
 
     Args:
         path: a folder, or for dense files the name of a model.
@@ -281,19 +284,38 @@ def _quantizer() -> tuple[Any, Any]:
         def __init__(self, format: str = "nf4", **_: Any) -> None:
             self.quant_method, self.format = METHOD, format
 
+    def kept(weight: Tensor, quantizer: Any, name: str) -> FrozenWeight:
+        if isinstance(weight, FrozenWeight):
+            return weight
+        try:
+            return FrozenWeight.quantize(weight, quantizer.format, name)
+        except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
+            type(quantizer).broken.setdefault(quantizer.format, str(error))
+            raise
+
     class Quantize(ConversionOps):
+        """The last step: the whole matrix, where its parts were not quantised already."""
+
         def __init__(self, quantizer: Any) -> None:
             self.quantizer = quantizer
 
         def convert(self, tensors: dict[str, Any], **_: Any) -> dict[str, nn.Parameter]:
             ((name, weight),) = tensors.items()
-            weight, format = weight[0] if isinstance(weight, list) else weight, self.quantizer.format
-            try:
-                kept = FrozenWeight.quantize(weight, format, name)
-            except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
-                type(self.quantizer).broken.setdefault(format, str(error))
-                raise
-            return {name: nn.Parameter(kept, requires_grad=False)}
+            weight = kept(weight[0] if isinstance(weight, list) else weight, self.quantizer, name)
+            return {name: nn.Parameter(weight, requires_grad=False)}
+
+    class QuantizeParts(Quantize):
+        """The first step: experts one by one, before they are joined. Their rows stay whole, and so do their scales."""
+
+        def __deepcopy__(self, _: Any) -> Any:
+            return self  # every matrix gets a copy of its converter
+
+        def convert(self, tensors: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, Any]:
+            if full_layer_name in self.quantizer.names:
+                for parts in tensors.values():
+                    for i in range(len(parts)):  # in place: a part that is quantised is not kept dense beside
+                        parts[i] = kept(parts[i], self.quantizer, full_layer_name)
+            return tensors
 
     @register_quantizer(METHOD)
     class ExpertsQuantizer(HfQuantizer):
@@ -315,6 +337,25 @@ def _quantizer() -> tuple[Any, Any]:
                 if reason is not None:
                     raise ValueError(f"the experts of {name} cannot be kept in {self.format}: {reason}")
             self.names = frozenset(f"{name}.{matrix}" for name in layers for matrix in MATRICES)
+
+        def update_weight_conversions(self, conversions: list[Any], *model: Any) -> list[Any]:
+            conversions = super().update_weight_conversions(conversions, *model)
+            return [self._with_parts_first(conversion) for conversion in conversions]
+
+        def _with_parts_first(self, conversion: Any) -> Any:
+            operations = getattr(conversion, "operations", ())
+            targets = [name for name in self.names if any(target in name for target in conversion.target_patterns)]
+            if not targets or [(type(each).__name__, getattr(each, "dim", None)) for each in operations] not in JOINS:
+                return conversion
+            conversion = copy.copy(conversion)
+            conversion.operations = [QuantizeParts(self), *operations]
+            return conversion
+
+        def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+            for conversion in getattr(model, "_weight_conversions", None) or ():  # by which the model is saved
+                operations = getattr(conversion, "operations", ())
+                if operations and isinstance(operations[0], QuantizeParts):
+                    conversion.operations = operations[1:]
 
         def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
             return param_name in self.names

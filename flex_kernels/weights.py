@@ -110,8 +110,9 @@ def stored(codes: Tensor, scales: Tensor | None, columns: int) -> Experts:
 class FrozenWeight(Tensor):
     """A quantised weight in the place of a dense one: [E, rows, columns] of `dtype`, never trained.
 
-    Indexing an expert, rows or columns dequantises those alone; any other operation sees the dense weight, made for it
-    and forgotten. `copy_` (and so `load_state_dict`) quantises what comes.
+    Indexing an expert, rows or columns dequantises those alone; weights of one format are stacked, and joined along
+    their rows or experts, as they are; any other operation sees the dense weight, made for it and forgotten. `copy_`
+    (and so `load_state_dict`) quantises what comes.
     """
 
     codes: Tensor
@@ -141,7 +142,7 @@ class FrozenWeight(Tensor):
             parts = [tuple(part[:0] for part in reference.quantize(weight.new_zeros(1, columns), format))]
             stacked = (part.new_empty(*leading, rows, *part.shape[1:]) for part in parts[0])
         else:
-            stacked = (torch.stack(part).unflatten(0, leading) for part in zip(*parts, strict=True))
+            stacked = (torch.stack(part).reshape(*leading, *part[0].shape) for part in zip(*parts, strict=True))
         return cls(*stacked, columns, weight.dtype)
 
     @property
@@ -196,6 +197,10 @@ class FrozenWeight(Tensor):
             own.codes.copy_(source.codes)
             own.scales.copy_(source.scales)
             return own
+        if func in (aten.stack.default, aten.cat.default):
+            joined = cls._joined(func, *args, **kwargs)
+            if joined is not None:
+                return joined
         if own is not None and own.dim() == 3 and func is aten.select.int and args[1] in (0, -3):
             return own.stored.experts(args[2], own.dtype)
         if own is not None and own.dim() == 3 and func is aten.index.Tensor:
@@ -203,6 +208,17 @@ class FrozenWeight(Tensor):
             if found is not None:
                 return found
         return func(*_dense(cls, args), **_dense(cls, kwargs))
+
+    @classmethod
+    def _joined(cls, func: Any, tensors: list[Tensor], dim: int = 0) -> "FrozenWeight | None":
+        """Weights of one format stacked, or joined along experts or rows, where no scale changes; None: otherwise."""
+        first = tensors[0]
+        if not all(isinstance(tensor, cls) for tensor in tensors):
+            return None
+        kinds = {(tensor.format, tensor.scales.dtype, tensor.dtype, tensor.shape[-1]) for tensor in tensors}
+        if len(kinds) != 1 or not 0 <= dim < first.dim() - 1:
+            return None
+        return first._with(*(func([getattr(each, part) for each in tensors], dim) for part in ("codes", "scales")))
 
     def _indexed(self, indices: list[Tensor | None]) -> Tensor | None:
         """`w[experts, rows]` and `w[experts, :, columns]` without the rest; None: another kind of index."""

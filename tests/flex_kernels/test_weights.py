@@ -247,6 +247,27 @@ def test_moving_copying_and_filling(format: str) -> None:
         assert isinstance(own.detach(), FrozenWeight)
 
 
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_weights_of_a_format_are_joined_as_they_are(format: str) -> None:
+    parts = [torch.randn(8, 70, device=DEVICE) for _ in range(4)]
+    kept = [FrozenWeight.quantize(part, format) for part in parts]
+    stacked = [torch.stack(kept[:2]), torch.stack(kept[2:])]
+    for joined, whole in (
+        (stacked[0], torch.stack(parts[:2])),
+        (torch.cat(stacked, 1), torch.cat([torch.stack(parts[:2]), torch.stack(parts[2:])], 1)),
+        (torch.cat(stacked), torch.stack(parts)),
+    ):
+        want = FrozenWeight.quantize(whole, format)
+        assert isinstance(joined, FrozenWeight)
+        assert joined.shape == whole.shape
+        assert torch.equal(joined.codes, want.codes)
+        assert torch.equal(joined.scales, want.scales)
+    dense = torch.cat(stacked, 2)  # along a row, scales are those of other weights
+    assert not isinstance(dense, FrozenWeight)
+    assert torch.equal(dense, torch.cat([each.dequantize() for each in stacked], 2))
+    assert not isinstance(torch.stack([kept[0], parts[1]]), FrozenWeight)
+
+
 BAD = {
     "expected both of one format": lambda x: (FrozenWeight.quantize(x[3], "nf4"), x[4]),
     "gate_up_proj is int8 and down_proj nf4": lambda x: (
