@@ -1,6 +1,7 @@
 """Models with prepared experts from files and to files: no dense copy of all experts is ever in memory or on disk.
 
     model = flex_kernels.load_prepared("Qwen/Qwen1.5-MoE-A2.7B", "nf4")      # from dense files, straight into a format
+    model = flex_kernels.load_prepared("somebody/Qwen-MoE-bnb-4bit")         # as bitsandbytes has quantised it
     flex_kernels.save_prepared(model, "qwen-nf4")
     model = flex_kernels.load_prepared("qwen-nf4")
 
@@ -11,6 +12,7 @@ does not fill the experts with random numbers. The index, and each safetensors f
 of its experts are.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flex_kernels.checkpoints import PROGRAMS, Checkpoint, Part, Quantised, check_program, quantised_by, read_checkpoint
 from flex_kernels.prepare import MATRICES, prepared_layers
 from flex_kernels.weights import (
     FORMATS,
@@ -122,22 +125,28 @@ class PreparedWriter:
         self.held, self.experts, self.bytes = {}, {}, 0
 
 
+class DenseExpertsError(ValueError):
+    """A checkpoint whose experts are dense, and no format that they are to be kept in."""
+
+
 def load_prepared(path: Folder, format: str | None = None, *, model_class: Any = None, **options: Any) -> Any:
-    """A transformers model with its experts in a format, from dense files or from those of `save_prepared`.
+    """A transformers model with its experts in a format, from dense files, quantised ones or those of `save_prepared`.
 
     Dense files go straight into the format, expert by expert: beside what the model will take there are at most one
-    layer's experts, as they come from the files.
+    layer's experts, as they come from the files. Of files that bitsandbytes, compressed-tensors or torchao have
+    quantised, experts that are in one of our formats stay in it (`checkpoints.py` says which are), and every other
+    quantised weight is dequantised to the model's dtype; none of these programs is needed.
 
     Args:
-        path: a folder, or for dense files the name of a model.
-        format: "int8" or "nf4"; None takes that of `save_prepared`'s files.
+        path: a folder, or the name of a model (but for files of `save_prepared`).
+        format: "int8" or "nf4"; None takes that of the files.
         model_class: with a `from_pretrained`; `AutoModelForCausalLM` if not given.
         options: for `from_pretrained`. The experts run on "flex" unless `experts_implementation` says otherwise.
 
     Raises:
         ValueError: an unknown format or another than the files', experts that the fused path does not take, NaN or
-            infinite experts (the tensor named), files that another program has quantised, of another version or layout,
-            or damaged.
+            infinite experts or scales (the tensor named), files that another program has quantised otherwise, of
+            another version or layout, damaged, or no safetensors.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -149,20 +158,21 @@ def load_prepared(path: Folder, format: str | None = None, *, model_class: Any =
     model_class = model_class or AutoModelForCausalLM
     options = {"experts_implementation": "flex", **options}
     config = options.pop("config", None) or AutoConfig.from_pretrained(path)
-    refuse_quantised(config)
-    index = read_index(path)
-    if index is None:
+    about, index = quantised_by(config), read_index(path)
+    if index is None and about is None:
         if format is None:
-            raise ValueError(f"{path} has dense experts, expected a format for them: {' or '.join(QUANTIZED)}")
-        loaded = _load_dense(path, format, model_class, config, options)
+            raise DenseExpertsError(f"{path} has dense experts, expected a format for them: {' or '.join(QUANTIZED)}")
+        loaded = _load(path, format, model_class, config, {"use_safetensors": True, **options})
+    elif index is None:
+        check_program(about)
+        checkpoint = read_checkpoint(_checkpoint_files(path, options), about)
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        loaded = _load(path, format, model_class, config, options, checkpoint)
     else:
         if format not in (None, index["format"]):
             raise ValueError(f"{path} has its experts in {index['format']}, expected {format}")
-        state = dict(_read(Path(path), index))
-        mapping = getattr(model_class, "_model_mapping", None)  # an Auto class wants a name, and there is none
-        concrete = model_class if mapping is None else mapping[type(config)]
-        loaded = concrete.from_pretrained(None, config=config, state_dict=state, **options)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(path)
+        loaded = _from_state(path, model_class, config, dict(_read(Path(path), index)), options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     wrong = [name for name, found in _formats(model) if found not in QUANTIZED]
     if wrong:
@@ -175,18 +185,60 @@ def load_prepared(path: Folder, format: str | None = None, *, model_class: Any =
     return loaded
 
 
-def refuse_quantised(config: Any) -> None:
-    """
+def keeps_experts(path: Folder) -> bool:
+    """Whether files are `save_prepared`'s, or of a program whose quantised experts `load_prepared` may read."""
+    from transformers import AutoConfig
+
+    if read_index(path) is not None:
+        return True
+    about = quantised_by(AutoConfig.from_pretrained(path))
+    return about is not None and about["quant_method"] in PROGRAMS
+
+
+def _from_state(path: Folder, model_class: Any, config: Any, state: dict[str, Any], options: dict[str, Any]) -> Any:
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):  # a model need not have one
+        options = {"generation_config": GenerationConfig.from_pretrained(path, **_where(options)), **options}
+    mapping = getattr(model_class, "_model_mapping", None)  # an Auto class wants a name, and there is none
+    concrete = model_class if mapping is None else mapping[type(config)]
+    loaded = concrete.from_pretrained(None, config=config, state_dict=state, **options)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).config._name_or_path = str(path)
+    return loaded
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained` that say where files come from."""
+    return {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+
+
+def _checkpoint_files(path: Folder, options: dict[str, Any]) -> list[Path]:
+    """The safetensors files of a quantised checkpoint, from a folder or, fetched, by its name.
+
     Raises:
-        ValueError: files that another program has quantised.
+        ValueError: there are none, or one of them is missing.
     """
-    about = getattr(config, "quantization_config", None)
-    if about is not None:
-        about = about if isinstance(about, dict) else about.to_dict()
-        raise ValueError(
-            f"the checkpoint is quantised by {about.get('quant_method')!r}, expected dense weights or the files of "
-            "save_prepared: load it with that program, save it dense, and load that"
-        )
+    from transformers.utils import cached_file
+
+    def found(name: str) -> Path | None:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **_where(options))
+        return None if file is None else Path(file)
+
+    whole, index = found("model.safetensors"), found("model.safetensors.index.json")
+    if whole is not None or index is None:
+        if whole is None:
+            raise ValueError(f"{path} has no model.safetensors, expected it: other files may be pickles, never opened")
+        return [whole]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read: {error!r}") from None
+    files = [found(name) for name in names if name.endswith(".safetensors")]
+    if missing := [name for name, file in zip(names, files, strict=False) if file is None]:
+        raise ValueError(f"{path} has no {missing[0]}, expected it: {index.name} names it")
+    if len(files) < len(names):
+        raise ValueError(f"{index} names files that are no safetensors, expected only such")
+    return files
 
 
 def read_index(path: Folder) -> dict[str, Any] | None:
@@ -241,16 +293,28 @@ def _formats(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, weight.format if isinstance(weight, FrozenWeight) else "dense"
 
 
-def _load_dense(path: Folder, format: str, model_class: Any, config: Any, options: dict[str, Any]) -> Any:
-    """By transformers' own loader, told to hand every experts matrix over as soon as it is put together."""
+def _load(
+    path: Folder,
+    format: str | None,
+    model_class: Any,
+    config: Any,
+    options: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+) -> Any:
+    """By transformers' own loader, told to hand the experts over as it reads them.
+
+    `checkpoint`: what is read in the place of dense files.
+    """
     quantizer, quantization_config = _quantizer()
+    asked = {**options, "quantization_config": quantization_config(format, checkpoint)}
     try:
-        loaded = model_class.from_pretrained(
-            path, config=config, quantization_config=quantization_config(format), **options
-        )
+        if checkpoint is None:
+            loaded = model_class.from_pretrained(path, config=config, **asked)
+        else:
+            loaded = _from_state(path, model_class, config, checkpoint.parts, asked)
     except Exception:
-        if (broken := quantizer.broken.pop(format, None)) is not None:
-            raise ValueError(broken) from None
+        if quantizer.broken:
+            raise ValueError(quantizer.broken.pop()) from None
         raise
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for module in model.modules():  # nothing of a quantised model in transformers' sense: its Trainer would refuse it
@@ -266,7 +330,7 @@ def _load_dense(path: Folder, format: str, model_class: Any, config: Any, option
 
 def _quantizer() -> tuple[Any, Any]:
     """Our quantizer for transformers' loader and its configuration, registered when they are first asked for."""
-    from transformers.core_model_loading import ConversionOps
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -281,8 +345,28 @@ def _quantizer() -> tuple[Any, Any]:
 
     @register_quantization_config(METHOD)
     class ExpertsConfig(QuantizationConfigMixin):
-        def __init__(self, format: str = "nf4", **_: Any) -> None:
-            self.quant_method, self.format = METHOD, format
+        def __init__(self, format: str | None = None, checkpoint: Checkpoint | None = None, **_: Any) -> None:
+            self.quant_method, self.format, self.checkpoint = METHOD, format, checkpoint
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD, "format": self.format}
+
+    def kinds_of(operations: Any) -> list[tuple[str, int | None]]:
+        return [(type(each).__name__, getattr(each, "dim", None)) for each in operations]
+
+    def sources_of(model: nn.Module, conversions: list[Any], parts: dict[str, Part]) -> dict[str, tuple[list, Any]]:
+        """Which parts become a tensor of the model, and by which operations, as the loader will find out."""
+        conversions = copy.deepcopy(conversions)  # they remember what they were used for
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        operations = {pattern: each.operations for each in converters for pattern in each.source_patterns}
+        own, prefix, found = model.state_dict(), model.base_model_prefix, {}
+        for name in sorted(parts):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+            if target not in own and name in own:
+                target, pattern = rename_source_key(name, [], [], prefix, own)
+            found.setdefault(target, ([], operations.get(pattern)))[0].append(parts[name])
+        return found
 
     def kept(weight: Tensor, quantizer: Any, name: str) -> FrozenWeight:
         if isinstance(weight, FrozenWeight):
@@ -290,7 +374,7 @@ def _quantizer() -> tuple[Any, Any]:
         try:
             return FrozenWeight.quantize(weight, quantizer.format, name)
         except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
-            type(quantizer).broken.setdefault(quantizer.format, str(error))
+            quantizer.broken.append(str(error))
             raise
 
     class Quantize(ConversionOps):
@@ -319,12 +403,20 @@ def _quantizer() -> tuple[Any, Any]:
 
     @register_quantizer(METHOD)
     class ExpertsQuantizer(HfQuantizer):
-        broken: dict[str, str] = {}  # noqa: RUF012 - by format: what could not be quantised in the last load
+        broken: list[str] = []  # noqa: RUF012 - what could not be quantised in the last load
 
         def __init__(self, quantization_config: Any, **options: Any) -> None:
             super().__init__(quantization_config, **options)
-            self.format, self.names = quantization_config.format, frozenset()
-            type(self).broken.pop(self.format, None)
+            self.names, self.checkpoint = frozenset(), quantization_config.checkpoint
+            self.asked = quantization_config.format
+            self.format = self.asked or self.checkpoint.format
+            self.broken.clear()
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            for part in self.checkpoint.parts.values() if self.checkpoint else ():
+                if isinstance(part, Quantised):
+                    part.dtype = dtype
+            return dtype
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
             from flex_kernels.transformers_plug import why_not_fused
@@ -337,15 +429,39 @@ def _quantizer() -> tuple[Any, Any]:
                 if reason is not None:
                     raise ValueError(f"the experts of {name} cannot be kept in {self.format}: {reason}")
             self.names = frozenset(f"{name}.{matrix}" for name in layers for matrix in MATRICES)
+            self.model = model
 
         def update_weight_conversions(self, conversions: list[Any], *model: Any) -> list[Any]:
             conversions = super().update_weight_conversions(conversions, *model)
+            if self.checkpoint is not None:
+                self._keep_experts(conversions)
             return [self._with_parts_first(conversion) for conversion in conversions]
+
+        def _keep_experts(self, conversions: list[Any]) -> None:
+            """Marks the quantised parts that become experts, before anything is read; what cannot be one is refused."""
+            for target, (sources, operations) in sources_of(self.model, conversions, self.checkpoint.parts).items():
+                if target not in self.names:
+                    continue
+                found = {part.format for part in sources}
+                if found == {"dense"}:
+                    if self.asked is None:
+                        raise DenseExpertsError(
+                            f"{target} is dense in the checkpoint, expected a format for it: {' or '.join(QUANTIZED)}"
+                        )
+                    continue
+                if found != {self.format}:
+                    raise ValueError(f"{target} is in {' and '.join(sorted(found))}, expected {self.format}")
+                if operations and kinds_of(operations) not in JOINS:
+                    raise ValueError(f"the parts of {target} are not only joined when it is loaded, expected them so")
+                for part in sources:
+                    if reason := part.why_not_kept():
+                        raise ValueError(reason)
+                    part.keep = True
 
         def _with_parts_first(self, conversion: Any) -> Any:
             operations = getattr(conversion, "operations", ())
             targets = [name for name in self.names if any(target in name for target in conversion.target_patterns)]
-            if not targets or [(type(each).__name__, getattr(each, "dim", None)) for each in operations] not in JOINS:
+            if not targets or kinds_of(operations) not in JOINS:
                 return conversion
             conversion = copy.copy(conversion)
             conversion.operations = [QuantizeParts(self), *operations]

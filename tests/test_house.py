@@ -23,7 +23,7 @@ FLOORS = (
     ("flex_kernels.selection", "flex_kernels.layer"),
     ("flex_kernels.graft_watch", "flex_kernels.fused_router"),
     ("flex_kernels.transformers_plug",),
-    ("flex_kernels.grafts", "flex_kernels.prepare"),
+    ("flex_kernels.grafts", "flex_kernels.prepare", "flex_kernels.checkpoints"),
     ("flex_kernels.graft_files", "flex_kernels.weight_files"),
     ("flex_kernels.graft_callback",),
     ("flex_kernels",),

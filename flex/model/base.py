@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 import flex_kernels
 from flex.config import ModelConfig
 from flex.errors import FlexError, first_line
-from flex_kernels.weight_files import read_index
+from flex_kernels.weight_files import DenseExpertsError, keeps_experts
 from flex_kernels.weights import keep_stored
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `name` or `owner/name`; any other path is one on this machine
@@ -86,11 +86,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> Base:
             "ignore_mismatched_sizes": True,  # `_check_loaded` names them
             "output_loading_info": True,
         }
-        if config.experts == "auto" and read_index(path) is None:
-            model, found = AutoModelForCausalLM.from_pretrained(path, **options)
-        else:
-            experts = None if config.experts == "auto" else config.experts
-            model, found = flex_kernels.load_prepared(path, experts, **options)
+        model, found = _load(path, None if config.experts == "auto" else config.experts, options)
     except Exception as error:  # a loader's own: a package that is missing, a format, a memory that is too small
         raise _not_loaded(config, error) from None
     _check_loaded(config.path, found)
@@ -104,6 +100,16 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> Base:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise FlexError(f"{config.path} does not fit the memory of {device}: {first_line(error)}") from None
     return Base(model, tokenizer, layers, fingerprint(model))
+
+
+def _load(path: str, experts: str | None, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """`experts`: their format; None: as they are in the files."""
+    if experts is not None or keeps_experts(path):
+        try:
+            return flex_kernels.load_prepared(path, experts, **options)
+        except DenseExpertsError:  # something else is quantised: its own program loads it
+            pass
+    return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def _not_loaded(config: ModelConfig, error: Exception) -> FlexError:
