@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import quantised
 import torch
 from rich.console import Console
 from tiny import read_log, save_model, tiny_config
+from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
 import flex_kernels
 from flex.config import ModelConfig, read_config
@@ -43,6 +45,54 @@ def test_a_run_on_a_base_in_four_bits(tmp_path, criterion):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, experts="auto"))
     with pytest.raises(FlexError, match=r"other settings \(model.experts = 'nf4' there, 'auto' here\)"):
         run(other, Console(quiet=True))
+
+
+@pytest.mark.parametrize("layout", ["nf4-double", "llm-int8"])
+def test_a_base_that_another_program_has_quantised(layout, tmp_path):
+    dense = save_model(tmp_path / "dense", hidden_size=64, moe_intermediate_size=64)
+    source, path = Qwen2MoeForCausalLM.from_pretrained(dense), tmp_path / "quantised"
+    quantised.write(path, layout, source)
+    format = quantised.LAYOUTS[layout][0]
+    AutoTokenizer.from_pretrained(dense).save_pretrained(path)
+    bases = [load_base(ModelConfig(path=str(path), experts=experts)) for experts in ("auto", format)]
+    bases += [load_base(ModelConfig(path=str(dense), experts=experts)) for experts in ("auto", format)]
+    assert next(iter(bases[0].layers.values())).down_proj.format == format
+    names = [base.fingerprint for base in bases]
+    assert names[0] == names[1]
+    assert len({*names}) == 3  # another attention than the dense files have, whatever the experts are kept in
+    flex_kernels.save_prepared(bases[0].model, tmp_path / "kept")
+    bases[0].tokenizer.save_pretrained(tmp_path / "kept")
+    assert load_base(ModelConfig(path=str(tmp_path / "kept"))).fingerprint == names[0]
+    other = "int8" if format == "nf4" else "nf4"
+    with pytest.raises(FlexError, match=f"experts.down_proj is in {format}, expected {other}"):
+        load_base(ModelConfig(path=str(path), experts=other))
+
+
+def test_a_run_on_a_base_that_bitsandbytes_has_quantised(tmp_path):
+    path = save_model(tmp_path / "quantised", hidden_size=64, moe_intermediate_size=64)
+    quantised.write(path, "nf4", Qwen2MoeForCausalLM.from_pretrained(path))
+    config = tiny_config(tmp_path, model={"path": str(path)}).with_values(train={"methods": ("flex",)})
+    run(config, Console(quiet=True))
+    losses = [event["loss"] for event in read_log(tmp_path / "run" / "metrics.jsonl") if "bytes_up" in event]
+    assert losses
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_experts_that_a_quantised_base_has_dense_stay_so_or_are_kept_as_is_asked(tmp_path, monkeypatch):
+    path = save_model(tmp_path / "quantised", hidden_size=64, moe_intermediate_size=64)
+    quantised.write(path, "nf4", Qwen2MoeForCausalLM.from_pretrained(path), experts=False)
+    base = load_base(ModelConfig(path=str(path), experts="int8"))
+    assert next(iter(base.layers.values())).down_proj.format == "int8"
+    asked = []
+
+    def theirs(path, **options):  # what bitsandbytes does with its own files is not tested here
+        asked.append(path)
+        raise ImportError("pip install bitsandbytes")
+
+    monkeypatch.setattr("flex.model.base.AutoModelForCausalLM.from_pretrained", theirs)
+    with pytest.raises(FlexError, match="pip install bitsandbytes"):
+        load_base(ModelConfig(path=str(path)))
+    assert asked == [str(path)]
 
 
 def test_another_format_is_no_setting():
