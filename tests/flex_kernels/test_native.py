@@ -91,6 +91,9 @@ def quantized(inputs: list, format: str) -> list:
 def test_every_instruction_set_on_codes(case: Case, dtype: torch.dtype, format: str, isa: str) -> None:
     torch.set_num_threads(2)
     inputs = quantized(inputs_of(case, dtype), format)
+    if format == "int8":
+        for weight in inputs[3:5]:
+            weight.codes[:, ::3, ::5] = -128  # none of ours, but of checkpoints that are read as they are
     d_out = torch.randn(case.num_tokens, case.hidden_size).to(dtype)
     plain = [x.dequantize() if isinstance(x, FrozenWeight) else x for x in inputs]
     wide = double([x.float().dequantize() if isinstance(x, FrozenWeight) else x for x in inputs])

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import quantised
 import torch
 from memory import HAS_PEAK
 from prepared import TOKENS, tiny, with_kept_values
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 
 import flex_kernels
 from flex_kernels import FrozenWeight, weight_files
+from flex_kernels.backends import native
 from flex_kernels.weights import QUANTIZED
 
 
@@ -69,6 +71,24 @@ def test_several_files(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again = flex_kernels.load_prepared(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("isa", [] if native.module() is None else native.module().available_isas())
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_folder_on_another_processor(
+    format: str, isa: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are the same on each, and so is what each computes with them; nothing is repacked."""
+    flex_kernels.save_prepared(flex_kernels.load_prepared(dense, format), tmp_path / "here")
+    model = flex_kernels.load_prepared(tmp_path / "here").eval()
+    want = Qwen2MoeForCausalLM(model.config)
+    want.load_state_dict(model.state_dict())
+    monkeypatch.setenv("FLEX_ISA", isa)
+    there = flex_kernels.load_prepared(tmp_path / "here").eval()
+    torch.testing.assert_close(there(TOKENS).logits, want.eval()(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    flex_kernels.save_prepared(flex_kernels.load_prepared(dense, format), tmp_path / "there")
+    kept, again = (load_file(tmp_path / each / "prepared-00001.safetensors") for each in ("here", "there"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
 
 
 def rewritten(folder: Path, **about: object) -> None:
@@ -138,20 +158,24 @@ def test_what_does_not_go_together_is_refused(dense: Path, tmp_path: Path) -> No
         flex_kernels.load_prepared(tmp_path, "int8")
 
 
-def test_dense_files_with_a_nan_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("matrix", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_dense_files_with_values_that_are_not_finite_are_refused_by_name(
+    value: float, matrix: str, tmp_path: Path
+) -> None:
     model = tiny()
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
+        getattr(model.model.layers[1].mlp.experts, matrix)[2, 3, 4] = value
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts.down_proj has 1 NaN or infinite values"):
+    with pytest.raises(ValueError, match=rf"model.layers.1.mlp.experts.{matrix} has 1 NaN or infinite values"):
         flex_kernels.load_prepared(tmp_path, "nf4")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "compressed-tensors", "gptq"])
-def test_checkpoints_of_other_programs_are_refused_by_name(method: str, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", None])
+def test_checkpoints_of_other_programs_are_refused_by_name(method: str | None, dense: Path, tmp_path: Path) -> None:
     config = json.loads((dense / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
-    with pytest.raises(ValueError, match=f"quantised by '{method}', expected dense weights or the files of"):
+    with pytest.raises(ValueError, match=f"quantised by {method!r}, expected dense weights, the files of"):
         flex_kernels.load_prepared(tmp_path, "nf4")
 
 
@@ -167,7 +191,7 @@ def test_layouts_that_the_fused_path_does_not_take_are_refused(tmp_path: Path) -
 
 LOAD = """
 import re, sys, torch, flex_kernels
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
 tiny, folder, format = sys.argv[1:]
 flex_kernels.load_prepared(tiny, "nf4")
 def peak():
@@ -188,18 +212,24 @@ print(highest[0] - before, held, layer)
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "nf4-double", "llm-int8"])
 @pytest.mark.skipif(not HAS_PEAK, reason="needs the kernel's account of memory")
-def test_peak_memory_of_a_load_is_the_result_and_one_layer(dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
+def test_peak_memory_of_a_load_is_the_result_and_one_layer(source: str, dense: Path, tmp_path: Path) -> None:
     """A real process; its own memory, without what is mapped of the files and can be dropped at any time.
 
-    bf16 files are loaded in fp32: then a layer's experts are in memory as they come from the files.
+    bf16 files are loaded in fp32: then a layer's experts are in memory as they come from the files. Of a file that is
+    quantised, no layer is dense at any time.
     """
     model = tiny(hidden_size=256, moe_intermediate_size=256, num_experts=24, num_hidden_layers=6)
-    model.to(dtype).save_pretrained(tmp_path)
-    command = [sys.executable, "-c", LOAD, str(dense), str(tmp_path), "nf4"]
+    format, share = "nf4", 1.0
+    if source in quantised.LAYOUTS:
+        format, share = quantised.LAYOUTS[source][0], 0.75
+        quantised.write(tmp_path, source, model)
+    else:
+        model.to(getattr(torch, source)).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LOAD, str(dense), str(tmp_path), format]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, held, layer = map(int, run.stdout.split())
     print(f"beside the result: {(grown - held) / layer:.2f} layers")
-    assert grown < held + layer
+    assert grown < held + share * layer
     assert held + layer < 6 * layer
