@@ -314,8 +314,10 @@ def _load(
             loaded = _from_state(path, model_class, config, checkpoint.parts, asked)
     except Exception:
         if quantizer.broken:
-            raise ValueError(quantizer.broken.pop()) from None
+            raise ValueError(quantizer.broken[0]) from None
         raise
+    finally:
+        quantizer.broken.clear()
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for module in model.modules():  # nothing of a quantised model in transformers' sense: its Trainer would refuse it
         own = getattr(module, "config", None)
@@ -368,10 +370,12 @@ def _quantizer() -> tuple[Any, Any]:
             found.setdefault(target, ([], operations.get(pattern)))[0].append(parts[name])
         return found
 
-    def kept(weight: Tensor, quantizer: Any, name: str) -> FrozenWeight:
-        if isinstance(weight, FrozenWeight):
-            return weight
+    def kept(weight: Tensor, quantizer: Any, name: str, shape: torch.Size | None = None) -> FrozenWeight:
         try:
+            if shape not in (None, weight.shape):
+                raise ValueError(f"{name} is {list(weight.shape)} in the files, expected {list(shape)}")
+            if isinstance(weight, FrozenWeight):
+                return weight
             return FrozenWeight.quantize(weight, quantizer.format, name)
         except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
             quantizer.broken.append(str(error))
@@ -385,7 +389,8 @@ def _quantizer() -> tuple[Any, Any]:
 
         def convert(self, tensors: dict[str, Any], **_: Any) -> dict[str, nn.Parameter]:
             ((name, weight),) = tensors.items()
-            weight = kept(weight[0] if isinstance(weight, list) else weight, self.quantizer, name)
+            shape = self.quantizer.model.get_parameter(name).shape
+            weight = kept(weight[0] if isinstance(weight, list) else weight, self.quantizer, name, shape)
             return {name: nn.Parameter(weight, requires_grad=False)}
 
     class QuantizeParts(Quantize):

@@ -10,6 +10,7 @@ from prepared import TOKENS, tiny
 from quantised import LAYOUTS, SIZES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import flex_kernels
 from flex_kernels.weight_files import DenseExpertsError
@@ -48,6 +49,38 @@ def test_experts_in_one_tensor(layout: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             getattr(experts, matrix).float().dequantize(), getattr(want, matrix), rtol=2**-8, atol=0
         )
+
+
+def test_a_family_that_names_its_experts_otherwise(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_local_experts": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    want = quantised.write(tmp_path, "nf4", MixtralForCausalLM(MixtralConfig(**sizes)))
+    assert any(".experts.3.w2.weight.absmax" in name for name in load_file(tmp_path / "model.safetensors"))
+    model = flex_kernels.load_prepared(tmp_path)
+    for experts in flex_kernels.moe_layers(model).values():
+        assert (experts.gate_up_proj.format, experts.down_proj.format) == ("nf4", "nf4")
+    torch.testing.assert_close(model.state_dict(), want.state_dict(), rtol=2**-8, atol=1e-8)
+
+
+def test_a_config_that_says_no_dtype(tmp_path: Path) -> None:
+    quantised.write(tmp_path, "llm-int8", tiny(**SIZES).bfloat16())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = flex_kernels.load_prepared(tmp_path)
+    assert model.dtype == model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layout", ["nf4", "int-quantized", None])
+def test_experts_of_another_shape_than_the_configuration_says(layout: str | None, tmp_path: Path) -> None:
+    tiny(**SIZES).save_pretrained(tmp_path)
+    if layout is not None:
+        quantised.write(tmp_path, layout)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 128}))
+    with pytest.raises(ValueError, match=r"down_proj is \[6, 64, 64\] in the files, expected \[6, 64, 128\]"):
+        flex_kernels.load_prepared(tmp_path, None if layout else "nf4")
 
 
 def test_experts_that_are_dense_in_a_quantised_checkpoint(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def write(
         tensors |= {k: v.detach() for k, v in model.state_dict().items() if ".experts." in k}
     written, meant = {}, {}
     for name, tensor in tensors.items():
-        linear = "_proj" in name or "lm_head" in name or name.endswith("shared_expert_gate.weight")
+        linear = any(part in name for part in ("_proj", ".experts.", "lm_head", "shared_expert_gate."))
         quantised = linear and tensor.dim() > 1 and (experts or ".experts." not in name)
         written[name], meant[name] = tensor, tensor
         if quantised:
