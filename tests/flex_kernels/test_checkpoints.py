@@ -51,6 +51,24 @@ def test_experts_in_one_tensor(layout: str, tmp_path: Path) -> None:
         )
 
 
+def test_what_scales_in_bf16_cost() -> None:
+    """Of bitsandbytes' NF4, whose scales are fp32, in the mean square of normal weights; the figures of the docs."""
+    weight = torch.randn(512, 1024)
+    parts, meant = quantised.nf4("weight", weight)
+    scales = parts["weight.absmax"]
+    error = scales.bfloat16().float() / scales - 1
+    rounded = meant.view(-1, 64) * (1 + error)[:, None]
+    costs = {
+        "at most": error.abs().max(),
+        "scales in bf16": (rounded - meant.view(-1, 64)).norm() / meant.norm(),
+        "weights in bf16": (meant.bfloat16().float() - meant).norm() / meant.norm(),
+        "NF4": (meant - weight).norm() / weight.norm(),
+    }
+    print(", ".join(f"{name} {100 * cost:.2f} %" for name, cost in costs.items()))
+    assert costs["at most"] < 2**-8
+    assert costs["scales in bf16"] < costs["weights in bf16"] < 0.002 < 0.09 < costs["NF4"]
+
+
 def test_a_family_that_names_its_experts_otherwise(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_local_experts": 4}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
