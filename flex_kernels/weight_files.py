@@ -332,7 +332,7 @@ def _load(
 
 def _quantizer() -> tuple[Any, Any]:
     """Our quantizer for transformers' loader and its configuration, registered when they are first asked for."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -353,34 +353,6 @@ def _quantizer() -> tuple[Any, Any]:
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": METHOD, "format": self.format}
 
-    def kinds_of(operations: Any) -> list[tuple[str, int | None]]:
-        return [(type(each).__name__, getattr(each, "dim", None)) for each in operations]
-
-    def sources_of(model: nn.Module, conversions: list[Any], parts: dict[str, Part]) -> dict[str, tuple[list, Any]]:
-        """Which parts become a tensor of the model, and by which operations, as the loader will find out."""
-        conversions = copy.deepcopy(conversions)  # they remember what they were used for
-        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in conversions if isinstance(each, WeightConverter)]
-        operations = {pattern: each.operations for each in converters for pattern in each.source_patterns}
-        own, prefix, found = model.state_dict(), model.base_model_prefix, {}
-        for name in sorted(parts):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, own)
-            if target not in own and name in own:
-                target, pattern = rename_source_key(name, [], [], prefix, own)
-            found.setdefault(target, ([], operations.get(pattern)))[0].append(parts[name])
-        return found
-
-    def kept(weight: Tensor, quantizer: Any, name: str, shape: torch.Size | None = None) -> FrozenWeight:
-        try:
-            if shape not in (None, weight.shape):
-                raise ValueError(f"{name} is {list(weight.shape)} in the files, expected {list(shape)}")
-            if isinstance(weight, FrozenWeight):
-                return weight
-            return FrozenWeight.quantize(weight, quantizer.format, name)
-        except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
-            quantizer.broken.append(str(error))
-            raise
-
     class Quantize(ConversionOps):
         """The last step: the whole matrix, where its parts were not quantised already."""
 
@@ -390,7 +362,7 @@ def _quantizer() -> tuple[Any, Any]:
         def convert(self, tensors: dict[str, Any], **_: Any) -> dict[str, nn.Parameter]:
             ((name, weight),) = tensors.items()
             shape = self.quantizer.model.get_parameter(name).shape
-            weight = kept(weight[0] if isinstance(weight, list) else weight, self.quantizer, name, shape)
+            weight = _kept(weight[0] if isinstance(weight, list) else weight, self.quantizer, name, shape)
             return {name: nn.Parameter(weight, requires_grad=False)}
 
     class QuantizeParts(Quantize):
@@ -403,7 +375,7 @@ def _quantizer() -> tuple[Any, Any]:
             if full_layer_name in self.quantizer.names:
                 for parts in tensors.values():
                     for i in range(len(parts)):  # in place: a part that is quantised is not kept dense beside
-                        parts[i] = kept(parts[i], self.quantizer, full_layer_name)
+                        parts[i] = _kept(parts[i], self.quantizer, full_layer_name)
             return tensors
 
     @register_quantizer(METHOD)
@@ -415,7 +387,6 @@ def _quantizer() -> tuple[Any, Any]:
             self.names, self.checkpoint = frozenset(), quantization_config.checkpoint
             self.asked = quantization_config.format
             self.format = self.asked or self.checkpoint.format
-            self.broken.clear()
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
             for part in self.checkpoint.parts.values() if self.checkpoint else ():
@@ -444,7 +415,7 @@ def _quantizer() -> tuple[Any, Any]:
 
         def _keep_experts(self, conversions: list[Any]) -> None:
             """Marks the quantised parts that become experts, before anything is read; what cannot be one is refused."""
-            for target, (sources, operations) in sources_of(self.model, conversions, self.checkpoint.parts).items():
+            for target, (sources, operations) in _sources_of(self.model, conversions, self.checkpoint.parts).items():
                 if target not in self.names:
                     continue
                 found = {part.format for part in sources}
@@ -456,7 +427,7 @@ def _quantizer() -> tuple[Any, Any]:
                     continue
                 if found != {self.format}:
                     raise ValueError(f"{target} is in {' and '.join(sorted(found))}, expected {self.format}")
-                if operations and kinds_of(operations) not in JOINS:
+                if operations and _kinds_of(operations) not in JOINS:
                     raise ValueError(f"the parts of {target} are not only joined when it is loaded, expected them so")
                 for part in sources:
                     if reason := part.why_not_kept():
@@ -466,7 +437,7 @@ def _quantizer() -> tuple[Any, Any]:
         def _with_parts_first(self, conversion: Any) -> Any:
             operations = getattr(conversion, "operations", ())
             targets = [name for name in self.names if any(target in name for target in conversion.target_patterns)]
-            if not targets or kinds_of(operations) not in JOINS:
+            if not targets or _kinds_of(operations) not in JOINS:
                 return conversion
             conversion = copy.copy(conversion)
             conversion.operations = [QuantizeParts(self), *operations]
@@ -492,3 +463,36 @@ def _quantizer() -> tuple[Any, Any]:
             return False
 
     return ExpertsQuantizer, ExpertsConfig
+
+
+def _kinds_of(operations: Any) -> list[tuple[str, int | None]]:
+    return [(type(each).__name__, getattr(each, "dim", None)) for each in operations]
+
+
+def _sources_of(model: nn.Module, conversions: list[Any], parts: dict[str, Part]) -> dict[str, tuple[list, Any]]:
+    """Which parts become a tensor of the model, and by which operations, as the loader will find out."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = copy.deepcopy(conversions)  # they remember what they were used for
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    operations = {pattern: each.operations for each in converters for pattern in each.source_patterns}
+    own, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    for name in sorted(parts):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if target not in own and name in own:
+            target, pattern = rename_source_key(name, [], [], prefix, own)
+        found.setdefault(target, ([], operations.get(pattern)))[0].append(parts[name])
+    return found
+
+
+def _kept(weight: Tensor, quantizer: Any, name: str, shape: torch.Size | None = None) -> FrozenWeight:
+    try:
+        if shape not in (None, weight.shape):
+            raise ValueError(f"{name} is {list(weight.shape)} in the files, expected {list(shape)}")
+        if isinstance(weight, FrozenWeight):
+            return weight
+        return FrozenWeight.quantize(weight, quantizer.format, name)
+    except ValueError as error:  # the loader would go on, and fill the matrix with random numbers
+        quantizer.broken.append(str(error))
+        raise
