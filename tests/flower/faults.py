@@ -163,7 +163,8 @@ def test_a_site_with_another_base_is_named(pair):
     pair.worker("farm")
     own = pair.example / "clinic"
     words = ("worker", pair.package("clinic"), "--model", pair.folder / "other", "--data", own / "train.jsonl")
-    pair.start("worker-clinic", *words, "--test", own / "test.jsonl", ready="site clinic:")
+    pair.start("worker-clinic", *words, "--test", own / "test.jsonl")
+    pair.until_at_work(*PAIR)
     for name in PAIR:
         pair.node(name)
     said = pair.run(2)
@@ -180,7 +181,8 @@ def test_an_old_package_is_refused_by_name(pair):
     pair.worker("farm")
     own = pair.example / "clinic"
     words = ("worker", pair.folder / "old", "--model", pair.example / "model", "--data", own / "train.jsonl")
-    pair.start("worker-clinic", *words, ready="site clinic:")
+    pair.start("worker-clinic", *words)
+    pair.until_at_work(*PAIR)
     pair.node("farm")
     pair.start("node-clinic", "node", pair.folder / "old")
     said = pair.run(2)
@@ -198,6 +200,7 @@ def test_a_full_disk_at_a_site(pair):
         pair.server()
         pair.worker("farm")
         pair.worker("clinic", "--state", disk / "state")
+        pair.until_at_work(*PAIR)
         for name in PAIR:
             pair.node(name)
         said = pair.run(2)

@@ -138,11 +138,15 @@ class Federation:
         )
 
     def workers(self) -> None:
-        started = [(site, self.worker(site)) for site in self.sites]
-        for site, process in started:
-            until(
-                f"worker of {site}", lambda process=process, site=site: process.said(f"site {site}:") or process.ended()
-            )
+        for site in self.sites:
+            self.worker(site)
+        self.until_at_work(*self.sites)
+
+    def until_at_work(self, *sites: str) -> None:
+        """Until the workers of these sites take questions; a SuperNode that finds none ends."""
+        for site in sites:
+            process = self.running[f"worker-{site}"]
+            until(f"worker of {site}", lambda p=process, site=site: p.said(f"site {site}:") or p.ended())
             assert not process.ended(), process.log.read_text()
 
     def node(self, site: str, *options: object) -> Process:
