@@ -27,7 +27,8 @@ class Entry:
 
     asked: "train", "evaluate", "about", "start", "who". peer: the user id that asked. start: sha256 of the tensors that
     came. tensors: the names of those that left; sha256, bytes: of them; norm: of what left minus what came.
-    numbers: what else left in numbers. events: how many scores and choices of grafts. refused: why nothing left.
+    numbers: what else left in numbers. events: how many scores and choices of grafts. scored: with a turn of training,
+    the round whose scores left too. refused: why nothing left.
     """
 
     asked: str
@@ -43,6 +44,7 @@ class Entry:
     norm: float | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
     events: int = 0
+    scored: int | None = None
     refused: str = ""
     time: str = ""
 
@@ -117,10 +119,11 @@ class Record:
         job = (entry.run, entry.method, entry.seed)
         if entry.refused:
             return
+        scored = entry.round if entry.asked == "evaluate" else entry.scored
+        if scored is not None:
+            self.starts.setdefault((*job, scored), set()).add(entry.start)
         if entry.asked == "train":
             self.last[job] = entry.round
-        elif entry.asked == "evaluate":
-            self.starts.setdefault((*job, entry.round), set()).add(entry.start)
 
 
 def record_table(entries: Iterator[Entry]) -> Table:
@@ -133,7 +136,8 @@ def record_table(entries: Iterator[Entry]) -> Table:
         norm = "" if e.norm is None else f"{e.norm:.4g}"
         said = e.refused or ", ".join(f"{key} {_short(value)}" for key, value in e.numbers.items())
         counts = (str(e.round or ""), str(len(e.tensors) or ""), str(e.bytes or ""))
-        table.add_row(*map(Text, (e.time, e.asked, job, *counts, norm, e.sha256[:12], said)))
+        asked = e.asked if e.scored is None else f"{e.asked}, score {e.scored}"
+        table.add_row(*map(Text, (e.time, asked, job, *counts, norm, e.sha256[:12], said)))
     return table
 
 

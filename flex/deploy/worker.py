@@ -30,7 +30,7 @@ from flex.federation.client_app import make_client_app
 from flex.federation.flower import Message, MessageType, RecordDict
 from flex.federation.local import FIRST_NODE_ID, InProcessGrid
 from flex.federation.masked_site import NEXT
-from flex.federation.messages import ASK, CONFIG, EVENTS
+from flex.federation.messages import ASK, CONFIG, EVENTS, SCORES, SPLITS
 from flex.federation.seal import digest, round_of
 from flex.federation.strategy import sample_clients
 from flex.runs.workers import job_folder
@@ -98,12 +98,14 @@ class Worker:
         entry = Entry(asked, peer)
         try:
             entry = dataclasses.replace(entry, round=_round_in(content), start=digest(content))
+            if kind == MessageType.TRAIN and SPLITS in content.config_records.get(CONFIG, {}):
+                entry = dataclasses.replace(entry, scored=entry.round - 1)
             name = job_of(content, self.package, self.world.base.fingerprint)
             entry = dataclasses.replace(entry, run=self.package.run, method=name.method, seed=name.seed)
             self._check(name, kind, asked, entry)
             reply = self._turn(name, kind, content)
-            events = reply.config_records.get(EVENTS, {}).get("json", "[]")
-            told = {"events": len(json.loads(str(events))), **left(content, reply)}
+            said = (reply.config_records.get(name, {}).get("json", "[]") for name in (EVENTS, SCORES))
+            told = {"events": sum(len(json.loads(str(events))) for events in said), **left(content, reply)}
             self.record.write(dataclasses.replace(entry, **told))
             return reply
         except FlexError as error:
@@ -115,24 +117,36 @@ class Worker:
         if kind == MessageType.QUERY:
             require(asked in QUERIES, f"the question is {asked!r}; expected one of {', '.join(QUERIES)}")
             return
-        job = (self.package.run, name.method, name.seed)
-        last, at = self.record.last.get(job, 0), entry.round
-        who = f"{name.method} seed {name.seed}, round {at}: site {self.package.name!r}"
+        last, at = self.record.last.get(self._job_in_record(name), 0), entry.round
+        has = f"{self._who(name, at)} has trained up to round {last}"
         if asked == "train":
             allowed = self._next_rounds(last)
-            require(at in allowed, f"{who} has trained up to round {last}; expected round {_either(allowed)}")
+            require(at in allowed, f"{has}; expected round {_either(allowed)}")
+            if entry.scored is not None:
+                self._check_scores(name, entry.scored, entry.start)
             return
+        self._check_scores(name, at, entry.start)
+        missed = [index for index in self._drawn(last) if index <= at] if name.trains else []
+        require(not missed or self._may_miss, f"{has}; expected round {_either(missed)}")
+
+    def _check_scores(self, name: JobName, at: int, start: str) -> None:
+        """Refuses scores of a round that this site's configuration does not score, or of one shared state too many."""
+        who, job = self._who(name, at), self._job_in_record(name)
         # Who keeps the best round scores every round, and at the end the one that was kept.
         every = self.config.train.keep == "best"
         scores = at == 0 if not name.trains else every or self.config.scores_after(at)
         require(scores, f"{who} does not score itself then; its configuration says when")
-        missed = [index for index in self._drawn(last) if index <= at] if name.trains else []
-        require(not missed or self._may_miss, f"{who} has trained up to round {last}; expected round {_either(missed)}")
         known = self.record.starts.get((*job, at), set())
         require(
-            entry.start in known or len(known) < MOST_SCORED,
+            start in known or len(known) < MOST_SCORED,
             f"{who} has scored {len(known)} different shared states in this round; expected no more",
         )
+
+    def _who(self, name: JobName, at: int) -> str:
+        return f"{name.method} seed {name.seed}, round {at}: site {self.package.name!r}"
+
+    def _job_in_record(self, name: JobName) -> tuple[str, str, int]:
+        return self.package.run, name.method, name.seed
 
     def _next_rounds(self, last: int) -> list[int]:
         """The rounds that may be trained now: the last one again, the next one in which this site is drawn, and where

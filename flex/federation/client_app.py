@@ -37,6 +37,7 @@ from flex.federation.messages import (
     METRICS,
     NUM_EXAMPLES,
     SCORED,
+    SCORES,
     SPLITS,
     Arrays,
     carried_arrays,
@@ -81,13 +82,16 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         site, shared = site_of(message, context), carried_arrays(message.content)
-        asked = message.content.config_records.get(MASK)
+        at, config = round_of(message.content), message.content[CONFIG]
+        asked, splits = message.content.config_records.get(MASK), str(config.get(SPLITS, "")).split()
         require(
-            asked is not None or not shared or not site.hides(round_of(message.content)),
+            asked is not None or not shared or not site.hides(at),
             f"client {site.client_id!r} was asked for its update without a mask; expected one, as strategy.secure says",
         )
         with memory_named(site):
-            turn = site.train(round_of(message.content), shared, message.content[CONFIG].get(KEPT_ROUND))
+            # Before the turn the site is as the round before left it: what an exchange of its own would have scored.
+            scores = site.evaluate(at - 1, to_arrays(message.content[ARRAYS]), splits=splits) if splits else []
+            turn = site.train(at, shared, config.get(KEPT_ROUND))
         numbers = {
             CLIENT_INDEX: identity(context)[1],
             NUM_EXAMPLES: turn.metrics["num_examples"],
@@ -96,10 +100,11 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
             "tokens": turn.metrics["tokens"],
             "opening": turn.metrics["opening"] or [],
         }
+        told = {SCORES: _of_events(scores)} if splits else {}
         if asked is None:
-            return _reply(message, numbers, turn.events, update_records(turn.update, shared))
-        record, told = masked_update(site, round_of(message.content), asked, turn.update, shared)
-        return _reply(message, numbers | told, turn.events, {MASK: record})
+            return _reply(message, numbers, turn.events, {**update_records(turn.update, shared), **told})
+        record, masked = masked_update(site, at, asked, turn.update, shared)
+        return _reply(message, numbers | masked, turn.events, {MASK: record, **told})
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -153,6 +158,10 @@ def memory_named(site: Site) -> Iterator[None]:
         raise
 
 
-def _reply(message: Message, numbers: dict, events: list[Event], arrays: dict) -> Message:
-    told = {METRICS: MetricRecord(numbers), EVENTS: json_record([event.to_json() for event in events])}
-    return Message(RecordDict({**arrays, **told}), reply_to=message)
+def _reply(message: Message, numbers: dict, events: list[Event], records: dict) -> Message:
+    told = {METRICS: MetricRecord(numbers), EVENTS: _of_events(events)}
+    return Message(RecordDict({**records, **told}), reply_to=message)
+
+
+def _of_events(events: list[Event]) -> ConfigRecord:
+    return json_record([event.to_json() for event in events])

@@ -7,7 +7,7 @@ from typing import Any
 from flex.errors import FlexError
 from flex.federation.flower import Grid, Message
 from flex.federation.guard import Guard, Update, check_numbers
-from flex.federation.messages import events_of, metrics_of, sent_tensors
+from flex.federation.messages import CONFIG, SCORES, SPLITS, events_of, metrics_of, sent_tensors
 from flex.federation.seal import check_seal
 from flex.store.events import Event, LeftOut
 
@@ -39,18 +39,26 @@ class Turn:
 
 
 class Exchange:
-    """Sends the messages of a round and takes the replies in: errors become exceptions, or are kept by client."""
+    """Sends the messages of a round and takes the replies in: errors become exceptions, or are kept by client.
+
+    Attributes:
+        scored: by node, the scores of the round before that came with a turn of this one.
+    """
 
     def __init__(self, grid: Grid, clients: dict[int, str], round_index: int, skip_failed: bool, timeout: float | None):
         self.grid, self.clients, self.round_index = grid, clients, round_index
         self.skip_failed, self.timeout = skip_failed, timeout
         self.left_out: list[LeftOut] = []
+        self.scored: dict[int, Turn] = {}
 
-    def __call__(self, messages: Iterable[Message], guard: Guard | None = None) -> tuple[list[Message], list[Turn]]:
+    def __call__(
+        self, messages: Iterable[Message], guard: Guard | None = None, others: int = 0
+    ) -> tuple[list[Message], list[Turn]]:
         """The replies that are no errors and are not refused, and the turns they tell of, both in client order.
 
         Args:
             guard: of replies to training.
+            others: how many have answered elsewhere: without any, a round in which every client fails ends the run.
         """
         sent = {message.metadata.dst_node_id: message for message in messages}
         answered: dict[int, tuple[Message, Turn]] = {}
@@ -61,7 +69,7 @@ class Exchange:
                 self.refuse(node, sent[node].metadata.message_type, error)
         if guard:
             answered = self._compared(sent, answered, guard)
-        if not answered and self.left_out:
+        if not answered and not others and self.left_out:
             raise ClientFailed(f"every client failed in round {self.round_index}: {self.said}")
         place = {node: index for index, node in enumerate(self.clients)}
         in_order = [answered[node] for node in sorted(answered, key=lambda node: place.get(node, len(place)))]
@@ -109,6 +117,9 @@ class Exchange:
         down, up = sent_tensors(message.content), sent_tensors(reply.content)
         if guard:
             update = guard.admit(message, reply, name, self.round_index)
+            if SPLITS in message.content.config_records.get(CONFIG, {}) and SCORES in reply.content.config_records:
+                scores = events_of(reply, name, self.round_index - 1, SCORES)
+                self.scored[node] = Turn(name, {}, scores, [], [])
         else:
             check_numbers(reply, f"client {name!r}")
         return Turn(name, metrics_of(reply), events_of(reply, name, self.round_index), down, up, update)

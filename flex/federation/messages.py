@@ -2,10 +2,11 @@
 
     train      `arrays` (the shared state, float32), `config` with `server-round`, `evaluate` (whether this round ends
                with an evaluation; this project's own clients read that in their configuration), perhaps `kept-round`
-               (whose state a client must not lose) and the caller's own; with SCAFFOLD also `control`, its control
-               variates
-               reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`, and `control` where
-               it was sent
+               (whose state a client must not lose) and the caller's own; perhaps `splits`: what is sent is to be scored
+               on them before the turn, as of the round before (`scoring.py`); with SCAFFOLD also `control`, its
+               control variates
+               reply: `arrays` (the same tensors), `metrics` with at least `num-examples`, `events`, `scores` (events of
+               the round before) where they were asked for, and `control` where it was sent
     evaluate   the same content, perhaps with `splits`, the names of those to score   reply: `metrics`, `events`
     query      `config` with `ask`, or nothing: who are you?  reply: `client` (id and index); to "about" also `about`
                (see `SiteAbout`), to "start" also `arrays`, the shared state as the method initialises it
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # Flower itself only where a record is made: a client's turn 
 Arrays = dict[str, np.ndarray]
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # the records' names in a message, as Flower's strategies use
-EVENTS, ABOUT, ASK = "events", "about", "ask"
+EVENTS, SCORES, ABOUT, ASK = "events", "scores", "about", "ask"
 CONTROL = "control"  # a ConfigRecord of tensors: what clips an update, or adds noise to it, takes every ArrayRecord
 NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
 ABOUT_KINDS = {"str": str, "int": int, "dict": dict}
@@ -115,19 +116,20 @@ def _json_of(reply: Message, record: str, sender: str) -> Any:
         raise FlexError(f"{sender} sent no readable {record!r} record; expected JSON") from None
 
 
-def events_of(reply: Message, client_id: str, round_index: int | None = None) -> list[Event]:
+def events_of(reply: Message, client_id: str, round_index: int | None = None, record: str = EVENTS) -> list[Event]:
     """What a reply says for the log, as said of `client_id` whatever name it gives; nothing where it says nothing.
 
     Args:
         round_index: of which scores must be; None: of any.
+        record: which says it.
 
     Raises:
         FlexError: it is no JSON, no event that a client may tell, or one whose values are not what such an event has.
     """
-    if EVENTS not in reply.content.config_records:
+    if record not in reply.content.config_records:
         return []
     sender = f"client {client_id!r}"
-    values = _json_of(reply, EVENTS, sender)
+    values = _json_of(reply, record, sender)
     well_formed = isinstance(values, list) and all(isinstance(value, dict) for value in values)
     events = [from_json(value) for value in values] if well_formed else [None]
     if not all(isinstance(event, TOLD) for event in events):

@@ -7,7 +7,7 @@ the report need of a round comes back in its replies (`RoundReport`).
 A client's own state is kept in its personal file, not in Flower's `Context.state`, which does not survive the process.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from flex.errors import FlexError
@@ -27,6 +27,7 @@ from flex.federation.messages import (
     to_arrays,
     to_record,
 )
+from flex.federation.scoring import Scoring
 from flex.federation.secure import SecureRound
 from flex.store.events import VALIDATION, LeftOut, Secured
 
@@ -39,9 +40,10 @@ class RoundReport:
 
     round_index: int
     train: list[Turn]
-    evaluate: list[Turn] = field(default_factory=list)  # empty where the round has no evaluation
+    evaluate: list[Turn] = field(default_factory=list)  # empty where it has no evaluation, or that is still to come
     left_out: list[LeftOut] = field(default_factory=list)  # only with `skip_failed`
     secured: Secured | None = None  # of a round under masks
+    unscored: bool = False  # its scores come with the turns of the next round
 
     @property
     def failed(self) -> dict[str, str]:
@@ -61,12 +63,18 @@ def run_rounds(
     evaluate_every: int | None = 1,
     validate: bool = False,
     on_round: Callable[[int, Arrays, RoundReport], bool | None] | None = None,
+    on_scores: Callable[[RoundReport], None] | None = None,
+    unscored: Collection[str] = (),
     skip_failed: bool = False,
     timeout: float | None = None,
     guard: Guard | None = None,
     secure: SecureRound | None = None,
 ) -> Arrays:
     """Rounds `start_round` to `num_rounds` of federated training.
+
+    A round is one exchange of messages. The scores after it come with the turns of the next one (`scoring.py`): that
+    exchange asks for those of whoever trains in it, and a second one for those of all others. The last round, and every
+    round with `validate`, is scored in an exchange of its own before it is done.
 
     Args:
         strategy: who averages how; for a resumed run with its state restored.
@@ -76,8 +84,11 @@ def run_rounds(
         evaluate_every: rounds from one evaluation to the next; the last round always has one. 0: the last only. None:
             never.
         validate: every round ends with the clients' scores on their validation parts.
-        on_round: called with (round, shared state after it, report) when all of a round is done: the place for a
-            checkpoint. If it returns True, that was the last round.
+        on_round: called with (round, shared state after it, report) when a round is done: the place for a checkpoint.
+            If it returns True, that was the last round.
+        on_scores: called with a report of scores alone, of a round whose `on_round` was called before with a report
+            that says `unscored`; before the next round's.
+        unscored: of a resumed run, the clients whose scores of the round before `start_round` are still to come.
         skip_failed: go on without a client that failed, or whose reply is refused, as long as one has trained. By
             default the run stops.
         timeout: seconds to wait for the replies of a round; not for `InProcessGrid`.
@@ -93,33 +104,53 @@ def run_rounds(
     """
     inner(strategy).clients = clients = clients_of(grid, timeout)
     guard = guard or Guard()
+
+    def scoring_of(round_index: int, splits: str | None = None) -> Scoring:
+        config = ConfigRecord({**(evaluate_config or {}), **({SPLITS: splits} if splits else {})})
+        return Scoring(round_index, strategy.configure_evaluate(round_index, to_record(shared), config, grid))
+
+    def tell(scoring: Scoring, exchange: Exchange) -> None:
+        turns, left_out = scoring.collect(exchange)
+        if on_scores:
+            on_scores(RoundReport(scoring.round_index, [], turns, left_out))
+
+    late: Scoring | None = None
+    if unscored:
+        late = scoring_of(start_round - 1)
+        late.messages = {node: m for node, m in late.messages.items() if clients.get(node) in unscored}
     for round_index in range(start_round, num_rounds + 1):
         exchange = Exchange(grid, clients, round_index, skip_failed, timeout)
         evaluating = _evaluates(round_index, num_rounds, evaluate_every)
 
         own = train_config(round_index) if callable(train_config) else train_config
         config = ConfigRecord({**(own or {}), "evaluate": evaluating})
-        messages = strategy.configure_train(round_index, to_record(shared), config, grid)
+        messages = list(strategy.configure_train(round_index, to_record(shared), config, grid))
+        messages = late.asked_with(messages) if late else messages
         secured = None
         if secure and round_index < secure.first_alone:
-            replies, train, secured = secure(exchange, list(messages), guard)
+            replies, train, secured = secure(exchange, messages, guard)
         else:
             replies, train = exchange(messages, guard)
+        if late:
+            tell(late, exchange)
 
         average, _ = strategy.aggregate_train(round_index, replies)
         shared = shared if average is None else to_arrays(average)
 
         evaluate: list[Turn] = []
-        if evaluating or validate:
-            splits = " ".join([*(SCORED if evaluating else ()), VALIDATION])
-            config = ConfigRecord({**(evaluate_config or {}), **({SPLITS: splits} if validate else {})})
-            messages = strategy.configure_evaluate(round_index, to_record(shared), config, grid)
-            _, evaluate = exchange(messages)
+        late = None
+        if validate or (evaluating and round_index == num_rounds):
+            splits = " ".join([*(SCORED if evaluating else ()), VALIDATION]) if validate else None
+            _, evaluate = exchange(scoring_of(round_index, splits).messages.values())
+        elif evaluating:
+            late = scoring_of(round_index)
 
         guard.remember({turn.client_id: turn.update for turn in train if turn.update}, round_index)
-        report = RoundReport(round_index, train, evaluate, exchange.left_out, secured)
+        report = RoundReport(round_index, train, evaluate, exchange.left_out, secured, unscored=late is not None)
         if on_round and on_round(round_index, shared, report):
             break
+    if late:  # no round came after it
+        tell(late, Exchange(grid, clients, late.round_index, skip_failed, timeout))
     return shared
 
 

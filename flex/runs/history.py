@@ -104,6 +104,12 @@ def reopened(events: Iterable[Event]) -> list[Event]:
     return [event for event in events if not isinstance(event, Done)]
 
 
+def before_scores(events: Sequence[Event], round_index: int) -> list[Event]:
+    """The log up to the last turn of a round: what came after it, its scores, is asked for again."""
+    turns = [place for place, e in enumerate(events) if isinstance(e, Trained) and e.round == round_index]
+    return list(events[: turns[-1] + 1]) if turns else list(events)
+
+
 def is_finished(events: Sequence[Event], trains: bool, num_rounds: int, clients: Sequence[str]) -> bool:
     """Whether a job with this log has nothing left to do of this plan."""
     done = next((event for event in reversed(events) if isinstance(event, Done)), None)

@@ -27,7 +27,7 @@ from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, eval
 from flex.federation.secure import MaskedGuard, SecureRound
 from flex.federation.strategy import configured_strategy, load_strategy_state
 from flex.methods import METHODS
-from flex.runs.history import Best, best_of, extension, reopened, without_scores
+from flex.runs.history import Best, before_scores, best_of, extension, plan_of, reopened, without_scores
 from flex.runs.progress import Bar
 from flex.store.events import (
     AFTER,
@@ -48,6 +48,7 @@ from flex.store.events import (
 from flex.store.files import check_header, round_file, rounds_in
 from flex.store.personal import KEPT_ROUNDS
 
+UNSCORED = "unscored"  # in the header of a server file: the scores of its round were not in the log yet
 TOLD = ("loss", "seconds", "tokens", "opening")  # what the log needs of every turn, beside its number of examples
 
 
@@ -80,6 +81,7 @@ class Job:
         if method in config.train.rates:
             self.header["rate"] = config.train.rates[method]
         self.best = Best()
+        self.unscored: tuple[str, ...] = ()  # whose scores of the last round did not come before the run was stopped
         self.keeps_best, self.patience = config.train.keep == "best", config.train.patience
         self.told = bool(rounds_in(self.server))  # what exactly travelled is told once
         self.exact: dict[str, float] = {}
@@ -126,6 +128,8 @@ class Job:
                 evaluate_every=self.config.evaluate.every,
                 validate=self.keeps_best,
                 on_round=lambda index, arrays, report: self._keep(index, arrays, strategy, report),
+                on_scores=lambda report: self._write(round_events(report.round_index, report)),
+                unscored=self.unscored,
                 skip_failed=train.skip_failed,
                 timeout=train.timeout,
                 guard=(MaskedGuard if self.secure else Guard)(
@@ -162,6 +166,9 @@ class Job:
         self._check_header(path, header)
         load_strategy_state(strategy, moments)
         events = reopened(self.log.rewind(done))
+        if header.get(UNSCORED):
+            events = before_scores(events, done)
+            self.unscored = plan_of(events).clients
         write_events(self.log.path, events)
         self.known = {_place(event) for event in events if isinstance(event, Grafted)}
         self.seen = _seen(events)
@@ -193,7 +200,8 @@ class Job:
             self._write(sent_events(report.train[0]))
         self._write(round_events(round_index, report))
         self.tokens += sum(turn.metrics["tokens"] for turn in report.train)
-        save_server(round_file(self.server, round_index), round_index, shared, inner(strategy), self.header)
+        header = self.header | ({UNSCORED: True} if report.unscored else {})
+        save_server(round_file(self.server, round_index), round_index, shared, inner(strategy), header)
         self.last_round = round_index
         self.best.add(round_index, [event for turn in report.evaluate for event in turn.events])
         for old in rounds_in(self.server)[:-KEPT_ROUNDS]:
@@ -236,7 +244,8 @@ def sent_events(turn: Turn) -> list[Event]:
 
 
 def round_events(round_index: int, report: RoundReport) -> list[Event]:
-    """What the log says of a round: all of it from the replies."""
+    """What the log says of a round, all of it from the replies: the turns, and then the scores after aggregation, which
+    may be told later, alone."""
     trained = [
         Trained(
             round=round_index,
@@ -251,9 +260,9 @@ def round_events(round_index: int, report: RoundReport) -> list[Event]:
         )
         for turn in report.train
     ]
-    told = [event for turn in (*report.train, *report.evaluate) for event in turn.events]
+    told, scored = ([event for turn in turns for event in turn.events] for turns in (report.train, report.evaluate))
     secured = [report.secured] if report.secured else []
-    return [*told, *trained, *report.left_out, *_limits(round_index, report.train), *secured]
+    return [*told, *report.left_out, *_limits(round_index, report.train), *secured, *trained, *scored]
 
 
 def _measured(turn: Turn) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """A run at several sites, without Flower's network: the bits of the run on one machine, and what is refused."""
 
+import contextlib
+import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,19 +11,32 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from sites import at_work, federation, run_sites, worker_of
-from tiny import read_log, save_model
+from tiny import read_log, save_data, save_model
 
 from flex.deploy.folder import read_deployment, update
 from flex.deploy.job import JOB, JobName, job_record
-from flex.deploy.record import Record
+from flex.deploy.record import Record, record_table
 from flex.deploy.worker import MOST_SCORED, state_of
 from flex.errors import FlexError
 from flex.federation.flower import ConfigRecord, RecordDict
-from flex.federation.messages import ABOUT, ARRAYS, CONFIG, METRICS, Arrays, to_arrays, to_record
+from flex.federation.messages import (
+    ABOUT,
+    ARRAYS,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    SCORED,
+    SCORES,
+    SPLITS,
+    Arrays,
+    to_arrays,
+    to_record,
+)
 from flex.federation.rounds import ClientFailed
 from flex.federation.seal import SEAL
 from flex.report.terminal import write_report
 from flex.runs.run import run
+from flex.store.events import AFTER
 
 METHODS = ("base", "flex", "scaffold")
 TIMES = ("seconds", "started", "tokens", "peak_bytes")
@@ -157,6 +173,45 @@ def test_scores_are_given_when_the_own_configuration_says(tmp_path):
     with pytest.raises(FlexError, match="has scored 3 different shared states in this round"):
         asking.evaluate(3, {name: array - 1 for name, array in start.items()})
     assert asking.evaluate(0, {}, method="base").metric_records
+
+
+def test_a_turn_gives_the_scores_of_the_round_before_and_the_record_says_so(tmp_path):
+    asking = Asking(tmp_path, evaluate={"every": 1})
+    start = asking.start()
+    first = asking.train(1, start)
+    alone = asking.evaluate(1, first)
+    came = asking.ask("train", first, **{"server-round": 2, SPLITS: " ".join(SCORED)})
+    scores = json.loads(came.config_records[SCORES]["json"])
+    assert scores == json.loads(alone.config_records[EVENTS]["json"])
+    assert {(e["round"], e["when"], e["split"]) for e in scores} == {(1, AFTER, split) for split in SCORED}
+    entries = list(Record(asking.worker.state / "record.jsonl").entries())
+    assert [(e.asked, e.round, e.scored, e.events) for e in entries[1:]][1:] == [
+        ("evaluate", 1, None, 2),
+        ("train", 2, 1, 4),  # beside those of its own model of round 2, before aggregation
+    ]
+    console = Console(record=True, width=300, quiet=False, file=io.StringIO())
+    console.print(record_table(iter(entries)))
+    assert "train, score 1" in console.export_text()
+
+
+def test_turns_count_among_the_shared_states_that_are_scored(tmp_path):
+    asking = Asking(tmp_path, evaluate={"every": 2})
+    start = asking.start()
+    asking.train(1, start)
+    question = {"server-round": 2, SPLITS: " ".join(SCORED)}
+    with pytest.raises(FlexError, match="round 1: site 'a' does not score itself then"):
+        asking.ask("train", start, **question)
+    asking.train(2, start)
+    question["server-round"] = 3
+    for step in range(MOST_SCORED):
+        asking.ask("train", {name: array + step / 100 for name, array in start.items()}, **question)
+    sentence = "round 2: site 'a' has scored 3 different shared states in this round"
+    asking.worker = worker_of(tmp_path, asking.deployment, "a")  # which its record tells
+    with pytest.raises(FlexError, match=sentence):
+        asking.ask("train", {name: array - 1 for name, array in start.items()}, **question)
+    with pytest.raises(FlexError, match=sentence):
+        asking.evaluate(2, {name: array - 1 for name, array in start.items()})
+    assert asking.ask("train", start, **question).array_records  # a run that is resumed asks for the same again
 
 
 def test_mu_and_the_rest_in_a_message_change_nothing(tmp_path):
@@ -308,6 +363,37 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path):
         own = deployment.folder / "packages" / name / "state" / deployment.run_name / "flex-seed0/clients" / name
         assert same_tensors(alone / "clients" / name / "round-0003.safetensors", own / "round-0003.safetensors")
     assert log_of(alone) == log_of(apart)
+
+
+@pytest.mark.parametrize("clients_per_round", [0, 2])
+def test_a_run_that_scores_every_round_goes_on_with_the_same_log(clients_per_round, tmp_path):
+    """The server dies between two turns that bring scores: nothing is missing in its log, and nothing there twice."""
+    save_model(tmp_path / "model")
+    save_data(tmp_path / "data", "abc")
+    train = {"methods": ("scaffold",), "rounds": 3, "clients_per_round": clients_per_round}
+    deployment, config = federation(tmp_path, "abc", train=train, evaluate={"every": 1, "rouge": False})
+    run(config, Console(quiet=True))
+    sent = []
+    per_round = clients_per_round or 3
+    for dies_at in (2, per_round + 2, per_round + 2, 0):  # in round 1, 2 and 3, after one client's turn
+        with at_work(tmp_path, deployment, "abc") as loop:
+            deliver, count = loop._deliver, [0]
+
+            def dies(message, deliver=deliver, count=count, dies_at=dies_at):
+                kind = message.metadata.message_type
+                count[0] += kind == "train"
+                if dies_at and count[0] == dies_at:
+                    raise ConnectionError("the server was killed")
+                sent.append((dies_at, kind, message.content[CONFIG].get("server-round", 0)))
+                return deliver(message)
+
+            loop._deliver = dies
+            with pytest.raises(ConnectionError) if dies_at else contextlib.nullcontext():
+                run_sites(tmp_path, deployment, loop)
+    assert log_of(Path(config.output) / "scaffold-seed0") == log_of(deployment.run / "scaffold-seed0")
+    last = Counter((kind, at) for dies_at, kind, at in sent if not dies_at and kind != "query")
+    wanted = Counter({("train", 3): per_round, ("evaluate", 2): 3 - per_round, ("evaluate", 3): 3})
+    assert last == wanted
 
 
 def test_a_full_disk_at_a_site_is_a_sentence(tmp_path, monkeypatch):

@@ -25,6 +25,11 @@ def train(folder: Path, name: str = "fedavg", rounds: int = 10, shared=START, **
     return run_rounds(strategy_of(name), grid, shared, rounds, **options)
 
 
+def kept_in(reports: list) -> dict:
+    """What `run_rounds` tells, in its order."""
+    return {"on_round": lambda *r: reports.append(r[2]), "on_scores": reports.append}
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_learns_the_shared_part(name, tmp_path):
     came = train(tmp_path, name, rounds=40)
@@ -45,11 +50,18 @@ def test_any_grid_gives_the_same_bits(name, tmp_path):
         (folder := tmp_path / f"there-{seed}").mkdir()
         grid, reports = RelayGrid(InProcessGrid(make_toy_app(folder), CLIENTS), seed), []
         assert list(ask_clients(grid).values()) == CLIENTS
-        came = run_rounds(strategy_of(name), grid, START, 3, on_round=lambda *r, kept=reports: kept.append(r[2]))
+        came = run_rounds(strategy_of(name), grid, START, 3, **kept_in(reports))
         assert_same_bits(came, wanted)
+        assert [(r.round_index, bool(r.train), bool(r.evaluate), r.unscored) for r in reports] == [
+            (1, True, False, True),
+            (1, False, True, False),
+            (2, True, False, True),
+            (2, False, True, False),
+            (3, True, True, False),
+        ]
         for report in reports:
-            assert [turn.client_id for turn in report.train] == CLIENTS
-            assert [turn.client_id for turn in report.evaluate] == CLIENTS
+            for turns in (report.train, report.evaluate):
+                assert [turn.client_id for turn in turns] in ([], CLIENTS)
 
 
 def test_report_keeps_every_client_apart(tmp_path):
@@ -60,11 +72,12 @@ def test_report_keeps_every_client_apart(tmp_path):
         grid,
         START,
         2,
-        on_round=lambda *r: reports.append(r[2]),
+        **kept_in(reports),
     )
-    for report in reports:
+    for report in (reports[0], reports[2]):
         picked = sample_clients(4, 2, report.round_index)
         assert [turn.client_id for turn in report.train] == [CLIENTS[i] for i in picked]
+    for report in reports[1:]:
         assert [turn.client_id for turn in report.evaluate] == CLIENTS
         assert [turn.metrics["num-examples"] for turn in report.evaluate] == [20, 30, 40, 50]
         assert report.failed == {}
@@ -82,7 +95,7 @@ def test_report_keeps_every_client_apart(tmp_path):
     turn = reports[0].train[0]
     assert turn.bytes_down == sent_bytes(down.content) == sum(t["bytes"] for t in sent_tensors(down.content))
     assert turn.bytes_down == turn.bytes_up == 2 * (8 * 4 + 128) + 2 * (4 + 128)  # values and numpy's header
-    assert reports[0].evaluate[0].bytes_up == 0
+    assert reports[1].evaluate[0].bytes_up == 0
 
 
 def test_nothing_shared_is_a_run_too(tmp_path):
@@ -110,7 +123,7 @@ def test_when_to_evaluate_is_said_to_the_clients(tmp_path):
             START,
             5,
             evaluate_every=every,
-            on_round=lambda r, s, report: held.append(bool(report.evaluate)),
+            on_round=lambda r, s, report: held.append(bool(report.evaluate) or report.unscored),
         )
         in_training = [flag for flag in told if flag != "no training"]
         assert in_training == [flag for flag in held for _ in CLIENTS]

@@ -11,7 +11,7 @@ from flex.errors import FlexError
 from flex.federation import local
 from flex.federation.flower import Message, MessageType, MetricRecord, RecordDict
 from flex.federation.guard import Guard
-from flex.federation.messages import EVENTS, about_of, events_of, json_record, metrics_of, sent_tensors
+from flex.federation.messages import EVENTS, SCORES, about_of, events_of, json_record, metrics_of, sent_tensors
 from flex.federation.rounds import RoundReport, Turn
 from flex.runs.job import round_events, sent_events
 from flex.runs.run import run, run_events
@@ -50,6 +50,8 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
         update = Guard().admit(message, reply, client, at) if kind == MessageType.TRAIN else None
         turn = Turn(client, metrics_of(reply), events_of(reply, client), *content, update)
         turns.setdefault((at, kind), []).append(turn)
+        if scores := events_of(reply, client, at - 1, SCORES):
+            turns.setdefault((at - 1, MessageType.EVALUATE), []).append(Turn(client, {}, scores, [], []))
 
     data = next(event["data"] for event in written if event["event"] == "run")
     digests = {"0": {site.client_id: site.data for site in sites}}

@@ -12,11 +12,25 @@ from numpy.testing import assert_array_equal
 from flex.config import STRATEGIES
 from flex.federation.flower import ClientApp, Context, Error, Grid, Message, MetricRecord, RecordDict, empty_run
 from flex.federation.local import InProcessGrid
-from flex.federation.messages import ARRAYS, CONFIG, CONTROL, METRICS, carried_arrays, to_arrays, to_control, to_record
+from flex.federation.messages import (
+    ARRAYS,
+    CONFIG,
+    CONTROL,
+    EVENTS,
+    METRICS,
+    SCORES,
+    SPLITS,
+    carried_arrays,
+    json_record,
+    to_arrays,
+    to_control,
+    to_record,
+)
 from flex.federation.rounds import answer_identity
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.seal import sealed
 from flex.federation.strategy import make_strategy
+from flex.store.events import AFTER, Evaluated
 
 DIMENSIONS, STEPS, RATE = 8, 5, 0.1
 CLIENTS = ["anna", "ben", "cleo", "dora"]
@@ -39,11 +53,26 @@ def personal(folder: Path, index: int, round_index: int) -> dict[str, np.ndarray
 
 
 def make_toy_app(
-    folder: Path, fail: str = "", error: Exception | None = None, fail_from: int = 1, greedy: bool = False
+    folder: Path,
+    fail: str = "",
+    error: Exception | None = None,
+    fail_from: int = 1,
+    greedy: bool = False,
+    scores: bool = False,
 ) -> ClientApp:
-    """The clients. `fail` raises `error` when it trains from round `fail_from` on; greedy ones empty their message."""
+    """The clients. `fail` raises `error` when it trains from round `fail_from` on; greedy ones empty their message.
+    `scores`: they tell the log of them, and do so in a turn that asks for those of the round before."""
     app = ClientApp(mods=[sealed])
     app.query()(answer_identity)
+
+    def loss_of(index: int, round_index: int, shared: dict[str, np.ndarray]) -> float:
+        x, y = examples(index)
+        e = x @ shared["w"] + shared["scale"] + personal(folder, index, round_index)["b"] - y
+        return float((e**2).mean())
+
+    def scores_of(index: int, round_index: int, shared: dict[str, np.ndarray]):
+        loss = loss_of(index, round_index, shared)
+        return json_record([Evaluated(round_index, "", AFTER, "test", loss=loss).to_json()])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -52,6 +81,8 @@ def make_toy_app(
         round_index, mu = int(config["server-round"]), float(config.get("proximal-mu", 0.0))
         if context.node_config["client-id"] == fail and round_index >= fail_from:
             raise error
+        asked = scores and SPLITS in config
+        told = {SCORES: scores_of(index, round_index - 1, shared)} if asked else {}
         own, (x, y) = personal(folder, index, round_index - 1), examples(index)
         w, scale, b = shared["w"].copy(), shared["scale"].copy(), own["b"]
         for _ in range(STEPS):
@@ -73,15 +104,15 @@ def make_toy_app(
         if greedy:
             message.content[ARRAYS].clear()
         arrays = {ARRAYS: to_record(trained)} | ({CONTROL: to_control(change)} if control else {})
-        return Message(RecordDict({**arrays, METRICS: MetricRecord(metrics)}), reply_to=message)
+        return Message(RecordDict({**arrays, **told, METRICS: MetricRecord(metrics)}), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         index, round_index = int(context.node_config["partition-id"]), int(message.content[CONFIG]["server-round"])
-        shared, (x, y) = to_arrays(message.content[ARRAYS]), examples(index)
-        e = x @ shared["w"] + shared["scale"] + personal(folder, index, round_index)["b"] - y
-        metrics = {"client-index": index, "num-examples": len(y), "loss": float((e**2).mean())}
-        return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
+        shared, (_, y) = to_arrays(message.content[ARRAYS]), examples(index)
+        metrics = {"client-index": index, "num-examples": len(y), "loss": loss_of(index, round_index, shared)}
+        told = {EVENTS: scores_of(index, round_index, shared)} if scores else {}
+        return Message(RecordDict({METRICS: MetricRecord(metrics), **told}), reply_to=message)
 
     return app
 
