@@ -20,6 +20,7 @@ from flex.settings import check, setting
 FORMAT = 2  # of config.toml; a file without a number is of format 1 or written by hand, and is read as well
 TEMPLATES = ("alpaca", "chat", "auto")  # auto: the tokenizer's chat template where it has one, else alpaca
 ANCHORS = ("distill", "gate", "both", "none")
+AT_SITES = "site"  # for `anchor.text`: every site of a deployment names a file of its own
 # The server's strategies, and which settings of [strategy] each has a use for.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedavg": (),
@@ -315,7 +316,8 @@ class AnchorSettings:
     A setting that is left out (None) takes its default where there is a `text`; without a text there is no anchor.
 
     text: plain text, or records of instructions or conversations as in `data.train`, or of `text`; `.gz` is unpacked;
-        `{seed}` stands for the seed's number. It is cut to `data.max_length` tokens an example.
+        `{seed}` stands for the seed's number. It is cut to `data.max_length` tokens an example. At several sites each
+        names its own file; "site" stands for it in the configuration that they get.
     what: "distill" (the default): KL(base || model), nats a token; of an instruction at its response alone. "gate": how
         far the grafts' gates stand open on the anchors' tokens, mean over tokens and layers; it trains the gates
         alone, and wants a graft. "both": their sum; a method without a graft gets the first alone. "none".

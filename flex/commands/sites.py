@@ -11,6 +11,7 @@ OWN = {
     "data": "data.train",
     "test": "data.test",
     "general": "data.general",
+    "anchors": "anchor.text",
     "device": "model.device",
 }
 
@@ -45,6 +46,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     worker.add_argument("--data", help="this site's training examples, every line of them")
     worker.add_argument("--test", help="this site's test examples; without it a share of --data is held out")
     worker.add_argument("--general", help="held-out examples that belong to nobody: what is forgotten shows there")
+    worker.add_argument(
+        "--anchors", metavar="FILE", help="this site's general text, where the run holds sites to the base ([anchor])"
+    )
     worker.add_argument("--device", help="auto, cpu, cuda, cuda:0, ...")
     worker.add_argument("--threads", type=int, help="of torch (default: the configuration's)")
     worker.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")

@@ -86,7 +86,9 @@ def worker(
                     "note: the SuperNode runs as this user: fine for a trial, no wall (docs/deploy.md)", file=sys.stderr
                 )
             counts = f"{len(taking.client.train)} training and {len(taking.client.test)} test examples"
-            has = f"{counts}, base {taking.world.base.fingerprint}"
+            anchor = taking.world.anchor
+            anchors = f", {len(anchor.examples)} anchors {anchor.fingerprint}" if anchor else ""
+            has = f"{counts}{anchors}, base {taking.world.base.fingerprint}"
             print(f"site {package.name}: {has}; at {where.socket} for user id {peer}", flush=True)
             taking.serve(door.questions, lambda: stopped.is_set() or (node is not None and node.ended is not None))
             if node is not None and node.ended is not None and not stopped.is_set():

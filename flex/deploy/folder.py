@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flex.config import SPLITS, RunConfig, config_text, parse_config, read_config, to_toml
+from flex.config import AT_SITES, SPLITS, RunConfig, config_text, parse_config, read_config, to_toml
 from flex.deploy.certificates import make_ca, make_node_key, make_server, read_public_key
 from flex.deploy.package import (
     CA,
@@ -44,7 +44,7 @@ README = """The package of site {name}.
 
 Unpack it on the site's machine, where flex is installed{wheels}. For a trial, as one user:
 
-    flex worker {name} --model MODEL --data FILE --with-node
+    flex worker {name} --model MODEL --data FILE{anchors} --with-node
 
 For real, with two users: docs/deploy.md of flex, section "A site", and units/ here. {key}
 """
@@ -100,6 +100,7 @@ def without_paths(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         f"data.split is {config.data.split!r}, which draws clients from one file; expected none: sites bring their own",
     )
     own["data"] |= {"clients": tuple(sites), "split": bare.data.split}
+    own["anchor"] = {"text": AT_SITES if config.anchor.text else ""}  # whether there is an anchor is everybody's
     return dataclasses.replace(config.with_values(**own), output=bare.output, workers=bare.workers)
 
 
@@ -204,16 +205,18 @@ def _pack(folder: Path, package: Package, text: str, public: bytes | None, wheel
         make_node_key(path / KEY, registered)
     shutil.copyfile(registered, path / PUBLIC_KEY)
     (path / UNITS).mkdir(exist_ok=True)
-    for unit, content in site_units(name).items():
+    anchored = package.config.anchors is not None
+    for unit, content in site_units(name, anchored).items():
         (path / UNITS / unit).write_text(content, encoding="utf-8")
     if wheels:
         shutil.rmtree(path / WHEELS, ignore_errors=True)
         (path / WHEELS).mkdir()
         for wheel in wheels:
             shutil.copy2(wheel, path / WHEELS)
+    anchors = " --anchors FILE" if anchored else ""
     own = "" if (path / KEY).exists() else "This site made its own key: give it to the SuperNode with --key FILE."
     has = f" (pip install --no-index --find-links {name}/{WHEELS} flex-moe)" if wheels else ""
-    (path / "README").write_text(README.format(name=name, wheels=has, key=own), encoding="utf-8")
+    (path / "README").write_text(README.format(name=name, wheels=has, key=own, anchors=anchors), encoding="utf-8")
     archive = folder / PACKAGES / f"{name}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(path, arcname=name)

@@ -29,9 +29,9 @@ User=flex-worker
 Group=flex-site
 UMask=0077
 # Where the model and the data of this site are:
-Environment=MODEL=/srv/flex/model DATA=/srv/flex/train.jsonl
+Environment=MODEL=/srv/flex/model DATA=/srv/flex/train.jsonl{anchors_at}
 Environment=HOME=/var/lib/flex-worker HF_HUB_OFFLINE=1
-ExecStart={flex} worker {package} --model ${{MODEL}} --data ${{DATA}} \\
+ExecStart={flex} worker {package} --model ${{MODEL}} --data ${{DATA}}{anchors} \\
     --state /var/lib/flex-worker --socket {socket} --node-user flex-node --group flex-site
 StateDirectory=flex-worker
 StateDirectoryMode=0700
@@ -82,7 +82,9 @@ def server_unit(folder: str, listen: str) -> str:
     return SERVER.format(folder=folder, listen=listen, flex=FLEX)
 
 
-def site_units(name: str) -> dict[str, str]:
-    """The units of a site, by file name."""
-    values = {"name": name, "package": SITE_FOLDER, "socket": SOCKET, "flex": FLEX}
+def site_units(name: str, anchored: bool = False) -> dict[str, str]:
+    """The units of a site, by file name. `anchored`: the run holds its sites to the base on texts of their own."""
+    values = {"name": name, "package": SITE_FOLDER, "socket": SOCKET, "flex": FLEX, "anchors_at": "", "anchors": ""}
+    if anchored:
+        values |= {"anchors_at": " ANCHORS=/srv/flex/anchors.jsonl", "anchors": " --anchors ${ANCHORS}"}
     return {"flex-worker.service": WORKER.format(**values), "flex-node.service": NODE.format(**values)}

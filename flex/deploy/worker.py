@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flex.config import RunConfig, config_text, parse_config
+from flex.config import AT_SITES, RunConfig, config_text, parse_config
 from flex.data.examples import ClientData
 from flex.deploy.door import LOOK_S, Question
 from flex.deploy.job import JOB, JobName, job_of
@@ -219,6 +219,13 @@ def with_own(package: Package, overrides: Sequence[str]) -> RunConfig:
     )
     require(bool(config.model.path), "no model is named; expected --model FOLDER")
     require(bool(config.data.train), "no data is named; expected --data FILE")
+    anchored, named = package.config.anchors is not None, config.anchor.text not in ("", AT_SITES)
+    require(
+        named or not anchored,
+        "no anchors are named, but this run holds its sites to the base on general text ([anchor]); expected "
+        "--anchors FILE",
+    )
+    require(anchored or not named, "--anchors names a text, but this run has no anchor; expected none")
     return config
 
 

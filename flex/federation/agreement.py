@@ -31,8 +31,8 @@ NOT_COMPARED = {
     *("train.skip_failed", "train.timeout"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
-# What a site chooses for itself: paths, and what its files call things and its machine can bear. Where the anchors lie
-# is sent all the same: without a text the rest of the section would say nothing.
+# What a site chooses for itself: paths, and what its files call things and its machine can bear. Which anchors it has
+# is its own too (`config.AT_SITES`), as is which examples; both are in the fingerprint of its data (`SiteAbout.data`).
 SITE_OWN = {*PATHS, "data.columns", "anchor.text", "threads", "train.gradient_checkpointing", "evaluate.batch_size"}
 
 

@@ -25,7 +25,9 @@ from flex.deploy.certificates import (
 from flex.deploy.folder import init, read_deployment, update
 from flex.deploy.package import read_package, split_address
 from flex.deploy.processes import check_port, free_port
+from flex.deploy.worker import with_own
 from flex.errors import FlexError
+from flex.federation.agreement import settings_digest
 
 CONFIG = RunConfig(threads=2).with_values(
     model={"path": "/secret/model", "device": "cuda:3"},
@@ -60,6 +62,35 @@ def test_a_package_has_what_a_site_needs_and_no_paths(tmp_path):
         assert {"south/site.toml", "south/flex.toml", "south/ca.crt", "south/node.key"} <= set(tar.getnames())
         assert not any("ca.key" in name or "server.key" in name for name in tar.getnames())
     assert (deployment.folder / "units" / "flex-server.service").exists()
+
+
+def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):
+    config = CONFIG.with_values(anchor={"text": "/secret/anchors.txt", "weight": 0.5})
+    deployment = init(tmp_path / "fed", config, "flex.example:8000", ("north", "south"), {}, None)
+    folder = deployment.folder / "packages" / "south"
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"/secret" not in everything
+    package = read_package(folder)
+    assert package.config.anchors.weight == 0.5
+    assert package.digest == settings_digest(config)  # a site is held against the run, and not against a path
+    assert "--anchors ${ANCHORS}" in (folder / "units" / "flex-worker.service").read_text()
+    assert "--anchors FILE" in (folder / "README").read_text()
+    own = ["model.path='m'", "data.train='d'"]
+    with pytest.raises(FlexError, match=r"no anchors are named, but this run holds .*; expected --anchors FILE"):
+        with_own(package, own)
+    held = with_own(package, [*own, "anchor.text='mine.txt'"])
+    assert (held.anchor.text, settings_digest(held)) == ("mine.txt", package.digest)
+    again = update(deployment.folder, read_config(deployment.folder / "flex.toml"), (), {}, None)
+    assert again.run_name == deployment.run_name
+
+    plain = read_package(made(tmp_path / "plain").folder / "packages" / "south")
+    assert "anchors" not in (plain.folder / "units" / "flex-worker.service").read_text()
+    with pytest.raises(FlexError, match=r"--anchors names a text, but this run has no anchor; expected none"):
+        with_own(plain, [*own, "anchor.text='mine.txt'"])
+    off = CONFIG.with_values(anchor={"text": "/secret/anchors.txt", "what": "none"})
+    bare = init(tmp_path / "off", off, "flex.example:8000", ("north",), {}, None)
+    assert b"/secret" not in (bare.folder / "packages" / "north" / "flex.toml").read_bytes()
+    assert with_own(read_package(bare.folder / "packages" / "north"), own).anchors is None
 
 
 def test_secrets_are_their_owners_alone(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from sites import at_work, federation, run_sites, worker_of
-from tiny import read_log, save_data, save_model
+from sites import at_work, federation, run_sites, unnamed, worker_of
+from tiny import read_log, records, save_data, save_model, write_records
 
 from flex.deploy.folder import read_deployment, update
 from flex.deploy.job import JOB, JobName, job_record
@@ -326,6 +327,38 @@ def test_a_setting_that_is_not_the_sites_is_refused(tmp_path):
     with pytest.raises(FlexError, match="no data is named"):
         with_own(package, ["model.path='x'"])
     assert with_own(package, ["model.path='x'", "data.train='y'", "threads=3"]).threads == 3
+
+
+ANCHORED = {"train": {"methods": ("flex",)}, "anchor": {"text": "elsewhere.jsonl", "examples": 6, "batch_size": 2}}
+
+
+def test_sites_are_held_to_the_base_on_texts_of_their_own(tmp_path):
+    def write(name: str, start: int) -> None:
+        write_records(tmp_path / f"{name}-anchors.jsonl", [unnamed(r) for r in records("b", 8, start=start)])
+
+    for name in "ab":
+        write(name, 30)
+    deployment, config = federation(tmp_path, **ANCHORED)
+    run(config.with_values(anchor={"text": str(tmp_path / "a-anchors.jsonl")}), Console(quiet=True))
+    with at_work(tmp_path, deployment, "ab") as loop:
+        run_sites(tmp_path, deployment, loop)
+    alone, apart = Path(config.output) / "flex-seed0", deployment.run / "flex-seed0"
+    assert log_of(alone) == log_of(apart)
+    assert same_tensors(alone / "server/round-0002.safetensors", apart / "server/round-0002.safetensors")
+    known = read_log(deployment.run / "run.jsonl")[0]["client_data"]["0"]
+    assert known["a"].split("+")[1] == known["b"].split("+")[1]  # which text it was is kept, by its fingerprint
+
+    write("b", 20)  # a text of its own is allowed, but not another one than the run began with
+    longer = config.with_values(train={"rounds": 3})
+    deployment = update(deployment.folder, longer, (), {}, None)
+    with at_work(tmp_path, deployment, "ab", accept=True) as loop, pytest.raises(FlexError, match="'b' has other data"):
+        run_sites(tmp_path, deployment, loop)
+    shutil.rmtree(deployment.run)
+    deployment = update(deployment.folder, longer.with_values(train={"rounds": 1}), (), {}, None)
+    with at_work(tmp_path, deployment, "ab", accept=True) as loop:
+        run_sites(tmp_path, deployment, loop)
+    known = read_log(deployment.run / "run.jsonl")[0]["client_data"]["0"]
+    assert known["a"].split("+")[1] != known["b"].split("+")[1]
 
 
 def test_a_site_with_another_base_is_named(tmp_path):

@@ -39,11 +39,13 @@ def unnamed(record: dict) -> dict:
 
 
 def own_settings(folder: Path, name: str) -> list[str]:
+    anchors = folder / f"{name}-anchors.jsonl"
     return [
         f"model.path='{folder / 'model'}'",
         f"data.train='{folder / f'{name}-train.jsonl'}'",
         f"data.test='{folder / f'{name}-test.jsonl'}'",
         f"data.general='{folder / 'data' / 'general.jsonl'}'",
+        *([f"anchor.text='{anchors}'"] if anchors.exists() else []),
     ]
 
 
