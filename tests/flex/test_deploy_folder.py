@@ -72,7 +72,8 @@ def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):
     assert b"/secret" not in everything
     package = read_package(folder)
     assert package.config.anchors.weight == 0.5
-    assert package.digest == settings_digest(config)  # a site is held against the run, and not against a path
+    moved = deployment.config.with_values(anchor={"text": "elsewhere.txt"})
+    assert package.digest == settings_digest(moved)  # a site is held against the run, and not against a path
     assert "--anchors ${ANCHORS}" in (folder / "units" / "flex-worker.service").read_text()
     assert "--anchors FILE" in (folder / "README").read_text()
     own = ["model.path='m'", "data.train='d'"]
@@ -91,6 +92,20 @@ def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):
     bare = init(tmp_path / "off", off, "flex.example:8000", ("north",), {}, None)
     assert b"/secret" not in (bare.folder / "packages" / "north" / "flex.toml").read_bytes()
     assert with_own(read_package(bare.folder / "packages" / "north"), own).anchors is None
+
+
+def test_a_worker_without_anchors_says_so_and_with_them_goes_on(tmp_path, capsys):
+    config = CONFIG.with_values(anchor={"text": "site"}, model={"path": ""})
+    deployment = init(tmp_path / "fed", config, "flex.example:8000", ("north",), {}, None)
+    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 20)
+    command = ["worker", str(deployment.folder / "packages" / "north"), "--model", str(tmp_path / "model")]
+    command += ["--data", str(tmp_path / "data.jsonl")]
+    assert main(command) == 2
+    assert "no anchors are named, but this run holds its sites to the base on general text" in capsys.readouterr().err
+    assert main([*command, "--anchors", str(tmp_path / "mine.txt")]) == 2
+    said = capsys.readouterr().err
+    assert "anchors are named" not in said
+    assert str(tmp_path / "model") in said  # which is what it looks for next
 
 
 def test_secrets_are_their_owners_alone(tmp_path):
