@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness import END_S, RUN_S, SITES, Federation, assert_same_run, children, environment, federation, until
 
+from flex.config import config_text, read_config
 from flex.deploy.app_files import write_app
 from flex.deploy.certificates import make_node_key
 from flex.deploy.processes import free_port, program
@@ -24,12 +25,20 @@ def embedded(tmp_path_factory) -> Path:
     """The run on one machine that both of Flower's engines are held against."""
     folder = tmp_path_factory.mktemp("embedded")
     Federation.flex(None, "deploy", "example", folder)
+    score_every_round(folder)
     Federation.flex(None, "train", folder / "flex.toml", "--output", folder / "run")
     return folder / "run"
 
 
+def score_every_round(example: Path) -> None:
+    """So that scores ride in turns, are lost with them, and are asked for again."""
+    path = example / "flex.toml"
+    path.write_text(config_text(read_config(path).with_values(evaluate={"every": 1})))
+
+
 def test_deployment_through_accidents_gives_the_bits_of_one_machine(embedded, tmp_path):
     with federation(tmp_path) as sites:
+        score_every_round(sites.example)
         sites.init()
         server = sites.server()
         sites.workers()
@@ -89,6 +98,7 @@ def trained(sites: Federation, site: str, at: int) -> bool:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray, flwr's simulation backend")
 def test_flowers_simulation_gives_the_bits_of_one_machine(embedded, tmp_path):
     with federation(tmp_path) as sites:
+        score_every_round(sites.example)
         sites.init()
         app = write_app(tmp_path / "app", client="flex.deploy.simulated")
         home, port = tmp_path / "home", free_port()
