@@ -20,7 +20,8 @@ from flex.settings import check, setting
 FORMAT = 2  # of config.toml; a file without a number is of format 1 or written by hand, and is read as well
 TEMPLATES = ("alpaca", "chat", "auto")  # auto: the tokenizer's chat template where it has one, else alpaca
 ANCHORS = ("distill", "gate", "both", "none")
-AT_SITES = "site"  # for `anchor.text`: every site of a deployment names a file of its own
+# For `anchor.text` and the files of tasks: every site of a deployment names one of its own.
+AT_SITES = "site"
 # The server's strategies, and which settings of [strategy] each has a use for.
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedavg": (),

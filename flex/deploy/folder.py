@@ -34,7 +34,7 @@ from flex.deploy.package import (
 )
 from flex.deploy.units import server_unit, site_units
 from flex.errors import require
-from flex.federation.agreement import PATHS
+from flex.federation.agreement import PATHS, TASK_FILES
 from flex.store.files import SIMPLE_NAME
 
 DEPLOY, KEYS, SITES, PACKAGES, SERVER, RUN = "deploy.toml", "keys", "sites", "packages", "server", "run"
@@ -100,7 +100,9 @@ def without_paths(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         f"data.split is {config.data.split!r}, which draws clients from one file; expected none: sites bring their own",
     )
     own["data"] |= {"clients": tuple(sites), "split": bare.data.split}
-    own["anchor"] = {"text": AT_SITES if config.anchor.text else ""}  # whether there is an anchor is everybody's
+    # Whether there is an anchor, and what is scored, is everybody's; where the files of it lie is each site's.
+    for section, _, key in (name.rpartition(".") for name in ("anchor.text", *sorted(TASK_FILES))):
+        own.setdefault(section, {})[key] = AT_SITES if getattr(getattr(config, section), key) else ""
     return dataclasses.replace(config.with_values(**own), output=bare.output, workers=bare.workers)
 
 

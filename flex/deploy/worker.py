@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from flex.config import AT_SITES, RunConfig, config_text, parse_config
+from flex.config import AT_SITES, TASKS, RunConfig, config_text, parse_config
 from flex.data.examples import ClientData
 from flex.deploy.door import LOOK_S, Question
 from flex.deploy.job import JOB, JobName, job_of
@@ -226,6 +226,12 @@ def with_own(package: Package, overrides: Sequence[str]) -> RunConfig:
         "--anchors FILE",
     )
     require(anchored or not named, "--anchors names a text, but this run has no anchor; expected none")
+    for task in config.evaluate.tasks:
+        need = TASKS[task]
+        require(
+            not need or getattr(config.evaluate, need) != AT_SITES,
+            f"this run scores {task}, but no file of it is named; expected --set evaluate.{need}=PATH",
+        )
     return config
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from flex.config import STRATEGIES, AnchorSettings, RunConfig, TrainSettings
+from flex.config import STRATEGIES, TASKS, AnchorSettings, RunConfig, TrainSettings
 from flex.errors import FlexError
 from flex.federation.messages import SiteAbout
 from flex.methods import Method
@@ -22,18 +22,24 @@ PATHS = {
     *("model.path", "model.device", "data.train", "data.test", "data.general"),
     *("data.files", "data.test_files"),
 }
+# Files that stand for themselves in a configuration: a site may have them elsewhere (`config.AT_SITES`).
+TASK_FILES = {f"evaluate.{need}" for need in TASKS.values() if need}
 # Settings that do not decide a job's numbers, or whose content is compared instead.
 NOT_COMPARED = {
     *PATHS,
+    *TASK_FILES,
     *("output", "workers", "data.columns", "anchor.text", "train.methods", "train.seeds", "train.track"),
     *("train.rates", "train.tune_factors"),  # a job's files say its own factor
-    *("evaluate.mmlu", "evaluate.gsm8k", "evaluate.text"),  # paths
     *("train.skip_failed", "train.timeout"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }
 # What a site chooses for itself: paths, and what its files call things and its machine can bear. Which anchors it has
 # is its own too (`config.AT_SITES`), as is which examples; both are in the fingerprint of its data (`SiteAbout.data`).
-SITE_OWN = {*PATHS, "data.columns", "anchor.text", "threads", "train.gradient_checkpointing", "evaluate.batch_size"}
+SITE_OWN = {
+    *PATHS,
+    *TASK_FILES,
+    *("data.columns", "anchor.text", "threads", "train.gradient_checkpointing", "evaluate.batch_size"),
+}
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_the_digest_is_of_what_all_share():
     own = {"model.path": "there", "model.device": "cpu", "data.train": "x.jsonl", "threads": 7}
     own |= {"train.gradient_checkpointing": True, "evaluate.batch_size": 3, "data.test": "y", "data.general": "z"}
     own |= {"data.columns": {"instruction": "question"}}
+    own |= {"evaluate.mmlu": "m", "evaluate.gsm8k": "g", "evaluate.text": "t"}
     # In place of data.train and data.test; and where the anchors lie, see below.
     assert own.keys() == SITE_OWN - {"data.files", "data.test_files", "anchor.text"}
     for key, value in own.items():

@@ -94,6 +94,20 @@ def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):
     assert with_own(read_package(bare.folder / "packages" / "north"), own).anchors is None
 
 
+def test_the_files_of_tasks_are_named_by_each_site(tmp_path):
+    tasks = {"tasks": ("test", "mmlu", "cloze"), "mmlu": "/secret/mmlu", "text": "/secret/text.txt"}
+    deployment = init(tmp_path / "fed", CONFIG.with_values(evaluate=tasks), "flex.example:8000", ["north"], {}, None)
+    folder = deployment.folder / "packages" / "north"
+    assert "secret" not in (folder / "flex.toml").read_text()
+    package = read_package(folder)
+    own = ["model.path='m'", "data.train='d'", "evaluate.mmlu='here'"]
+    with pytest.raises(FlexError, match=r"scores cloze, but no file .*; expected --set evaluate\.text=PATH"):
+        with_own(package, own)
+    config = with_own(package, [*own, "evaluate.text='t.txt'"])
+    assert (config.evaluate.mmlu, config.evaluate.text, config.evaluate.gsm8k) == ("here", "t.txt", "")
+    assert settings_digest(config) == package.digest
+
+
 def test_a_worker_without_anchors_says_so_and_with_them_goes_on(tmp_path, capsys):
     config = CONFIG.with_values(anchor={"text": "site"}, model={"path": ""})
     deployment = init(tmp_path / "fed", config, "flex.example:8000", ("north",), {}, None)
