@@ -44,7 +44,7 @@ PYBIND11_MODULE(_native, m) {
       "grafted_route",
       [](int64_t num_tokens, int64_t hidden_size, int64_t num_experts, int64_t top_k, flex::Scalar scalar,
          bool renormalize, uintptr_t hidden_states, uintptr_t router_weight, uintptr_t graft_logit_weight,
-         float graft_logit_bias, uintptr_t routing_weights, uintptr_t expert_indices, uintptr_t graft_logits,
+         uintptr_t graft_logit_bias, uintptr_t routing_weights, uintptr_t expert_indices, uintptr_t graft_logits,
          uintptr_t tokens_per_expert, uintptr_t router_logits, int threads) {
         const flex::Router router{num_tokens,
                                   hidden_size,
@@ -55,7 +55,7 @@ PYBIND11_MODULE(_native, m) {
                                   at<const void>(hidden_states),
                                   at<const void>(router_weight),
                                   at<const float>(graft_logit_weight),
-                                  graft_logit_bias};
+                                  at<const float>(graft_logit_bias)};
         const flex::Routes routes{at<float>(routing_weights), at<int64_t>(expert_indices), at<float>(graft_logits),
                                   at<int32_t>(tokens_per_expert), at<void>(router_logits)};
         flex::grafted_route(router, routes, threads);

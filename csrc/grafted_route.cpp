@@ -66,7 +66,7 @@ struct Call {
       if (expert > 0 || router.graft_logit_weight == nullptr) continue;
       kernels.row_dots[scalar](count, hidden, states(unit), hidden, router.graft_logit_weight,
                                routes.graft_logits + unit);
-      for (int64_t i = unit; i < unit + count; ++i) routes.graft_logits[i] += router.graft_logit_bias;
+      for (int64_t i = unit; i < unit + count; ++i) routes.graft_logits[i] += *router.graft_logit_bias;
     }
   }
 

@@ -13,7 +13,7 @@ struct Router {
   const void* hidden_states;        // [T, H]
   const void* router_weight;        // [E, H]
   const float* graft_logit_weight;  // [H], or null: no graft
-  float graft_logit_bias;
+  const float* graft_logit_bias;    // [1], or null
 };
 
 struct Routes {

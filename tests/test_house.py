@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A room (or a single file) imports what is below it and its own files, nothing beside it.
 FLOORS = (
     ("flex_kernels.reference",),
-    ("flex_kernels.weights",),
+    ("flex_kernels.weights", "flex_kernels.described"),
     ("flex_kernels.backends",),
     ("flex_kernels.tuning",),
     ("flex_kernels.plan",),

@@ -12,13 +12,16 @@ it is built if nvcc is there (`setup.py`, FLEX_CUDA) and imports without a drive
 
 import importlib
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flex_kernels.backends.call import LayerCall
+from flex_kernels.described import Remembered
 from flex_kernels.weights import CODE_DTYPES, Experts, Stored
 
 MAX_PAIRS = torch.iinfo(torch.int32).max
@@ -78,16 +81,18 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
         RuntimeError: the CUDA module was not built, or CUDA refuses the launch.
     """
     dtype, device, num_pairs = expert_indices.dtype, expert_indices.device, expert_indices.numel()
-    if device.type not in ("cpu", "cuda") or dtype not in (torch.int32, torch.int64):
+    on_cpu = expert_indices.is_cpu
+    if not (on_cpu or expert_indices.is_cuda) or dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expert_indices is {dtype} on {device}, expected int32 or int64 on the CPU or a CUDA device")
-    if device.type == "cuda" and cuda_module() is None:
+    if not on_cpu and cuda_module() is None:
         raise RuntimeError("flex_kernels._cuda was not built; `FLEX_CUDA=1 pip install -e .` with nvcc builds it")
     if num_pairs > MAX_PAIRS:
         raise ValueError(f"expert_indices has {num_pairs} entries, expected fewer than 2^31")
-    ids = (expert_indices if device.type == "cuda" else expert_indices.to(torch.int64)).contiguous()
-    results = tuple(ids.new_empty(size, dtype=torch.int32) for size in (num_pairs, num_experts, num_experts + 1))
+    ids = (expert_indices.to(torch.int64) if on_cpu and dtype != torch.int64 else expert_indices).contiguous()
+    like = {"dtype": torch.int32, "device": device}
+    results = (torch.empty(num_pairs, **like), torch.empty(num_experts, **like), torch.empty(num_experts + 1, **like))
     addresses = [tensor.data_ptr() for tensor in results]
-    if device.type == "cuda":
+    if not on_cpu:
         _plan_on_cuda(ids, num_experts, addresses)
     else:
         module().routing_plan(ids.data_ptr(), num_pairs, num_experts, *addresses)
@@ -122,16 +127,21 @@ def grafted_route_fwd(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pytorch.grafted_route_fwd`: one pass over the hidden states, no copies of them or of the weights."""
-    dtype, (num_tokens, hidden_size), num_experts = hidden_states.dtype, hidden_states.shape, router_weight.shape[0]
-    hidden_states = _checked("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
-    router_weight = _checked("router_weight", router_weight, dtype, (num_experts, hidden_size))
-    gate, bias = 0, 0.0
-    if graft_logit_weight is not None:
-        graft_logit_weight = _checked("graft_logit_weight", graft_logit_weight, torch.float32, (hidden_size,))
-        gate, bias = graft_logit_weight.data_ptr(), float(graft_logit_bias)
+    tensors = (hidden_states, router_weight, graft_logit_weight, graft_logit_bias)
+    like, dtype = _likeness(tensors), hidden_states.dtype
+    if like not in _ROUTES:
+        (num_tokens, hidden_size), num_experts = hidden_states.shape, router_weight.shape[0]
+        _check("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
+        _check("router_weight", router_weight, dtype, (num_experts, hidden_size))
+        if graft_logit_weight is not None:
+            _check("graft_logit_weight", graft_logit_weight, torch.float32, (hidden_size,))
+            _check("graft_logit_bias", graft_logit_bias, torch.float32, (1,))
+        _ROUTES.put(like, (num_tokens, hidden_size, num_experts))
+    num_tokens, hidden_size, num_experts = _ROUTES[like]
+    kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     weights = torch.empty(num_tokens, top_k)
     indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    logits = torch.empty(num_tokens if gate else 0)
+    logits = torch.empty(0 if graft_logit_weight is None else num_tokens)
     tokens_per_expert = torch.empty(num_experts, dtype=torch.int32)
     router_logits = torch.empty(num_tokens if keep_logits else 0, num_experts, dtype=dtype)
     module().grafted_route(
@@ -141,10 +151,7 @@ def grafted_route_fwd(
         top_k,
         _scalar(dtype),
         renormalize,
-        hidden_states.data_ptr(),
-        router_weight.data_ptr(),
-        gate,
-        bias,
+        *[_address(tensor) for tensor in kept],
         weights.data_ptr(),
         indices.data_ptr(),
         logits.data_ptr(),
@@ -155,10 +162,13 @@ def grafted_route_fwd(
     return weights, indices, logits, tokens_per_expert, router_logits
 
 
+_ROUTES = Remembered()
+
+
 def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`pytorch.experts_fwd`: out [T, H], preactivations [T*K, 2I], graft_preactivations [T, 2I_g]."""
     described, kept = _described(call)
-    out = torch.empty_like(kept.hidden_states)
+    out = torch.empty_like(kept[0])
     preactivations, graft_preactivations = _empty_preactivations(call, save_preactivations)
     module().experts_forward(
         described, out.data_ptr(), preactivations.data_ptr(), graft_preactivations.data_ptr(), torch.get_num_threads()
@@ -180,27 +190,21 @@ def experts_bwd(
     d_out: Tensor, call: LayerCall, preactivations: Tensor, graft_preactivations: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pytorch.experts_bwd`: every gradient but those of the experts' weights; not needed: an empty tensor."""
-    described, kept = _described(call)
-    x, needs = kept.hidden_states, call.needs
-    rows = {
-        "d_out": (d_out, tuple(x.shape)),
-        "preactivations": (preactivations, (len(kept.sorted_pairs), kept.gate_up_proj.shape[1])),
-    }
-    if call.has_graft:
-        rows["graft_preactivations"] = (graft_preactivations, (len(x), 2 * call.graft_width))
-    inputs = [_checked(name, tensor, x.dtype, shape) for name, (tensor, shape) in rows.items()]
+    rows = (d_out, preactivations, graft_preactivations if call.has_graft else None)
+    described, kept = _described(call, *rows)
+    x, weights, graft, needs = kept[0], kept[3], kept[6:9], call.needs
 
     def wanted(need: bool, like: Tensor | None) -> Tensor:
         return torch.empty_like(like) if need and like is not None else x.new_empty(0)
 
     grads = (
         wanted(needs.hidden, x),
-        wanted(needs.routing_weights, kept.routing_weights),
-        wanted(needs.graft, kept.graft_gate_up_proj),
-        wanted(needs.graft, kept.graft_down_proj),
-        wanted(needs.graft_logits, kept.graft_logits),
+        wanted(needs.routing_weights, weights),
+        wanted(needs.graft, graft[0]),
+        wanted(needs.graft, graft[1]),
+        wanted(needs.graft_logits, graft[2]),
     )
-    addresses = [tensor.data_ptr() for tensor in inputs] + [0] * (3 - len(inputs))
+    addresses = [_address(tensor) for tensor in kept[9:]]
     gradients = module().Gradients(*(grad.data_ptr() for grad in grads))
     module().experts_backward(described, *addresses, gradients, torch.get_num_threads())
     return grads
@@ -233,11 +237,30 @@ def score_neurons(
     return energy, correlation
 
 
-def _described(call: LayerCall) -> tuple[object, LayerCall]:
-    """The layer as csrc reads it, and the tensors that must live as long as it is used."""
+def _described(call: LayerCall, *rows: Tensor) -> tuple[object, list[Experts | None]]:
+    """The layer as csrc reads it, and the tensors that must live as long as it is used: the call's nine, then `rows`,
+    of a backward `d_out` and the pre-activations."""
+    tensors = (*call.tensors, *rows)
+    if isinstance(call.gate_up_proj, Stored):
+        sizes = _checked_sizes(call, *rows)
+    else:
+        like = (*_likeness(tensors), call.combine, call.activation)
+        sizes = _SIZES.get(like) or _SIZES.put(like, _checked_sizes(call, *rows))
+    kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    described = module().Layer(*sizes, *[_address(tensor) for tensor in kept[:9]])
+    _set_scales(described, *kept[4:6])
+    return described, kept
+
+
+_SIZES = Remembered()
+
+
+def _checked_sizes(call: LayerCall, *rows: Tensor) -> tuple[Any, ...]:
+    """What csrc is told of a layer beside its addresses."""
     (num_tokens, hidden_size), top_k = call.hidden_states.shape, call.routing_weights.shape[1]
     num_experts, _, width = call.down_proj.shape
-    if num_tokens * top_k > MAX_PAIRS:
+    num_pairs = num_tokens * top_k
+    if num_pairs > MAX_PAIRS:
         raise ValueError(
             f"hidden_states has {num_tokens} tokens of {top_k} experts each, expected fewer than 2^31 pairs"
         )
@@ -246,7 +269,7 @@ def _described(call: LayerCall) -> tuple[object, LayerCall]:
     _check_codes(call.down_proj, width)
     expected = {
         "hidden_states": (dtype, (num_tokens, hidden_size)),
-        "sorted_pairs": (torch.int32, (num_tokens * top_k,)),
+        "sorted_pairs": (torch.int32, (num_pairs,)),
         "expert_offsets": (torch.int32, (num_experts + 1,)),
         "routing_weights": (torch.float32, (num_tokens, top_k)),
         "gate_up_proj": (weight_dtype, (num_experts, 2 * width, hidden_size)),
@@ -258,30 +281,23 @@ def _described(call: LayerCall) -> tuple[object, LayerCall]:
             "graft_down_proj": (dtype, (hidden_size, graft_width)),
             "graft_logits": (torch.float32, (num_tokens,)),
         }
-    checked = zip(call.tensors, expected.items(), strict=False)  # without a graft the last three are None
-    kept = LayerCall(*[_checked(name, tensor, *like) for tensor, (name, like) in checked])
-    described = module().Layer(
-        num_tokens,
-        hidden_size,
-        num_experts,
-        width,
-        top_k,
-        graft_width if call.has_graft else -1,
-        _scalar(dtype),
-        _scalar(weight_dtype),
-        call.convex,
-        _activation(call.activation),
-        *(_address(tensor) for tensor in kept.tensors),
-    )
-    _set_scales(described, kept.gate_up_proj, kept.down_proj)
-    return described, kept
+    if rows:
+        expected |= {"d_out": (dtype, (num_tokens, hidden_size)), "preactivations": (dtype, (num_pairs, 2 * width))}
+        expected |= {"graft_preactivations": (dtype, (num_tokens, 2 * graft_width))} if call.has_graft else {}
+    tensors = [tensor for tensor in (*call.tensors, *rows) if tensor is not None]
+    for tensor, (name, like) in zip(tensors, expected.items(), strict=True):
+        _check(name, tensor, *like)
+    sizes = (num_tokens, hidden_size, num_experts, width, top_k, graft_width if call.has_graft else -1)
+    return *sizes, _scalar(dtype), _scalar(weight_dtype), call.convex, _activation(call.activation)
 
 
 def _empty_preactivations(call: LayerCall, wanted: bool) -> tuple[Tensor, Tensor]:
     """For [T*K, 2I] and the graft's [T, 2I_g]; without rows if not wanted."""
-    pairs, tokens = (len(call.sorted_pairs), len(call.hidden_states)) if wanted else (0, 0)
-    empty = call.hidden_states.new_empty
-    return empty(pairs, call.gate_up_proj.shape[1]), empty(tokens if call.has_graft else 0, 2 * call.graft_width)
+    (tokens, top_k), dtype = call.routing_weights.shape if wanted else (0, 0), call.hidden_states.dtype
+    preactivations = torch.empty(tokens * top_k, call.gate_up_proj.shape[1], dtype=dtype)
+    if not call.has_graft:
+        return preactivations, torch.empty(0, 0, dtype=dtype)
+    return preactivations, torch.empty(tokens, call.graft_gate_up_proj.shape[0], dtype=dtype)
 
 
 def _scoring(
@@ -307,13 +323,22 @@ def _scoring(
     return described, kept
 
 
+def _likeness(tensors: Iterable[Tensor | None]) -> tuple[tuple[Any, ...] | None, ...]:
+    """All that the checks here look at: what was right once is right for tensors that are alike."""
+    return tuple([None if x is None else (x.shape, x.dtype, x.is_cpu) for x in tensors])
+
+
 def _checked(name: str, tensor: Experts, dtype: torch.dtype, shape: tuple[int, ...]) -> Experts:
     """The tensor, contiguous: from here on only its address is known."""
+    _check(name, tensor, dtype, shape)
+    return tensor.contiguous()
+
+
+def _check(name: str, tensor: Experts, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.device.type != "cpu" or tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected {dtype} on the CPU")
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    return tensor.contiguous()
 
 
 def _check_codes(weights: Experts, columns: int) -> None:
@@ -323,8 +348,8 @@ def _check_codes(weights: Experts, columns: int) -> None:
     *leading, _ = weights.shape
     groups = -(-columns // weights.format.group) if weights.format.group else 0
     codes = groups * weights.format.group // weights.format.codes_per_byte if groups else columns
-    _checked("the codes", weights.codes, weights.codes.dtype, (*leading, codes))
-    _checked("the scales", weights.scales, weights.format.scales, (*leading, groups) if groups else (*leading,))
+    _check("the codes", weights.codes, weights.codes.dtype, (*leading, codes))
+    _check("the scales", weights.scales, weights.format.scales, (*leading, groups) if groups else (*leading,))
 
 
 def _address(tensor: Experts | None) -> int:
@@ -338,6 +363,7 @@ def _set_scales(described: object, gate_up_proj: Experts, down_proj: Experts) ->
         described.set_scales(gate_up_proj.scales.data_ptr(), down_proj.scales.data_ptr())
 
 
+@cache
 def _scalar(dtype: torch.dtype) -> object:
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8", torch.uint8: "nf4"}
     if dtype not in names:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from flex_kernels.backends import pytorch
 from flex_kernels.backends.call import LayerCall, Needs
+from flex_kernels.described import Remembered, describe
 from flex_kernels.ops.checks import (
     autocast_off,
+    cast,
     check_activation,
     check_combine,
     check_device,
@@ -98,7 +100,7 @@ def _backward(choose: Choose, d_out: Tensor, hidden_states: Tensor, *rest: Any) 
 
 def _preactivations(backend: ModuleType, call: LayerCall, *kept: Tensor) -> tuple[Tensor, ...]:
     """Those that the forward kept, or the same once more."""
-    return kept if len(kept[0]) == len(call.sorted_pairs) else backend.preactivations_fwd(call)
+    return kept if kept[0].shape[0] == call.sorted_pairs.shape[0] else backend.preactivations_fwd(call)
 
 
 def _backward_fake(_: Tensor, hidden_states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -264,9 +266,14 @@ def grafted_experts(
         TypeError: a dtype that does not fit.
     """
     graft = (graft_gate_up_proj, graft_down_proj, graft_logits)
-    _check_layer(hidden_states, expert_indices, routing_weights, gate_up_proj, down_proj, graft)
-    check_combine(combine)
-    check_activation(activation)
+    layer = (hidden_states, expert_indices, routing_weights, gate_up_proj, down_proj)
+    description = describe((*layer, *graft), combine, activation)
+    if description is None or description not in _CHECKED:
+        _check_layer(*layer, graft)
+        check_combine(combine)
+        check_activation(activation)
+        if description is not None:
+            _CHECKED.put(description)
     check_no_tangents("grafted_experts", hidden_states, routing_weights, gate_up_proj, down_proj, *graft)
     dtype = compute_dtype(hidden_states)
     wide = wide_dtype(dtype)
@@ -274,16 +281,20 @@ def grafted_experts(
     if gate_up_scales is not None:
         pass  # computed in any dtype
     elif dtype != hidden_states.dtype:  # autocast
-        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+        gate_up_proj, down_proj = cast(gate_up_proj, dtype), cast(down_proj, dtype)
     elif gate_up_proj.dtype != down_proj.dtype:
         down_proj = down_proj.to(gate_up_proj.dtype)
     if graft_gate_up_proj is not None:
-        graft = (graft_gate_up_proj.to(dtype), graft_down_proj.to(dtype), graft_logits.to(wide))
-    floats = (hidden_states.to(dtype), routing_weights.to(wide), gate_up_proj, down_proj, *graft)
+        graft = (cast(graft_gate_up_proj, dtype), cast(graft_down_proj, dtype), cast(graft_logits, wide))
+    floats = (cast(hidden_states, dtype), cast(routing_weights, wide), gate_up_proj, down_proj, *graft)
     save = not recompute and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
     scales = () if gate_up_scales is None else (gate_up_scales, down_scales)  # a dense call is what it always was
-    out = _grafted_experts(floats[0], expert_indices, *floats[1:], combine, activation, save, *scales)[0]
-    return out.to(hidden_states.dtype)
+    arguments = (floats[0], expert_indices, *floats[1:], combine, activation, save, *scales)
+    out = _grafted_experts.described(description, *arguments)[0]
+    return cast(out, hidden_states.dtype)
+
+
+_CHECKED = Remembered()
 
 
 def _check_layer(

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex_kernels.described import Remembered, describe
 from flex_kernels.ops.checks import (
     autocast_off,
+    cast,
     check_device,
     check_float,
     check_no_tangents,
@@ -91,12 +93,20 @@ def graft_logits(hidden_states: Tensor, logit_weight: Tensor, logit_bias: Tensor
     Raises:
         ValueError: a shape or device that does not fit. TypeError: not floating point.
     """
-    check_shape("hidden_states", hidden_states, ("T", "H"))
-    check_shape("logit_weight", logit_weight, (hidden_states.shape[1],))
-    check_shape("logit_bias", logit_bias, (1,))
-    check_no_tangents("graft_logits", hidden_states, logit_weight, logit_bias)
-    for name, tensor in (("hidden_states", hidden_states), ("logit_weight", logit_weight), ("logit_bias", logit_bias)):
-        check_float(name, tensor)
-        check_device(name, tensor, hidden_states.device)
+    tensors = (hidden_states, logit_weight, logit_bias)
+    description = describe(tensors)
+    if description is None or description not in _CHECKED:
+        check_shape("hidden_states", hidden_states, ("T", "H"))
+        check_shape("logit_weight", logit_weight, (hidden_states.shape[1],))
+        check_shape("logit_bias", logit_bias, (1,))
+        for name, tensor in zip(("hidden_states", "logit_weight", "logit_bias"), tensors, strict=True):
+            check_float(name, tensor)
+            check_device(name, tensor, hidden_states.device)
+        if description is not None:
+            _CHECKED.put(description)
+    check_no_tangents("graft_logits", *tensors)
     wide = wide_dtype(hidden_states.dtype)
-    return _graft_logits(hidden_states, logit_weight.to(wide), logit_bias.to(wide))
+    return _graft_logits.described(description, hidden_states, cast(logit_weight, wide), cast(logit_bias, wide))
+
+
+_CHECKED = Remembered()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex_kernels.described import Remembered, describe
 from flex_kernels.ops.checks import (
     autocast_off,
     cast,
@@ -201,6 +202,34 @@ def grafted_route_with_logits(
     keep_logits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`grafted_route`, then the router's rounded logits [T, E], without a gradient; [0, E] where nobody needs them."""
+    tensors, dtype = (hidden_states, router_weight, graft_logit_weight, graft_logit_bias), compute_dtype(hidden_states)
+    description = describe(tensors, top_k, dtype)
+    if description is None or description not in _CHECKED:
+        _check(*tensors, top_k, dtype)
+        if description is not None:
+            _CHECKED.put(description)
+    check_no_tangents("grafted_route", *tensors)
+    if graft_logit_weight is not None:
+        wide = wide_dtype(dtype)
+        graft_logit_weight, graft_logit_bias = cast(graft_logit_weight, wide), cast(graft_logit_bias, wide)
+    keep_logits |= torch.is_grad_enabled() and (hidden_states.requires_grad or router_weight.requires_grad)
+    states, weight = cast(hidden_states, dtype), cast(router_weight, dtype)
+    gate = (graft_logit_weight, graft_logit_bias)
+    return _grafted_route.described(description, states, weight, *gate, top_k, renormalize, keep_logits)
+
+
+_CHECKED = Remembered()
+
+
+def _check(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    top_k: int,
+    dtype: torch.dtype,
+) -> None:
+    """`dtype`: that of the products, autocast's where it is on."""
     check_shape("hidden_states", hidden_states, ("T", "H"))
     hidden_size, device = hidden_states.shape[1], hidden_states.device
     check_shape("router_weight", router_weight, ("E", hidden_size))
@@ -210,20 +239,14 @@ def grafted_route_with_logits(
     num_experts = router_weight.shape[0]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
-    check_no_tangents("grafted_route", hidden_states, router_weight, graft_logit_weight, graft_logit_bias)
-    dtype = compute_dtype(hidden_states)
     if router_weight.dtype != hidden_states.dtype and dtype == hidden_states.dtype:
         raise TypeError(f"router_weight is {router_weight.dtype}, expected {dtype}, the dtype of hidden_states")
     if (graft_logit_weight is None) != (graft_logit_bias is None):
         raise ValueError("one of graft_logit_weight and graft_logit_bias is missing, expected both or none")
-    if graft_logit_weight is not None:
-        gate = {"graft_logit_weight": (graft_logit_weight, hidden_size), "graft_logit_bias": (graft_logit_bias, 1)}
-        for name, (tensor, size) in gate.items():
-            check_shape(name, tensor, (size,))
-            check_float(name, tensor)
-            check_device(name, tensor, device)
-        wide = wide_dtype(dtype)
-        graft_logit_weight, graft_logit_bias = cast(graft_logit_weight, wide), cast(graft_logit_bias, wide)
-    keep_logits |= torch.is_grad_enabled() and (hidden_states.requires_grad or router_weight.requires_grad)
-    states, weight = cast(hidden_states, dtype), cast(router_weight, dtype)
-    return _grafted_route(states, weight, graft_logit_weight, graft_logit_bias, top_k, renormalize, keep_logits)
+    if graft_logit_weight is None:
+        return
+    gate = {"graft_logit_weight": (graft_logit_weight, hidden_size), "graft_logit_bias": (graft_logit_bias, 1)}
+    for name, (tensor, size) in gate.items():
+        check_shape(name, tensor, (size,))
+        check_float(name, tensor)
+        check_device(name, tensor, device)

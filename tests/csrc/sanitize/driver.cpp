@@ -132,7 +132,8 @@ std::vector<Array> compute(const Shape& s, Scalar scalar, Scalar weight_scalar, 
     results.emplace_back(s.experts, Scalar::kFloat32);         // 14 tokens per expert
     results.emplace_back(s.tokens * s.experts, scalar);        // 15 the router's logits
     Array gate = random_array(s.hidden, Scalar::kFloat32, random);
-    const Router router{s.tokens, s.hidden, s.experts, s.top_k, scalar, convex, x.data(), gate_up.values.data(), gate.floats(), 0.5f};
+    const float bias = 0.5f;
+    const Router router{s.tokens, s.hidden, s.experts, s.top_k, scalar, convex, x.data(), gate_up.values.data(), gate.floats(), &bias};
     const Routes routes{results[11].floats(), static_cast<int64_t*>(results[12].data()), results[13].floats(),
                         static_cast<int32_t*>(results[14].data()), results[15].data()};
     grafted_route(router, routes, threads);
