@@ -232,6 +232,7 @@ class TrainSettings:
     finetune_rounds: int = setting(0, least=0, zero="a tenth of the rounds")
     copy_mu: float = setting(0.1, least=0)  # holds a client's own copy of the LoRA to the shared one (Ditto)
     gradient_checkpointing: bool = False  # a layer's activations are computed again in the backward; same bits
+    compile: bool = False  # the model of the local steps by torch.compile: minutes once, then faster steps; other bits
     skip_failed: bool = False  # go on without a client that fails, or whose reply is refused; the log says which
     timeout: float = setting(3600.0, above=0)  # seconds to wait for the replies of clients on other machines
 

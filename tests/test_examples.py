@@ -77,6 +77,14 @@ def test_compile(example: ModuleType, backend: str) -> None:
     assert max(example.main(backend).values()) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_lora(example: ModuleType, backend: str) -> None:
+    torch._dynamo.reset()
+    losses = example.main(backend, steps=12)
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
+    assert losses["compiled"][-2] < 0.9 * losses["compiled"][0]  # of the same length
+
+
 def test_autocast(example: ModuleType) -> None:
     for losses in example.main().values():
         assert losses[-1] < 0.8 * losses[0]

@@ -26,6 +26,8 @@ def print_forecast(console: Console, config: RunConfig, told: Forecast) -> None:
     lines = [
         f"time: {_duration(told.seconds)} for all methods and seeds, one job after another, by steps timed just now",
     ]
+    if config.train.compile:
+        lines.append("train.compile: the steps were timed without it; every job compiles its model, for minutes, first")
     heaviest = max(told.costs, key=lambda cost: cost.step_bytes)
     if heaviest.step_bytes:
         length, fits = config.data.max_length, min(cost.fits for cost in told.costs if cost.step_bytes)

@@ -37,6 +37,7 @@ from flex.graft.choose import choose_grafts, new_modules
 from flex.methods import METHODS, SHARED_LORA, Phase
 from flex.model.adapters import PRIVATE, copies, pretrained_only, recomputed, weigh, work_with, wrap
 from flex.model.base import Base
+from flex.model.compiled import check_compiler, compiled, forget_compiled
 from flex.model.partition import (
     Partition,
     load_into,
@@ -120,6 +121,9 @@ class JobModel:
         self.graft = config.graft.of(self.method)
         self.private = PRIVATE[self.method.private]
         self.unequal = "ranks" in STRATEGIES[config.strategy.of(method)[0]]
+        if config.train.compile:
+            check_compiler(str(base.device))
+            forget_compiled()
         wrap(base, self.method, config.lora, config.graft, seed)
         self.parts: Partition = partition(base.model)
         added = {id(p) for module in self.private.modules(base) for p in module.parameters()}
@@ -260,7 +264,7 @@ class Site:
         anchors = model.anchor.batches(train.steps, seed) if model.anchor else itertools.repeat(())
         model.base.model.train()
         told = Told()
-        with recomputed(model.base.model, train.gradient_checkpointing):
+        with recomputed(model.base.model, train.gradient_checkpointing), compiled(model.base.model, train.compile):
             for phase, count in _share_out(train.steps, phases):
                 trained = {name: p for role in phase.trains for name, p in getattr(model.parts, role).items()}
                 work_with(model.base, phase.loras)

@@ -11,6 +11,7 @@ from flex.graft.choose import check as check_grafts
 from flex.methods import METHODS
 from flex.model.adapters import recomputed, unwrap, wrap
 from flex.model.attention import targets_of
+from flex.model.compiled import check_compiler
 from flex.runs.world import World
 
 
@@ -51,10 +52,12 @@ def check_methods(config: RunConfig, world: World) -> None:
 
     Raises:
         FlexError: a strategy, a LoRA, a graft or the recomputing of activations that this base or these clients cannot
-            have.
+            have; torch.compile is asked for and cannot compile here.
     """
     with recomputed(world.base.model, config.train.gradient_checkpointing):
         pass
+    if config.train.compile:
+        check_compiler(str(world.base.device))
     seen = set()
     for name in config.train.methods:
         method = METHODS[name]
