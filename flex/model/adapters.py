@@ -397,9 +397,10 @@ def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
         raise FlexError(f"{type(model).__name__} cannot recompute its layers; expected gradient_checkpointing = false")
     named = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # since transformers 5.23
     getattr(model, f"{named}_checkpointing_enable")(**{f"{named}_checkpointing_kwargs": {"use_reentrant": False}})
+    # transformers' own on the embeddings: of use to reentrant checkpoints alone, and the compiler stumbles over it.
+    if hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()
     try:
         yield
     finally:
         getattr(model, f"{named}_checkpointing_disable")()
-        if hasattr(model, "_require_grads_hook"):  # transformers' own, which it leaves on the embeddings
-            model.disable_input_require_grads()
