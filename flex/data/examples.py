@@ -87,16 +87,23 @@ class ClientData:
 
     def fingerprint(self) -> str:
         """A name for these examples, in their order."""
-        digest = hashlib.sha256()
+        return self._looked[0]
+
+    def truncated(self) -> dict[str, int]:
+        return dict(self._looked[1])
+
+    @cached_property
+    def _looked(self) -> tuple[str, dict[str, int]]:
+        """(fingerprint, how many of each part are truncated): of many clients each look encodes the examples anew."""
+        digest, truncated = hashlib.sha256(), {}
         for name, part in self.parts().items():
             digest.update(f"{self.client_id}/{name}/{len(part)}".encode(errors="surrogatepass"))
+            truncated[name] = 0
             for example in part:
                 digest.update(f"{example.input_ids}{example.prompt_length}{example.earlier or ''}".encode())
                 digest.update(example.response.encode(errors="surrogatepass"))
-        return digest.hexdigest()[:16]
-
-    def truncated(self) -> dict[str, int]:
-        return {name: sum(e.truncated for e in part) for name, part in self.parts().items()}
+                truncated[name] += example.truncated
+        return digest.hexdigest()[:16], truncated
 
 
 class Encoder:

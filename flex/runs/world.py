@@ -36,11 +36,22 @@ class World:
     tasks: dict[str, Any] = field(default_factory=dict)
     anchor: Anchor | None = None
 
-    @cached_property
+    @property
     def data_fingerprint(self) -> str:
         """A name for the examples, in their order: whoever resumes on others would train on what was held out."""
-        digest = hashlib.sha256()
+        return self._fingerprints[0]
+
+    @property
+    def client_fingerprints(self) -> dict[str, str]:
+        """The same by client: a client that joins, or leaves, changes nobody else's."""
+        return self._fingerprints[1]
+
+    @cached_property
+    def _fingerprints(self) -> tuple[str, dict[str, str]]:
+        """Both, client by client: the examples of one of many are encoded once for all that is asked of them here."""
+        digest, own = hashlib.sha256(), {}
         for client in self.clients:
+            own[client.client_id] = data_fingerprint(client, self.anchor)
             for part in [client.train, client.test, *([client.validation] if client.validation else [])]:
                 digest.update(f"{client.client_id}/{len(part)}".encode())
                 for example in part:
@@ -48,12 +59,7 @@ class World:
                     digest.update(str(example.earlier or "").encode())
         if self.anchor:
             digest.update(self.anchor.fingerprint.encode())
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def client_fingerprints(self) -> dict[str, str]:
-        """The same by client: a client that joins, or leaves, changes nobody else's."""
-        return {client.client_id: data_fingerprint(client, self.anchor) for client in self.clients}
+        return digest.hexdigest()[:16], own
 
     @property
     def identity(self) -> dict[str, str]:
