@@ -453,6 +453,10 @@ class RunConfig:
         every = self.evaluate.every
         return round_index == self.train.rounds or (every > 0 and round_index % every == 0)
 
+    def may_keep(self, round_index: int) -> bool:
+        """Whether the state after a round may be the job's result: the last one's, or any that may be the best."""
+        return round_index >= self.train.rounds or self.train.keep == "best"
+
     def with_values(self, **sections: dict[str, Any]) -> "RunConfig":
         """A copy with some fields of some sections replaced: `config.with_values(train={"rounds": 3})`."""
         changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}

@@ -27,8 +27,8 @@ class Entry:
 
     asked: "train", "evaluate", "about", "start", "who". peer: the user id that asked. start: sha256 of the tensors that
     came. tensors: the names of those that left; sha256, bytes: of them; norm: of what left minus what came.
-    numbers: what else left in numbers. events: how many scores and choices of grafts. scored: with a turn of training,
-    the round whose scores left too. refused: why nothing left.
+    numbers: what else left in numbers. events: how many scores, measures of layers and choices of grafts. scored: with
+    a turn of training, the round whose scores left too. refused: why nothing left.
     """
 
     asked: str

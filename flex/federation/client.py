@@ -28,6 +28,7 @@ from flex.evaluation.scored import Scored
 from flex.evaluation.tasks import TASKS
 from flex.federation.agreement import first_round_alone, settings_digest, versions
 from flex.federation.anchor import Anchor, data_fingerprint
+from flex.federation.layers import ClientLayers
 from flex.federation.messages import SCORED, Arrays, SiteAbout
 from flex.federation.scaffold import control_update, split_control
 from flex.federation.unequal import cut_to, padded_to
@@ -205,6 +206,7 @@ class Site:
         self.model, self.client, self.general, self.tasks = model, client, general, tasks or {}
         self.client_id, self.listen = client.client_id, listen or Silence()
         self.config = model.config
+        self.layers = ClientLayers(model.base, model.encoder, client, self.config.evaluate.batch_size)
         own_folder = folder / "clients" / folder_name(client.client_id)
         self.store = PersonalStore(own_folder, {**model.header, "client": client.client_id})
 
@@ -328,7 +330,8 @@ class Site:
     def evaluate(
         self, round_index: int, shared: Arrays | None, when: str = AFTER, splits: Collection[str] = SCORED
     ) -> list[Event]:
-        """Scores on the client's own parts and on the general set; before them the grafts, if they are chosen here.
+        """Scores on the client's own parts and on the general set; before them the grafts, if they are chosen here, after
+        them what the layers do with the client's own prompts.
 
         Args:
             shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).
@@ -354,6 +357,8 @@ class Site:
                 found.append(Evaluated(round_index, self.client_id, when, split, **scores))
         if shared is not None and "test" in splits:
             found += [self._score_task(name, round_index, prepare) for name in self.tasks]
+            ends = self.config.may_keep(round_index) or not self.model.method.trains
+            found += self.layers.events(round_index, ends, prepare)
         return found
 
     def _score_task(self, name: str, round_index: int, prepare: Prepare | None) -> Evaluated:

@@ -14,7 +14,7 @@
 Every reply also has a `seal` (`seal.py`): which round and which tensors it answers.
 
 `events` is a ConfigRecord with the JSON of what the log is to say of the turn (`store/events.py`): scores of every
-split and moment, and what the grafts are made of. A client speaks of itself alone.
+split and moment, what its layers do, and what the grafts are made of. A client speaks of itself alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flex.errors import FlexError
-from flex.store.events import Evaluated, Event, Grafted, check_types, from_json
+from flex.store.events import OF_LAYERS, Evaluated, Event, Grafted, check_types, from_json
 
 if TYPE_CHECKING:  # Flower itself only where a record is made: a client's turn needs none
     from flex.federation.flower import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -43,7 +43,8 @@ NUM_EXAMPLES, CLIENT_INDEX = "num-examples", "client-index"
 ABOUT_KINDS = {"str": str, "int": int, "dict": dict}
 KEPT_ROUND, SPLITS = "kept-round", "splits"
 SCORED = ("test", "general")  # what an evaluation scores where it does not say what
-TOLD = (Grafted, Evaluated)  # what a client may say to the log
+MEASURED = (Evaluated, *OF_LAYERS)  # of one round
+TOLD = (Grafted, *MEASURED)  # what a client may say to the log
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ def events_of(reply: Message, client_id: str, round_index: int | None = None, re
     well_formed = isinstance(values, list) and all(isinstance(value, dict) for value in values)
     events = [from_json(value) for value in values] if well_formed else [None]
     if not all(isinstance(event, TOLD) for event in events):
-        raise FlexError(f"{sender} sent events that are no scores and no grafts; expected these alone")
+        raise FlexError(f"{sender} sent events that are no scores, no measures of layers and no grafts; expected these")
     for event in events:
         check_types(event, sender)
-        if round_index is not None and isinstance(event, Evaluated) and event.round != round_index:
+        if round_index is not None and isinstance(event, MEASURED) and event.round != round_index:
             raise FlexError(f"{sender} sent scores of round {event.round} in round {round_index}")
     return [replace(event, client_id=client_id, method=None, seed=None) for event in events]
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flex.store.events import VALIDATION, Done, Evaluated, Event, Extended, JobStarted, Trained
+from flex.store.events import OF_LAYERS, VALIDATION, Done, Evaluated, Event, Extended, JobStarted, Trained
 
 
 @dataclass(frozen=True)
@@ -120,5 +120,10 @@ def is_finished(events: Sequence[Event], trains: bool, num_rounds: int, clients:
 
 
 def without_scores(events: Iterable[Event], round_index: int) -> list[Event]:
-    """The log without a round's scores on test parts, which are taken again."""
-    return [e for e in events if not (isinstance(e, Evaluated) and e.round == round_index and e.split != VALIDATION)]
+    """The log without a round's scores on test parts, and what the layers do on them, which are taken again."""
+
+    def is_again(event: Event) -> bool:
+        scores = isinstance(event, Evaluated) and event.split != VALIDATION
+        return event.at_round == round_index and (scores or isinstance(event, OF_LAYERS))
+
+    return [event for event in events if not is_again(event)]

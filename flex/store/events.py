@@ -222,6 +222,64 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class Routed(Event):
+    """How a client's held-out prompts are routed: by the untouched base, and by its own model after `round`.
+
+    layers: their numbers; every list that follows has one entry a layer. entropy, base_entropy: of the router's
+    distribution over the experts, mean over the tokens, in nats; most: the largest that it can be. source: what that
+    distribution is (`evaluation/layers.py`). counts, base_counts: how often each expert is chosen.
+    """
+
+    event: ClassVar[str] = "routed"
+    round: int
+    client_id: str
+    num_tokens: int
+    layers: list[int]
+    entropy: list[float]
+    base_entropy: list[float]
+    most: list[float]
+    source: list[str]
+    counts: list[list[int]]
+    base_counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Added(Event):
+    """What a client's grafts add to their layers on its held-out prompts: `added`, the mean over the tokens of the norm
+    of what a graft adds over that of the layer's output; `opening`, of its gate on these tokens."""
+
+    event: ClassVar[str] = "added"
+    round: int
+    client_id: str
+    num_tokens: int
+    layers: list[int]
+    added: list[float]
+    opening: list[float]
+
+
+@dataclass(frozen=True)
+class Cost(Event):
+    """What a client's grafts cost a token: `graft_flops`, beside `layer_flops` of the experts that it is routed to and
+    of the shared one; and `seconds` of a forward over `num_tokens` tokens "with" them and "without", each the median of
+    `repeats` on this `device`."""
+
+    event: ClassVar[str] = "cost"
+    round: int
+    client_id: str
+    num_tokens: int
+    repeats: int
+    device: str
+    layers: list[int]
+    graft_flops: list[int]
+    layer_flops: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+# What an evaluation of a client tells beside its scores; a list has one entry for each of `layers`.
+OF_LAYERS = (Routed, Added, Cost)
+
+
+@dataclass(frozen=True)
 class Done(Event):
     """A job is finished: seconds and trained tokens of the process that finished it.
 
@@ -251,6 +309,7 @@ KINDS: dict[str, type[Event]] = {
         Limited,
         Secured,
         Evaluated,
+        *OF_LAYERS,
         Done,
     )
 }
@@ -276,15 +335,30 @@ def from_json(values: Mapping[str, Any]) -> Event | None:
 
 
 def check_types(event: Event, sender: str) -> None:
-    """Raises FlexError where a value is of another type than its field, or a score is not finite: what a client tells
-    is read by the report, which counts on both."""
+    """Raises FlexError where a value is of another type than its field, a score is not finite, or a list has not one
+    entry a layer: what a client tells is read by the report, which counts on all three."""
     for name, kind in typing.get_type_hints(type(event)).items():
         value = getattr(event, name)
         if typing.get_origin(kind) is not ClassVar and not _is(value, kind):
             raise FlexError(f"{sender} sent an event {event.event!r} whose {name} is {value!r:.80}; expected {kind}")
-        bounded = isinstance(event, Evaluated) and name != "perplexity"
-        if bounded and isinstance(value, float) and not math.isfinite(value):
+        bounded = isinstance(event, (Evaluated, *OF_LAYERS)) and name != "perplexity"
+        if bounded and not all(math.isfinite(one) for one in _numbers(value)):
             raise FlexError(f"{sender} sent an event {event.event!r} whose {name} is {value}; expected a finite number")
+        if isinstance(event, OF_LAYERS) and isinstance(value, list) and len(value) != len(event.layers):
+            raise FlexError(
+                f"{sender} sent an event {event.event!r} with {len(value)} entries in {name}; expected one for each of "
+                f"{len(event.layers)} layers"
+            )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The floats of a value, or of a list or object of them."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list):
+        yield from (one for one in value if isinstance(one, float))
+    elif isinstance(value, dict):
+        yield from (one for one in value.values() if isinstance(one, float))
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -111,9 +111,9 @@ def test_a_client_speaks_of_itself_alone(server):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ([{"event": "done", "round": 3}], "client 'anna' sent events that are no scores and no grafts"),
-        ([{"event": "unknown"}], "client 'anna' sent events that are no scores and no grafts"),
-        ({"event": "train"}, "client 'anna' sent events that are no scores and no grafts"),
+        ([{"event": "done", "round": 3}], "client 'anna' sent events that are no scores, no measures of layers"),
+        ([{"event": "unknown"}], "client 'anna' sent events that are no scores, no measures of layers"),
+        ({"event": "train"}, "client 'anna' sent events that are no scores, no measures of layers"),
         ([{"event": "evaluate"}], "an event 'evaluate' is incomplete"),
     ],
 )
