@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run from its metrics.jsonl")
     report.add_argument("--run", type=Path, required=True, help="folder of the run")
     report.add_argument("--csv", type=Path, metavar="FILE", help="also the numbers, a line for each method and measure")
+    report.add_argument(
+        "--details-csv", type=Path, metavar="FILE", help="also bytes by group of arrays, and each layer's measures"
+    )
 
     compare = commands.add_parser("compare", help="write one page over several runs")
     compare.add_argument(
@@ -261,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "report":
                 from flex.commands import report
 
-                return report.report(given.run, given.csv)
+                return report.report(given.run, given.csv, given.details_csv)
             case "compare":
                 from flex.commands import report
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flex.errors import require
+from flex.report import layers
 from flex.report.flat import flat_rows, write_csv, write_text
 from flex.report.terminal import read_events, summarise, write_report
 
 
-def report(folder: Path, csv: Path | None = None) -> int:
-    """Writes report.html, and with `csv` the numbers as a table."""
+def report(folder: Path, csv: Path | None = None, details: Path | None = None) -> int:
+    """Writes report.html, and with `csv` the scores as a table, with `details` what messages and layers measured."""
     require(
         bool(read_events(folder)),
         f"{folder} has nothing to report yet; expected a run with events in metrics.jsonl",
@@ -17,6 +18,9 @@ def report(folder: Path, csv: Path | None = None) -> int:
     print(write_report(folder))
     if csv is not None:
         print(write_csv(csv, flat_rows(summarise(read_events(folder)), folder.name)))
+    if details is not None:
+        rows = layers.detail_rows(summarise(read_events(folder)), folder.name)
+        print(write_csv(details, rows, layers.COLUMNS))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`flex eval` and `flex generate`: what a run saved, loaded again. Files are read before the model is."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from flex.runs.job import kept_shared
 from flex.runs.run import CONFIG, check_contents, job_folders, started
 from flex.runs.workers import job_folder
 from flex.runs.world import World, load_bare_world, load_world
-from flex.store.events import Evaluated
+from flex.store.events import Added, Cost, Evaluated, Event, Routed
 
 console = Console()
 
@@ -93,6 +94,7 @@ def evaluate(
     for column in ("client", "examples", "loss", "exact match", "ROUGE-L"):
         table.add_column(column, justify="left" if column == "client" else "right")
     further: list[Evaluated] = []
+    of_layers: list[Event] = []
     for name in [client_id] if client_id is not None else saved.sites:
         if not saved.site(name).client.train:  # nothing here that a graft could be chosen on
             saved.attach(name)
@@ -101,10 +103,50 @@ def evaluate(
         rouge = "" if event.rouge_l is None else f"{event.rouge_l:.3f}"
         table.add_row(Text(name), str(event.num_examples), f"{event.loss:.3f}", f"{event.exact_match:.3f}", rouge)
         further += [event for event in events if isinstance(event, Evaluated) and event.split != "test"]
+        of_layers += [event for event in events if not isinstance(event, Evaluated)]
     console.print(table)
     if further:
         console.print(_of_tasks(further))
+    if any(isinstance(event, Routed | Added | Cost) for event in of_layers):
+        console.print(_of_layers(of_layers))
     return 0
+
+
+def _of_layers(events: Sequence[Event]) -> Table:
+    """A line a client: what its prompts do in the layers, mean over these; the report has each layer."""
+    table = Table(title=Text("mean over the layers, on the test part's prompts", "table.title"))
+    for column in (
+        "client",
+        "entropy",
+        "of base",
+        "at most",
+        "added",
+        "opening",
+        "graft to experts",
+        "forward longer by",
+    ):
+        table.add_column(column, justify="left" if column == "client" else "right")
+    rows: dict[str, dict[str, str]] = {}
+    for event in events:
+        match event:
+            case Routed(layers=[_, *_]):
+                means = map(statistics.fmean, (event.entropy, event.base_entropy, event.most))
+                cells = {
+                    name: f"{mean:.3f}" for name, mean in zip(("entropy", "of base", "at most"), means, strict=True)
+                }
+            case Added(layers=[_, *_]):
+                cells = {"added": f"{100 * statistics.fmean(event.added):.2f} %"}
+                cells["opening"] = f"{100 * statistics.fmean(event.opening):.1f} %"
+            case Cost(layers=[_, *_]):
+                cells = {"graft to experts": f"{100 * sum(event.graft_flops) / sum(event.layer_flops):.1f} %"}
+                longer = event.seconds["with"] / event.seconds["without"] - 1
+                cells["forward longer by"] = f"{100 * longer:.1f} %"
+            case _:
+                continue
+        rows.setdefault(event.client_id, {}).update(cells)
+    for client_id, cells in rows.items():
+        table.add_row(Text(client_id), *(cells.get(str(column.header), "") for column in table.columns[1:]))
+    return table
 
 
 def _of_tasks(events: Sequence[Evaluated]) -> Table:

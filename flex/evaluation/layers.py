@@ -8,10 +8,10 @@ the experts module gives with its graft and F_t what it gives without:
     added         mean over tokens of ||y_t - F_t|| / ||y_t||; a shared expert, which stands outside of y_t, is left out
     opening       mean over tokens of the sigmoid of the gate
 
-Families differ in what their routers return and how they weigh it. Which distribution it is, the routing weights say: the
-softmax of the scores, or their sigmoid, the square root of their softplus, or they themselves, divided by the sum over
-the experts; the one that the weights of the chosen experts are proportional to. Where none is, those weights alone,
-divided by their sum, stand for it ("kept").
+Families differ in what their routers return and how they weigh it. Which distribution it is, the routing weights say:
+the softmax of the scores, or their sigmoid, the square root of their softplus, or they themselves, divided by the sum
+over the experts; the one that the weights of the chosen experts are proportional to. Where none is, those weights
+alone, divided by their sum, stand for it ("kept").
 
 All of it comes from hooks on a few forward passes over a bounded number of tokens; nothing is left on the model.
 """
@@ -81,7 +81,7 @@ class LayerLook:
         num_choices = num_experts if scores is None else max(num_experts, scores.shape[1])
         self.num_tokens, self.top_k = self.num_tokens + len(indices), indices.shape[1]
         self.most = math.log(distribution.shape[1])
-        self.entropies += float(torch.special.entr(distribution).sum(-1).double().sum())
+        self.entropies += float(torch.special.entr(distribution).sum())
         counts = torch.bincount(indices.flatten().long(), minlength=num_choices).tolist()
         self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
 
@@ -107,7 +107,7 @@ def source_of(scores: Tensor | None, indices: Tensor, weights: Tensor) -> str:
     """Which distribution over the experts the routing weights are taken from."""
     if scores is None:
         return KEPT
-    expected = _comparable(weights.float())
+    expected = _comparable(weights.double())
     errors = {}
     for source in PARTS:
         chosen = _distribution(source, scores, weights).gather(1, indices.long())
@@ -123,8 +123,8 @@ def _comparable(weights: Tensor) -> Tensor:
 
 
 def _distribution(source: str, scores: Tensor | None, weights: Tensor) -> Tensor:
-    """[T, E], or [T, K] of the kept weights alone; every row sums to one."""
-    parts = weights.float() if source == KEPT or scores is None else PARTS[source](scores.float())
+    """[T, E], or [T, K] of the kept weights alone, fp64; every row sums to one."""
+    parts = (weights.float() if source == KEPT or scores is None else PARTS[source](scores.float())).double()
     return parts / parts.sum(-1, keepdim=True).clamp_min(TINY)
 
 

@@ -330,8 +330,8 @@ class Site:
     def evaluate(
         self, round_index: int, shared: Arrays | None, when: str = AFTER, splits: Collection[str] = SCORED
     ) -> list[Event]:
-        """Scores on the client's own parts and on the general set; before them the grafts, if they are chosen here, after
-        them what the layers do with the client's own prompts.
+        """Scores on the client's own parts and on the general set; before them the grafts, if they are chosen here,
+        after them what the layers do with the client's own prompts.
 
         Args:
             shared: the aggregated values; None scores the model as it stands (the client's own, before aggregation).

@@ -1,5 +1,5 @@
-"""What a client tells of its layers at an evaluation: how its held-out prompts are routed, what its grafts add, and what
-those cost. `evaluation/layers.py` measures; here it becomes events.
+"""What a client tells of its layers at an evaluation: how its held-out prompts are routed, what its grafts add, and
+what those cost. `evaluation/layers.py` measures; here it becomes events.
 """
 
 from collections.abc import Iterable, Mapping

@@ -93,6 +93,9 @@ class JobLog:
     sent: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # direction -> tensors
     left_out: dict[tuple[int, str, str], events.LeftOut] = field(default_factory=dict)  # round, client, doing
     secured: dict[int, events.Secured] = field(default_factory=dict)  # round
+    routed: dict[tuple[int, str], events.Routed] = field(default_factory=dict)  # round, client
+    added: dict[tuple[int, str], events.Added] = field(default_factory=dict)  # round, client
+    costs: dict[tuple[int, str], events.Cost] = field(default_factory=dict)  # round, client
     limited: dict[tuple[int, str, str], events.Limited] = field(default_factory=dict)  # round, client, what
 
     def add(self, event: Event) -> None:
@@ -116,6 +119,12 @@ class JobLog:
                 self.limited[event.round, event.client_id, event.what] = event
             case events.Secured():
                 self.secured[event.round] = event
+            case events.Routed():
+                self.routed[event.round, event.client_id] = event
+            case events.Added():
+                self.added[event.round, event.client_id] = event
+            case events.Cost():
+                self.costs[event.round, event.client_id] = event
             case events.Sent():
                 self.sent[event.direction] = event.tensors
 
@@ -366,6 +375,16 @@ def best(values: dict[str, float | None], measure: Measure) -> set[str]:
     finite = [value for value in printed.values() if math.isfinite(value)]
     most = (max if measure.higher_is_better else min)(finite, default=None)
     return {key for key, value in printed.items() if value == most}
+
+
+def byte_groups(tensors: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """{group: (how many tensors, their bytes)} of a message: tensors that differ in the number of their layer alone are
+    one group."""
+    groups: dict[str, list[int]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\.\d+\.", ".*.", str(tensor.get("name", "")))
+        groups.setdefault(name, []).append(tensor.get("bytes") or 0)
+    return {name: (len(sizes), sum(sizes)) for name, sizes in groups.items()}
 
 
 def format_bytes(count: float | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flex.methods import AVERAGED, MAIN, METHODS
-from flex.report import figures, numbers
+from flex.report import figures, layers, numbers
 from flex.report.findings import differences, findings, format_p
 from flex.report.numbers import JobLog, Measure, Row
 from flex.store.events import (
@@ -121,7 +120,11 @@ def page(run: Run) -> str:
     """The whole document."""
     env = environment()
     env.filters |= {"size": numbers.format_bytes, "count": numbers.format_count, "prose": _prose}
-    env.filters |= {"heading": heading, "labels": lambda methods: ", ".join(run.rows[m].label for m in methods)}
+    env.filters |= {
+        "heading": heading,
+        "round_heading": lambda at: f"round {at}",
+        "labels": lambda methods: ", ".join(run.rows[m].label for m in methods),
+    }
     env.tests |= {"worse_than_zero": numbers.worse_than_zero, "little_used": numbers.little_used}
     env.globals |= {
         "BEFORE": BEFORE,
@@ -152,6 +155,9 @@ def page(run: Run) -> str:
         neurons=[_neuron_job(run, job) for job in run.jobs if any(map(_mixed, job.grafts.values()))],
         choices=_choices(run),
         openings=_openings(run),
+        routing=layers.routing(_main_first(run)),
+        additions=_additions(run),
+        costs=layers.costs(_main_first(run)),
         sent=[(row, _total_bytes(row)) for row in sent],
         widest=max((max(row.bytes_per_round.values()) for row in sent), default=0) or 1,
         arrays=_arrays(run),
@@ -392,6 +398,26 @@ def _openings(run: Run) -> list[Panel]:
     return panels
 
 
+def _main_first(run: Run) -> list[Row]:
+    """The others are folded where one table would be too long."""
+    return sorted(run.summary, key=lambda row: row is not run.main)
+
+
+def _additions(run: Run) -> list[dict[str, Any]]:
+    """What grafts add; drawn, a line a layer, where it was measured in several rounds."""
+    found = layers.additions(_main_first(run))
+    for own in found:
+        rounds, lines = own["rounds"], []
+        for by_round in own["layers"].values():
+            lines.append([by_round[at][0] if at in by_round else math.nan for at in rounds])
+        highest = max((v for line in lines for v in line if math.isfinite(v)), default=0.0)
+        alt = f"What the grafts of {own['row'].label} add, by layer and round"
+        drawn = len(rounds) > 1 and all(math.isfinite(v) for line in lines for v in line)
+        svg = Markup(figures.openness_panel(rounds, lines, highest * 1.25 or 1.0, alt)) if drawn else None
+        own["panel"] = svg and Panel(svg, own["row"].label, "added, of the layer's output")
+    return found
+
+
 def _alone(run: Run) -> dict[str, Any] | None:
     """What a client's update knows without what is private, between the base and the client itself."""
     rows = [row for row in run.summary if row.scores[UPDATE_ALONE]]
@@ -497,17 +523,12 @@ def _senders(ways: dict[str, set[str]], both: str) -> tuple[tuple[tuple[str, ...
 
 
 def _byte_groups(run: Run) -> list[tuple[str, str, str, int, int]]:
-    """(method, direction, group, how many tensors, their bytes) of one client's message: tensors that differ in the
-    number of their layer alone are one group."""
+    """(method, direction, group, how many tensors, their bytes) of one client's message."""
     lines = []
     for row in run.summary:
         sent = next((job.sent for job in row.jobs if job.sent), {})
         for direction, tensors in sorted(sent.items(), reverse=True):
-            groups: dict[str, list[int]] = {}
-            for tensor in tensors:
-                name = re.sub(r"\.\d+\.", ".*.", str(tensor.get("name", "")))
-                groups.setdefault(name, []).append(tensor.get("bytes") or 0)
-            lines += [(row.label, direction, name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
+            lines += [(row.label, direction, name, *own) for name, own in numbers.byte_groups(tensors).items()]
     return lines
 
 

@@ -11,6 +11,8 @@ from flex.runs.run import run
 
 FAMILIES = families.experts_classes()
 AUTO = {"rank": 4, "alpha": 8.0, "targets": ("auto",)}
+# What a router's distribution is, where it is no softmax; Phi's two weights are those of two softmaxes.
+SOURCES = {"deepseek_v3": "sigmoid", "phimoe": "kept"}
 SHORT = {"rounds": 1, "steps": 1, "batch_size": 2}
 QUIET = Console(quiet=True)
 
@@ -42,6 +44,13 @@ def test_a_family_trains_from_data_to_scores(config_of, tmp_path, family):
     events = read_log(tmp_path / "run" / "metrics.jsonl")
     scored = {(e["method"], e["client_id"]) for e in events if e["event"] == "evaluate" and e["split"] == "test"}
     assert scored == {(method, client) for method in ("fedavg", "flex") for client in "ab"}
+    routed = [e for e in events if e["event"] == "routed"]
+    assert {(e["method"], e["client_id"]) for e in routed} == scored
+    assert {source for e in routed for source in e["source"]} == {SOURCES.get(family, "softmax")}
+    assert all(0 < own <= most for e in routed for own, most in zip(e["entropy"], e["most"], strict=True))
+    assert {(e["method"], e["client_id"]) for e in events if e["event"] in ("added", "cost")} == {
+        ("flex", client) for client in "ab"
+    }
     sent = {t["name"] for e in events if e["event"] == "sent" for t in e["tensors"]}
     assert sent
     assert all("self_attn" in name for name in sent)

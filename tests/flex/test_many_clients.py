@@ -8,6 +8,7 @@ from tiny import read_log, tiny_config
 
 from flex.data import examples
 from flex.data.examples import EncodedWhenAsked
+from flex.federation.client import about
 from flex.runs.run import run
 from flex.runs.world import load_world
 
@@ -36,6 +37,23 @@ def test_examples_are_encoded_when_asked_for_and_the_same(tmp_path, monkeypatch)
         assert len(one.test) == len(other.test)
         assert one.fingerprint() == other.fingerprint()
     assert len(EncodedWhenAsked._kept) <= 3
+
+
+def test_before_a_run_trains_every_part_is_encoded_once(tmp_path, monkeypatch):
+    config, encoded = many(tmp_path), []
+    monkeypatch.setattr(examples, "MANY", 5)
+    encode = examples.encode
+    monkeypatch.setattr(examples, "encode", lambda part, *rest: encoded.append(id(part)) or encode(part, *rest))
+    world = load_world(config, 0)
+    first = len(encoded)  # whether every answer is cut: one part is enough to see that none is
+    assert first == 1
+    fingerprints = world.client_fingerprints
+    assert world.identity["data"] == world.data_fingerprint
+    told = [about(world.base, client, config) for client in world.clients]
+    sites = [site.about() for site in world.sites(config, "fedavg", 0, tmp_path / "job").values()]
+    assert [site.data for site in sites] == [one.data for one in told] == list(fingerprints.values())
+    assert all(one.truncated == {"train": 0, "test": 0} for one in told)
+    assert len(encoded) == len(set(encoded)) == 24
 
 
 def test_a_run_of_many_evaluates_the_sample(tmp_path, monkeypatch):

@@ -144,7 +144,9 @@ def test_every_kind_of_run_gives_table_findings_and_page(case: str, tmp_path: Pa
         assert client in text
 
 
-@pytest.mark.parametrize("kind", ["job", "evaluate", "train", "graft", "sent", "truncated", "done", "run"])
+@pytest.mark.parametrize(
+    "kind", ["job", "evaluate", "train", "graft", "sent", "truncated", "done", "run", "routed", "added", "cost"]
+)
 def test_a_missing_kind_of_event_is_no_obstacle(kind: str, tmp_path: Path) -> None:
     events = without(synthetic_events(methods=("base", "fedavg", "flex"), seeds=(0,), clients=("a",)), kind)
     render(summarised(events))
@@ -446,3 +448,44 @@ def test_the_demos_report_is_ready_in_seconds(tmp_path: Path, demo: list[Event])
     path = write_report(run)
     assert time.process_time() - start < 6
     assert path.stat().st_size < 1_000_000
+
+
+def test_the_page_says_what_the_layers_do(small: list[Event], tmp_path: Path) -> None:
+    text = read_page(write_report(write_run(tmp_path, small))).text.replace("\u00a0", " ")
+    assert "What the grafts add: FLEx" in text
+    assert re.search(r"round 1\s*round 3\s+0\s*1\.00 % 2\.0 %\s*3\.00 % 6\.0 %", text)
+    # Eight experts: half with 150 tokens and half with 50 before, all with 100 after.
+    before = math.exp(-4 * (3 / 16 * math.log(3 / 16) + 1 / 16 * math.log(1 / 16)))
+    assert re.search(rf"0\s*{math.log(8):.3f}1\.5001\.750{before:.1f}8\.018\.8 %12\.5 %", text)
+    assert "the router's softmax, in nats" in text
+    assert re.search(r"FLEx14\.0 k56\.0 k25\.0 %\s*22\.0 ms20\.0 ms\s*10\.0 %cpu, 1000 tokens", text)
+    assert "How tokens are routed, every client: FLEx" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_log_of_before_has_no_such_sections(small: list[Event], tmp_path: Path) -> None:
+    text = read_page(write_report(write_run(tmp_path, without(small, "routed", "added", "cost")))).text
+    assert not re.search("What the grafts add|How tokens are routed|What the extra expert costs", text)
+    assert main(["report", "--run", str(tmp_path), "--details-csv", str(tmp_path / "d.csv")]) == 0
+    assert {line.split(",")[-2] for line in (tmp_path / "d.csv").read_text().splitlines()[1:]} == {
+        "bytes_up",
+        "bytes_down",
+    }
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_layers_that_differ_by_client_and_odd_numbers_of_them_do_no_harm(small: list[Event], tmp_path: Path) -> None:
+    events = []
+    for event in without(small, "cost"):
+        if event["event"] == "routed" and event["client_id"] == CLIENTS[0]:
+            one = {key: value[:1] for key, value in event.items() if isinstance(value, list)}
+            event = {**event, **one, "counts": [[0, 0]], "source": ["<b>mine</b>"]}
+        if event["event"] == "added" and event["client_id"] == CLIENTS[0]:
+            event = {**event, "round": 2, "layers": [], "added": [], "opening": []}
+        events.append(event)
+    events.append(
+        {"event": "cost", "method": "flex", "seed": 0, "round": 3, "client_id": CLIENTS[0], "repeats": 0}
+        | {"num_tokens": 0, "device": "cpu", "layers": [0], "graft_flops": [5], "layer_flops": [0], "seconds": {}}
+    )
+    page = read_page(write_report(write_run(tmp_path, events)))
+    assert "<b>mine</b>" in page.text

@@ -4,6 +4,7 @@ log, which tests change freely, and read back as the events that the report take
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,31 @@ def _job(
         worse = (level[0], level[1], level[2], level[3] * 0.7)
         events += _evaluate(dice, worse, shift, rounds, client, BEFORE, groups, rouge)
         events += _evaluate(dice, level, shift, rounds, client, AFTER, groups, rouge)
+    for client in clients:
+        events += _of_layers(client, rounds, layers, experts, grafted)
     return [*events, {"event": "done", "seconds": 28.0, "tokens": 180_000}]
+
+
+def _of_layers(client: str, rounds: int, layers: int, experts: int, grafted: bool) -> list[Event]:
+    """Half of the experts get three times as many tokens as the others before training, all the same after it."""
+    half = experts // 2
+    common = {"client_id": client, "layers": list(range(layers)), "num_tokens": 1000}
+    routed = {"event": "routed", "round": rounds, "entropy": [1.75] * layers, "base_entropy": [1.5] * layers}
+    routed |= {"most": [math.log(experts)] * layers, "source": ["softmax"] * layers}
+    routed |= {"counts": [[100] * experts] * layers, "base_counts": [[150] * half + [50] * (experts - half)] * layers}
+    cost = {
+        "event": "cost",
+        "round": rounds,
+        "repeats": 5,
+        "device": "cpu",
+        "seconds": {"with": 0.022, "without": 0.02},
+    }
+    cost |= {"graft_flops": [7000] * layers, "layer_flops": [28_000] * layers}
+    added = [
+        {"event": "added", "round": at, "added": [0.01 * at] * layers, "opening": [0.02 * at] * layers}
+        for at in dict.fromkeys((1, rounds))
+    ]
+    return [{**event, **common} for event in (routed, *([*added, cost] if grafted else []))]
 
 
 def _graft(dice: random.Random, method: str, client: str, layer: int, experts: int) -> Event:
