@@ -33,9 +33,9 @@ from flex.data.examples import Batch, Encoder, Example
 from flex.evaluation.score import Prepare, token_logits
 from flex_kernels import Graft, reference
 
-LOOK_TOKENS = 1024  # of a client's prompts; with 60 experts and 4 a token each expert gets about 70
+LOOK_TOKENS = 512  # of a client's prompts; with 60 experts and 4 a token each expert gets about 34
 TINY = torch.finfo(torch.float32).tiny
-TIMED_TOKENS, REPEATS = 256, 5  # of a timed forward, and how often each of the two is timed, by turns
+TIMED_TOKENS, REPEATS = 128, 3  # of a timed forward, and how often each of the two is timed, by turns
 WEIGHT_ERROR = 0.01  # mean, of a routing weight; scores rounded to bf16 come to a third of it
 SOFTMAX, KEPT = "softmax", "kept"
 PARTS: dict[str, Callable[[Tensor], Tensor]] = {  # each is divided by its sum over the experts
