@@ -177,7 +177,9 @@ def test_chat_answers_line_by_line_with_the_conversation_so_far(
 
 
 def losses(printed: str) -> dict[str, float]:
-    rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
+    """Of the first table; a later one says what the layers do."""
+    first = printed.partition("mean over the layers")[0]
+    rows = [line.replace("│", " ").split() for line in first.splitlines() if line.startswith("│")]
     return {row[0]: float(row[2]) for row in rows}
 
 
