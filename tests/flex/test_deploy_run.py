@@ -184,11 +184,13 @@ def test_a_turn_gives_the_scores_of_the_round_before_and_the_record_says_so(tmp_
     came = asking.ask("train", first, **{"server-round": 2, SPLITS: " ".join(SCORED)})
     scores = json.loads(came.config_records[SCORES]["json"])
     assert scores == json.loads(alone.config_records[EVENTS]["json"])
+    of_layers = scores.pop()
+    assert (of_layers["event"], of_layers["round"]) == ("added", 1)
     assert {(e["round"], e["when"], e["split"]) for e in scores} == {(1, AFTER, split) for split in SCORED}
     entries = list(Record(asking.worker.state / "record.jsonl").entries())
     assert [(e.asked, e.round, e.scored, e.events) for e in entries[1:]][1:] == [
-        ("evaluate", 1, None, 2),
-        ("train", 2, 1, 4),  # beside those of its own model of round 2, before aggregation
+        ("evaluate", 1, None, 3),
+        ("train", 2, 1, 5),  # beside those of its own model of round 2, before aggregation
     ]
     console = Console(record=True, width=300, quiet=False, file=io.StringIO())
     console.print(record_table(iter(entries)))
