@@ -20,6 +20,8 @@ from flex.errors import FlexError, require
 
 LOOK_S, AGAIN_S = 0.3, 2.0
 REFUSED = ("Failed to activate SuperNode", "Failed to register SuperNode")
+# After this Flower's SuperNode (1.41) neither tries again nor ends: its site would be away until somebody looks.
+BROKEN = "SSL/TLS handshake error detected"
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,16 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
     with until_stopped() as stopped:
         env = environment((home or folder / "node").absolute())
         while (child := _until_ended(_supernode(package, folder, key, socket), env, stopped)) is not None:
-            if not child.said(*REFUSED):
+            if child.said(BROKEN):
+                print(
+                    f"note: what came from {package.address} was not what left it (bytes changed on the way, or "
+                    "another server); the SuperNode starts again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif not child.said(*REFUSED):
                 raise FlexError(f"the SuperNode ended with code {child.ended}; what it said is above")
-            if time.monotonic() > ends:  # a server that has just started registers one key after another
+            elif time.monotonic() > ends:  # a server that has just started registers one key after another
                 raise FlexError(
                     f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
                     "expected `flex deploy server` to have registered it"
@@ -124,11 +133,11 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
 
 
 def _until_ended(command: list[str], env: dict[str, str], stopped: threading.Event) -> Child | None:
-    """Runs a SuperNode; the child once it has ended by itself, None where it was stopped."""
+    """Runs a SuperNode; the child once it has ended by itself or is of no more use, None where it was stopped."""
     child = Child(command, env)
     try:
         while not stopped.wait(LOOK_S):
-            if child.ended is not None:
+            if child.ended is not None or child.said(BROKEN):
                 return child
     finally:
         child.end()
