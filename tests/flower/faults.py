@@ -130,7 +130,7 @@ def test_masks_cancel(masked):
     masked.init()
     at_work(masked)
     masked.run()
-    assert_same_run(embedded(masked), masked.fed / "run", masked.state, [JOB])
+    assert_same_run(embedded(masked), masked.fed / "run", masked.state, [JOB], masked=True)
     log = (masked.fed / "run" / JOB / "metrics.jsonl").read_text()
     assert log.count('"event": "secured"') == 2
 
