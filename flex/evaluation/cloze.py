@@ -33,8 +33,10 @@ def score_cloze(scored: Scored, text: str) -> dict[str, Any]:
         len(passages) >= CHOICES,
         f"evaluate.text has {len(passages)} passages of {length} tokens; expected at least {CHOICES}",
     )
-    asked = passages[: scored.settings.questions or None]
-    choices, answers = _draw(passages, len(asked), prompt)
+    count = min(scored.settings.questions or len(passages), len(passages))
+    numbers = [i * len(passages) // count for i in range(count)]  # evenly over the text
+    choices, answers = _draw(passages, numbers, prompt)
+    asked = [passages[i] for i in numbers]
     size, hits = max(1, scored.settings.batch_size // CHOICES), 0
     for start in range(0, len(asked), size):
         chosen = range(start, min(start + size, len(asked)))
@@ -45,11 +47,13 @@ def score_cloze(scored: Scored, text: str) -> dict[str, Any]:
     return {"num_examples": len(asked), "accuracy": hits / len(asked), "details": details}
 
 
-def _draw(passages: Sequence[list[int]], count: int, prompt: int) -> tuple[list[list[list[int]]], list[int]]:
-    """Of the first `count` passages: four continuations in any order, and the place of the true one."""
+def _draw(
+    passages: Sequence[list[int]], numbers: Sequence[int], prompt: int
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Of each of these passages: four continuations in any order, and the place of the true one."""
     draw = random.Random(0)
     choices, answers = [], []
-    for number in range(count):
+    for number in numbers:
         others = draw.sample([i for i in range(len(passages)) if i != number], CHOICES - 1)
         answers.append(draw.randrange(CHOICES))
         others.insert(answers[-1], number)
