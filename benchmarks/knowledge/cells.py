@@ -79,7 +79,7 @@ def configure_dolly(name: str, seed: int, folder: Path, given: RealText) -> RunC
     own = [*dolly_settings(given.base, data, folder / name / f"seed{seed}"), "evaluate.rouge=false"]
     own += ['evaluate.tasks=["test", "perplexity", "cloze"]', f"evaluate.text={json.dumps(str(given.held))}"]
     own += [f'train.methods=["{cell.method}"]', f"train.seeds=[{seed}]", "workers=1", "threads=1"]
-    own += ["evaluate.questions=200", *cell.anchor(given.anchors)]
+    own += cell.anchor(given.anchors)
     own += ["anchor.batch_size=1"] if cell.kind != "none" else []  # a quarter of the batch, as in the demo
     return read_config(None, own)
 
