@@ -155,8 +155,9 @@ class JobLog:
         if not declared(self.method).averages and len(whens) == 1 and when in (AFTER, BEFORE):
             when = next(iter(whens))  # before and after aggregation are the same weights
         scores: dict[Measure, dict[str, tuple[float, int]]] = {}
+        last = self.last_round  # counted anew each time
         for (round_index, client, event_when, split), event in sorted(self.evaluations.items()):
-            if round_index != self.last_round or event_when != when:
+            if round_index != last or event_when != when:
                 continue
             for group, part in {"": vars(event), **event.groups}.items():
                 for name in KINDS:
