@@ -11,13 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def kept_rows(path: Path, collected: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was collected, kept in `path`, a row a line; what is kept there already, where nothing was collected,
-    and nothing where nothing was kept."""
-    if collected:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(row) for row in collected) + "\n]\n")
-    return json.loads(path.read_text()) if path.exists() else []
+def kept_rows(path: Path, collected: list[dict[str, Any]], keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What was collected, kept in `path`, a row a line, and what is kept there already.
+
+    `keys`: the columns that name a job; what is kept of jobs that were not collected stays. Without them all that was
+    collected takes the place of all that was kept.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else []
+    if not collected:
+        return kept
+    new = {tuple(row[key] for key in keys) for row in collected}
+    rows = [*[row for row in kept if tuple(row[key] for key in keys) not in new], *collected] if keys else collected
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return rows
 
 
 def write_between(path: Path, begin: str, end: str, lines: Sequence[str], new: str = "") -> None:

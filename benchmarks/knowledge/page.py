@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "knowledge.md"
 BEGIN, END = "<!-- made by benchmarks.knowledge: begin -->", "<!-- end -->"
 GOAL_P, GOAL_AHEAD, GOAL_SEEDS = 0.05, 5, 6
+JOB = ("cell", "seed")
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,11 @@ def part(scene: Scene, rows: Sequence[dict], seeds: dict[str, tuple[int, ...]], 
 
 
 def write_page(out: Path) -> None:
-    """The results from the jobs in `out`, if there are any, and what the page shows of them."""
+    """The results from the jobs in `out`, beside those that are kept, and what the page shows of them."""
     lines = []
-    demo = kept_rows(RESULTS / "knowledge.json", collect(out))
+    demo = kept_rows(RESULTS / "knowledge.json", collect(out), JOB)
     seeds = {"judged on": TEST, "chosen on": CHOOSING, "the demo's": DEMO}
     lines += part(DEMO_SCENE, demo, seeds, "judged on")
-    if dolly := kept_rows(RESULTS / "knowledge-dolly.json", collect(out / "dolly")):
+    if dolly := kept_rows(RESULTS / "knowledge-dolly.json", collect(out / "dolly"), JOB):
         lines += part(DOLLY_SCENE, dolly, {"judged on": DOLLY}, "judged on")
     write_between(PAGE, BEGIN, END, lines)
