@@ -10,8 +10,8 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)  ## the main job: a federated run on a small MoE, ends with a table and runs/demo/report.html
 	$(BIN)/flex demo --output runs/demo
 
-# One process a core, each with one thread: with two, all of them would wait for the same cores.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+# One process a core, each with one thread: with more, all would wait for the same cores. A process takes up to 3 GB.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test: $(STAMP) lint  ## everything CI runs: plain, then once more with Triton's interpreter
 	$(SIDE_BY_SIDE)
