@@ -7,7 +7,6 @@ Before anything is measured, all are held against the specification; then they a
 the machine does meets all of them.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 import flex_kernels
 from benchmarks import results
 from benchmarks.tables import table
+from benchmarks.turns import take_turn
 from flex_kernels import plan, reference
 
 HIDDEN_SIZE = 2048
@@ -106,17 +106,10 @@ def test_route(
     if not benchmark.enabled:
         benchmark(runs["flex"])
         return
-    best = dict.fromkeys(runs, float("inf"))
-
-    def turn() -> None:
-        for provider, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[provider] = min(best[provider], time.perf_counter() - start)
-
+    best: dict[str, float] = {}
     benchmark.group = f"router E={num_experts} T={num_tokens} {dtype}"
     rounds = max(7, min(MOST_ROUNDS, int(MOST_SECONDS * 1e9 / (num_tokens * num_experts * hidden_size))))
-    benchmark.pedantic(turn, rounds=rounds, warmup_rounds=3)
+    benchmark.pedantic(take_turn, args=(runs, best), rounds=rounds, warmup_rounds=3)
     short = str(dtype).removeprefix("torch.")
     route_rows += [(num_experts, top_k, num_tokens, short, provider, seconds) for provider, seconds in best.items()]
 

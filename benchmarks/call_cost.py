@@ -8,7 +8,6 @@ least of all rounds; the columns are measured in turns, so that what else the ma
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import flex_kernels
 from benchmarks.tables import table
+from benchmarks.turns import least_seconds
 from flex_kernels.backends import native
 from flex_kernels.backends.call import LayerCall
 from flex_kernels.ops import operation
@@ -79,13 +79,7 @@ def arithmetic() -> Call:
 
 
 def microseconds(runs: dict[str, Call], rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: 1e6 * seconds for name, seconds in best.items()}
+    return {name: 1e6 * seconds for name, seconds in least_seconds(runs, rounds).items()}
 
 
 def measure(rounds: int = ROUNDS) -> list[list[object]]:

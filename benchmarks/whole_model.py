@@ -8,7 +8,6 @@ the least counts, as a share of flex eager. The compiler takes minutes.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import peft
@@ -20,6 +19,7 @@ import flex_kernels
 from benchmarks import results
 from benchmarks.layers import GraftedByHand
 from benchmarks.tables import table
+from benchmarks.turns import least_seconds
 
 SIZES = {
     "vocab_size": 2048,
@@ -92,12 +92,7 @@ def measure(
     losses = {name: float(run()) for name, run in ways.items()}
     for name, loss in losses.items():
         assert abs(loss / losses["flex eager"] - 1) < TOLERANCE, f"{name}: a loss of {loss}"
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
+    best = least_seconds(ways, rounds)
     ours = best["flex eager"]
     return [[name, f"{1e3 * seconds:.1f}", f"{seconds / ours:.2f}"] for name, seconds in best.items()]
 

@@ -26,7 +26,7 @@ from flex.runs.job import kept_shared
 from flex.runs.run import CONFIG, check_contents, job_folders, started
 from flex.runs.workers import job_folder
 from flex.runs.world import World, load_bare_world, load_world
-from flex.store.events import Added, Cost, Evaluated, Event, Routed
+from flex.store.events import OF_LAYERS, Added, Cost, Evaluated, Event, Routed
 
 console = Console()
 
@@ -107,7 +107,7 @@ def evaluate(
     console.print(table)
     if further:
         console.print(_of_tasks(further))
-    if any(isinstance(event, Routed | Added | Cost) for event in of_layers):
+    if any(isinstance(event, OF_LAYERS) for event in of_layers):
         console.print(_of_layers(of_layers))
     return 0
 

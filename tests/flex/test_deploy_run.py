@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from same_run import without_times
 from sites import at_work, federation, run_sites, unnamed, worker_of
 from tiny import read_log, records, save_data, save_model, write_records
 
@@ -40,7 +41,6 @@ from flex.runs.run import run
 from flex.store.events import AFTER
 
 METHODS = ("base", "flex", "scaffold")
-TIMES = ("seconds", "started", "tokens", "peak_bytes")
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -49,7 +49,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def log_of(job: Path) -> list[dict]:
-    return [{k: v for k, v in e.items() if k not in TIMES} for e in read_log(job / "metrics.jsonl")]
+    return without_times(read_log(job / "metrics.jsonl"))
 
 
 def test_sites_give_the_bits_of_one_machine(tmp_path):

@@ -4,7 +4,6 @@ Not collected by a plain `pytest`: `make test-flower` and `make test-flower-all`
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,12 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from same_run import without_times
+from tiny import read_log
 
 from flex.deploy.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SITES = ("farm", "clinic", "workshop")
-TIMES = ("seconds", "started", "tokens", "peak_bytes")
 # Generous: what is waited for is a fact, not a time, and a machine may be busy.
 START_S, RUN_S, END_S = 240.0, 900.0, 60.0
 
@@ -183,9 +183,8 @@ def same(one: Path, other: Path) -> bool:
 
 def events(job: Path, masked: bool = False) -> list[dict]:
     """Without times, and where updates were masked without the hash of what was sent: masks are drawn anew."""
-    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
-    left_out = (*TIMES, "sha256") if masked else TIMES
-    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
+    found = without_times(read_log(job / "metrics.jsonl"))
+    return [{key: value for key, value in line.items() if not (masked and key == "sha256")} for line in found]
 
 
 def assert_same_run(
