@@ -27,11 +27,11 @@ def kept_rows(path: Path, collected: list[dict[str, Any]], keys: Sequence[str] =
     return rows
 
 
-def write_between(path: Path, begin: str, end: str, lines: Sequence[str], new: str = "") -> None:
-    """Replaces what stands between the two marks of a page, which stay; `new` is the text of a page not yet there."""
-    text = path.read_text() if path.exists() or not new else new
-    before, after = text[: text.index(begin)], text[text.index(end) :]
-    path.write_text(before + "\n".join([begin, "", *lines]) + after)
+def write_between(path: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Replaces what stands between the mark `begin` and the next `end`; the marks stay."""
+    text = path.read_text()
+    start = text.index(begin)
+    path.write_text(text[:start] + "\n".join([begin, "", *lines]) + text[text.index(end, start) :])
 
 
 @contextmanager

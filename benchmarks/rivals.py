@@ -6,32 +6,47 @@
 
 Called again it goes on where it was stopped. Rates are chosen by the loss on validation parts of the training records
 (`runs/tune.py`), on a seed that no run has; differences are judged by the paired test of `flex/evaluation/paired.py`.
-The page has the table, the verdicts and the command; it says what the numbers say, whoever wins.
+The page has a part for each setting, made from its run: table, picture and what its numbers say, whoever wins. A
+setting that is not there keeps the part it has. `benchmarks/results/rivals-*.json` has every client's scores.
 """
 
 import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.dolly import dolly_clients, dolly_settings
-from benchmarks.pages import write_between
+from benchmarks.pages import kept_rows, plain, svg, write_between
 from flex.commands.train import report_on
 from flex.config import RunConfig, read_config
-from flex.demo.data import demo_config, write_demo_data
-from flex.methods import METHODS
+from flex.demo.data import OWN_CONVENTIONS, SHARED_SKILL, UNTOUCHED, demo_config, write_demo_data
+from flex.methods import MAIN, METHODS
 from flex.report import findings, read_events, summarise
+from flex.report.findings import Difference, differences, format_p
 from flex.report.flat import flat_rows, write_csv
-from flex.report.numbers import Measure, format_bytes
+from flex.report.numbers import Measure, Row, format_bytes
 from flex.runs.run import run
 from flex.runs.tune import tune
+from flex.store.events import AFTER
 
+RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = {"demo": (31, 32, 33, 34, 35, 36), "dolly": (0, 1, 2)}  # that served no choice before
 TUNED_ON = {"demo": 30, "dolly": 9}
-SCORES = {"demo": ("exact_match", "rouge_l"), "dolly": ("loss", "rouge_l")}
-BEGIN, END = "<!-- made by benchmarks.rivals: begin -->", "<!-- end -->"
+# What is shown of a setting; methods are compared by the first.
+MEASURES = {
+    "demo": (
+        Measure("test", "", "exact_match"),
+        Measure("test", OWN_CONVENTIONS, "exact_match"),
+        Measure("test", SHARED_SKILL, "exact_match"),
+        Measure("general", UNTOUCHED, "exact_match"),
+        Measure("test", "", "rouge_l"),
+    ),
+    "dolly": (Measure("test", "", "loss"), Measure("test", "", "rouge_l")),
+}
+END = "<!-- end -->"
 
 
 def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, seeds: tuple[int, ...]) -> RunConfig:
@@ -63,36 +78,84 @@ def measure(setting: str, config: RunConfig, console: Console) -> None:
     write_csv(folder / "numbers.csv", flat_rows(summarise(read_events(folder)), setting))
 
 
-def section(setting: str, folder: Path) -> list[str]:
-    """The table of a setting and what its numbers say."""
+def section(setting: str, folder: Path, picture: Path) -> list[str]:
+    """The table of a setting, the picture of its differences, and what its numbers say."""
     summary = summarise(read_events(folder))
-    rows = flat_rows(summary, setting)
-    shown = [m for name in SCORES[setting] if any((m := Measure("test", "", name)) in row.after for row in summary)]
-    lines = [
-        f"### {setting}",
-        "",
-        "| method | " + " | ".join(m.title for m in shown) + " | FLEx minus it | p | seeds | rate | sent a round |",
-    ]
-    lines.append("|---" * (6 + len(shown)) + "|")
-    for row in summary:
-        own = {r["measure"]: r for r in rows if r["method"] == row.method and r["split"] == "test" and not r["group"]}
-        cells = [m.format(row.after[m].mean, row.after[m].spread) if m in row.after else "" for m in shown]
-        first = own.get(shown[0].name, {})
-        known = first.get("main_minus_this") is not None and first.get("p_holm") is not None
-        cells.append(shown[0].format_signed(first["main_minus_this"]) if known else "")
-        cells.append(f"{first['p_holm']:.3f}" if known else "")
-        cells.append(str(first.get("main_ahead_in_seeds", "")))
+    shown = [measure for measure in MEASURES[setting] if any(measure in row.after for row in summary)]
+    others = [row for row in summary if row.method != MAIN]
+    main = next(row for row in summary if row.method == MAIN)
+    against = differences(main, others, shown[0])
+    draw(shown[0], against, {row.method: row.label for row in summary}, picture)
+    head = ["method", *(m.title for m in shown), "FLEx minus it", "p", "FLEx ahead in", "rates", "sent a round"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in sorted(summary, key=lambda row: place(row, shown[0])):
+        cells = [row.label]
+        cells += [m.format(row.after[m].mean, row.after[m].spread) if m in row.after else "" for m in shown]
+        cells += against_cells(against.get(row.method))
         rate = (row.learning_rates or {}).get("learning_rate")
         cells.append("" if rate is None else f"{rate:.2g}")
         cells.append(format_bytes(row.bytes_per_round["up"]) if row.bytes_per_round else "")
-        lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- {sentence}" for sentence in findings(summary)), ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    drawn = f"![FLEx minus each rival](pictures/{picture.name})"
+    return [*lines, "", drawn, "", *(f"- {sentence}" for sentence in findings(summary)), ""]
+
+
+def place(row: Row, measure: Measure) -> float:
+    """The best first; who has no score comes last."""
+    if measure not in row.after:
+        return float("inf")
+    return -row.after[measure].mean if measure.higher_is_better else row.after[measure].mean
+
+
+def against_cells(found: Difference | None) -> list[str]:
+    """The difference with its interval, its corrected p-value, and in how many seeds FLEx is ahead."""
+    if found is None:
+        return ["", "", ""]
+    p = format_p(found.p).removeprefix("= ") if found.verdict != "open" else ""
+    return [f"{found} {found.interval}".strip(), p, f"{found.ahead} of {found.num_seeds}"]
+
+
+def draw(measure: Measure, against: dict[str, Difference], labels: dict[str, str], path: Path) -> None:
+    """FLEx minus each rival with its interval, those that it leads most on top; right of zero FLEx is ahead."""
+    scale = measure.kind.scale * (1 if measure.higher_is_better else -1)
+    found = sorted(against.items(), key=lambda item: item[1].gain)
+    with svg(path, (6.4, 0.6 + 0.22 * len(found))) as figure:
+        axes = figure.subplots()
+        for height, (_, difference) in enumerate(found):
+            test = difference.test
+            if test is not None and test.low is not None and test.high is not None:
+                axes.plot([scale * test.low, scale * test.high], [height, height], color="C0", lw=1.2)
+            face = "C0" if difference.verdict in ("better", "worse") else "white"
+            axes.plot([scale * difference.mean], [height], "o", ms=4.5, color="C0", mfc=face)
+        axes.axvline(0, color="0.4", lw=0.8)
+        axes.set_yticks(range(len(found)), [labels[method] for method, _ in found])
+        axes.set_xlabel(f"FLEx ahead in {measure.title}, with its 95 % interval; hollow: not settled")
+        plain(axes)
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Every job's scores, client by client, after aggregation: shares in [0, 1], losses in nats."""
+    rows = []
+    for row in summarise(read_events(folder)):
+        pairs = {measure: row.pairs(measure, AFTER) for measure in row.after}
+        for seed, client in sorted(set().union(*pairs.values())):
+            scores = {
+                "/".join(filter(None, measure)): round(of_pair[seed, client], 5)
+                for measure, of_pair in pairs.items()
+                if (seed, client) in of_pair
+            }
+            rows.append({"method": row.method, "seed": seed, "client": client, **scores})
+    return rows
 
 
 def write_page(path: Path, out: Path) -> None:
-    """Between the two marks of the page, or as a new page."""
-    found = [line for name in SEEDS if (out / name / "run").exists() for line in section(name, out / name / "run")]
-    write_between(path, BEGIN, END, found, new=f"# FLEx and its rivals\n\n{BEGIN}\n{END}\n")
+    """Each setting that has been run, between two marks of its own, and its scores beside those of other studies."""
+    for name in SEEDS:
+        folder = out / name / "run"
+        if folder.exists():
+            kept_rows(RESULTS / f"rivals-{name}.json", collect(folder))
+            lines = section(name, folder, path.parent / f"pictures/rivals-{name}.svg")
+            write_between(path, f"<!-- made by benchmarks.rivals, {name}: begin -->", END, lines)
 
 
 def main() -> None:

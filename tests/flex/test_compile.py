@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from rich.console import Console
+from same_run import assert_same_run, plug_pulled
 from tiny import read_log, tiny_config
 
 from flex.errors import FlexError
@@ -43,6 +44,17 @@ def test_losses_and_openings_are_those_of_a_run_without_it(tmp_path, recomputed:
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
             assert (b.get("opening") or []) == pytest.approx(a.get("opening") or [], rel=1e-5)
+
+
+def test_a_compiled_run_resumes_to_the_same_bits(tmp_path) -> None:
+    train = {"methods": ("flex",), "rounds": 2, "steps": 2, "compile": True}
+    config = tiny_config(tmp_path, train=train, lora={"dropout": 0.1}, evaluate={"rouge": False})
+    run(config, QUIET)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    with plug_pulled(2):
+        run(config, QUIET)
+    run(config, QUIET)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_the_model_is_itself_again_after_the_steps() -> None:
