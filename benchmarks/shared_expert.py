@@ -30,9 +30,8 @@ class Layer:
 
     def __init__(self, dtype: torch.dtype, hidden: int = HIDDEN, experts: int = EXPERTS, width: int = WIDTH) -> None:
         torch.manual_seed(0)
-        rows = [torch.randn(2 * width, hidden) * hidden**-0.5 for _ in range(experts + SHARED)]
-        self.gate_up = torch.stack([row.to(dtype) for row in rows])
-        self.down = torch.stack([(torch.randn(hidden, width) * width**-0.5).to(dtype) for _ in rows])
+        self.gate_up = torch.empty(experts + SHARED, 2 * width, hidden, dtype=dtype).normal_(std=hidden**-0.5)
+        self.down = torch.empty(experts + SHARED, hidden, width, dtype=dtype).normal_(std=width**-0.5)
         self.experts, self.width = experts, width
         shared_gate_up = self.gate_up[experts:].unflatten(1, (2, width)).transpose(0, 1).reshape(-1, hidden)
         self.shared_gate_up = shared_gate_up.contiguous()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from synthetic_run import scored, write_run
 
 from benchmarks import rivals
@@ -60,3 +61,20 @@ def test_the_repositorys_page_has_a_place_for_each_setting() -> None:
     text = (Path(rivals.__file__).parents[1] / "docs" / "rivals.md").read_text()
     for name in rivals.SEEDS:
         assert text.count(f"<!-- made by benchmarks.rivals, {name}: begin -->") == 1
+
+
+def test_rates_that_are_kept_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "RESULTS", tmp_path / "results")
+    kept = tmp_path / "results" / "rivals-demo-tuned.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps({method: {"0.3": 2.0, "1": 3.0} for method in METHODS}))
+    ran: list[dict[str, float]] = []
+
+    def stop(config, _console):
+        ran.append(dict(config.train.rates))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rivals, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        rivals.measure("demo", rivals.configure("demo", tmp_path / "out", None, None, (31,)), Console(quiet=True))
+    assert ran == [{method: 0.3 for method, row in METHODS.items() if row.trains}]
