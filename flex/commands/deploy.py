@@ -14,9 +14,10 @@ from flex.deploy.app_files import write_app
 from flex.deploy.certificates import wait_for_server
 from flex.deploy.folder import PACKAGES, SERVER, Deployment, init, read_deployment, update
 from flex.deploy.processes import until_stopped
-from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener
+from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener, last_run
 from flex.errors import FlexError, require
 from flex.runs.progress import Tell, job_lines
+from flex.store.files import is_locked
 
 console = Console()
 LOOK_S = 0.3
@@ -83,6 +84,11 @@ def server(folder: Path, listen: str) -> int:
                         f"the SuperLink ended with code {child.ended}; {deployment.folder / SERVER / superlink.LOG} "
                         "says why"
                     )
+                if child.idle:
+                    raise FlexError(
+                        "the SuperLink has lost its SuperExec, without which no run starts; "
+                        f"{deployment.folder / SERVER / superlink.LOG} says why"
+                    )
         finally:
             child.end()
     return 0
@@ -93,11 +99,11 @@ def run(folder: Path, wait: float) -> int:
     deployment = read_deployment(folder)
     wait_for_server("127.0.0.1", deployment.port, deployment.ca, wait)
     superlink.wait_for_nodes(deployment, wait)
-    app = write_app(deployment.folder / SERVER / "app")
-    settings = f'folder="{deployment.folder}" wait={float(wait)}'
-    told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
-    require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
-    run_id = int(told["run-id"])
+    run_id = last_run(deployment.folder / PROGRESS) if is_locked(deployment.run) else None
+    if run_id is None:
+        run_id = _start(deployment, wait)
+    else:  # whoever called before was ended without a chance to stop it
+        console.print("a run that was begun before is at work; it is shown from its beginning", highlight=False)
     try:
         ended = _follow(deployment, run_id)
     except KeyboardInterrupt:
@@ -107,6 +113,15 @@ def run(folder: Path, wait: float) -> int:
     from flex.commands.train import report_on  # torch, peft and transformers: only when there is something to show
 
     return report_on(deployment.run)
+
+
+def _start(deployment: Deployment, wait: float) -> int:
+    """Hands the app to Flower; the run's number there."""
+    app = write_app(deployment.folder / SERVER / "app")
+    settings = f'folder="{deployment.folder}" wait={float(wait)}'
+    told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
+    require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
+    return int(told["run-id"])
 
 
 def _stop(deployment: Deployment, run_id: int) -> None:

@@ -133,12 +133,20 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
 
 
 def _until_ended(command: list[str], env: dict[str, str], stopped: threading.Event) -> Child | None:
-    """Runs a SuperNode; the child once it has ended by itself or is of no more use, None where it was stopped."""
+    """Runs a SuperNode; the child once it has ended by itself or is of no more use, None where it was stopped.
+
+    Raises:
+        FlexError: it can start no turns any more.
+    """
     child = Child(command, env)
     try:
         while not stopped.wait(LOOK_S):
             if child.ended is not None or child.said(BROKEN):
                 return child
+            if child.idle:
+                raise FlexError(
+                    "the SuperNode has lost its SuperExec, without which no turn starts; what it said is above"
+                )
     finally:
         child.end()
     return None

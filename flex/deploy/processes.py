@@ -19,6 +19,8 @@ END_S = 20.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LIBC = ctypes.CDLL(None)
 CALL_S = 120.0
+# What a SuperLink and a SuperNode start to start apps for them, as the kernel cuts its name; they live on without it.
+SUPEREXEC = "flower-superexec"[:15]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -70,6 +72,19 @@ def _end_with_parent() -> None:
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has just ended
+        return ""
+
+
+def _is_dead(pid: str, name: str) -> bool:
+    """Whether a process has ended, unnoticed by who started it."""
+    before, _, after = _read(Path(f"/proc/{pid}/stat")).rpartition(")")
+    return before.endswith(f"({name}") and after.split()[0] == "Z"
+
+
 class Child:
     """A child process whose output goes to a log file or the terminal, and whose last lines are kept. It ends with the
     thread that started it."""
@@ -105,6 +120,12 @@ class Child:
     def ended(self) -> int | None:
         """Its exit status, once it has ended."""
         return self.process.poll()
+
+    @property
+    def idle(self) -> bool:
+        """Whether its SuperExec has ended: it takes runs or messages in and starts nothing any more."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return any(_is_dead(pid, SUPEREXEC) for path in tasks for pid in _read(path).split())
 
     def said(self, *words: str) -> bool:
         """Whether one of `words` is among its last lines."""

@@ -63,6 +63,39 @@ def test_a_child_does_not_outlive_who_started_it(tmp_path):
         time.sleep(0.02)
 
 
+def test_a_child_that_has_lost_its_superexec_is_idle(tmp_path):
+    superexec = tmp_path / "flower-superexec"
+    superexec.write_text("#!/bin/sh\nread line\n")
+    superexec.chmod(0o755)
+    code = "import subprocess, sys, time; p = subprocess.Popen([sys.argv[1]]); print(p.pid, flush=True); time.sleep(60)"
+    child = Child([sys.executable, "-c", code, str(superexec)], os.environ, tmp_path / "log")
+    try:
+        ends = time.monotonic() + 20
+        while not child.idle:  # its standard input is closed: it ends by itself, and nobody waits for it
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+        assert child.ended is None
+    finally:
+        child.end()
+    assert not child.idle
+
+
+def test_a_child_whose_superexec_is_at_work_is_not_idle(tmp_path):
+    superexec = tmp_path / "flower-superexec"
+    superexec.write_text("#!/bin/sh\necho here\nexec sleep 60\n")
+    superexec.chmod(0o755)
+    code = "import os, sys; os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:]); import time; time.sleep(60)"
+    child = Child([sys.executable, "-c", code, str(superexec)], os.environ, tmp_path / "log")
+    try:
+        while not child.said("here"):
+            time.sleep(0.02)
+        assert not child.idle
+        pid = int(Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text())
+    finally:
+        child.end()
+    os.kill(pid, 9)
+
+
 def test_a_call_that_fails_gives_its_last_line(tmp_path):
     assert call([sys.executable, "-c", "print(3)"], environment(tmp_path)) == "3\n"
     with pytest.raises(FlexError, match=r"failed: the reason$"):
