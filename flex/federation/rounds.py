@@ -24,6 +24,7 @@ from flex.federation.messages import (
     Arrays,
     SiteAbout,
     about_of,
+    sender_of,
     to_arrays,
     to_record,
 )
@@ -225,12 +226,14 @@ def ask_start(grid: Grid, timeout: float | None = None) -> Arrays:
 def _ask(grid: Grid, nodes: list[int], question: Config, timeout: float | None) -> dict[int, Message]:
     """The answers by node; FlexError where a node reports an error."""
     content = RecordDict({CONFIG: ConfigRecord(dict(question))})
-    messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+    sent = {node: Message(content, node, MessageType.QUERY) for node in nodes}
+    names = getattr(grid, "clients", {})
     replies = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        node = reply.metadata.src_node_id
+    for reply in grid.send_and_receive(list(sent.values()), timeout=timeout):
+        node = sender_of(reply, sent)
         if reply.has_error():
-            raise FlexError(f"node {node} does not say which client it is: {reply.error.reason}")
+            who = f"client {names[node]!r}" if node in names else f"node {node}"
+            raise FlexError(f"{who} did not answer the question {question.get(ASK, 'who')!r}: {reply.error.reason}")
         replies[node] = reply
     return replies
 
