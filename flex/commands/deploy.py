@@ -84,11 +84,9 @@ def server(folder: Path, listen: str) -> int:
                         f"the SuperLink ended with code {child.ended}; {deployment.folder / SERVER / superlink.LOG} "
                         "says why"
                     )
-                if child.idle:
-                    raise FlexError(
-                        "the SuperLink has lost its SuperExec, without which no run starts; "
-                        f"{deployment.folder / SERVER / superlink.LOG} says why"
-                    )
+                if child.look_after():
+                    log = deployment.folder / SERVER / superlink.LOG
+                    print(f"note: the SuperLink lost its SuperExec and got another one; {log} says why", flush=True)
         finally:
             child.end()
     return 0
@@ -99,16 +97,12 @@ def run(folder: Path, wait: float) -> int:
     deployment = read_deployment(folder)
     wait_for_server("127.0.0.1", deployment.port, deployment.ca, wait)
     superlink.wait_for_nodes(deployment, wait)
-    run_id = last_run(deployment.folder / PROGRESS) if is_locked(deployment.run) else None
-    if run_id is None:
-        run_id = _start(deployment, wait)
-    else:  # whoever called before was ended without a chance to stop it
+    before = last_run(deployment.folder / PROGRESS) if is_locked(deployment.run) else None
+    if before is not None:  # whoever called then was ended without a chance to stop it
         console.print("a run that was begun before is at work; it is shown from its beginning", highlight=False)
-    try:
-        ended = _follow(deployment, run_id)
-    except KeyboardInterrupt:
-        _stop(deployment, run_id)
-        raise
+        ended = _shown(deployment, before)
+    if before is None or ended == _without_a_word(deployment):
+        ended = _shown(deployment, _start(deployment, wait))
     require(ended == DONE, f"{ended}; `flex deploy run {folder}` goes on from the last round that is whole")
     from flex.commands.train import report_on  # torch, peft and transformers: only when there is something to show
 
@@ -122,6 +116,20 @@ def _start(deployment: Deployment, wait: float) -> int:
     told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
     require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
     return int(told["run-id"])
+
+
+def _shown(deployment: Deployment, run_id: int) -> str:
+    """Shows a run until it ends, and stops it where it is interrupted here; how it ended."""
+    try:
+        return _follow(deployment, run_id)
+    except KeyboardInterrupt:
+        _stop(deployment, run_id)
+        raise
+
+
+def _without_a_word(deployment: Deployment) -> str:
+    log = deployment.folder / SERVER / superlink.LOG
+    return f"the run ended at the server without a word (was it restarted? {log})"
 
 
 def _stop(deployment: Deployment, run_id: int) -> None:
@@ -144,8 +152,7 @@ def _follow(deployment: Deployment, run_id: int) -> str:
             if new:
                 looked, unanswered, gone = time.monotonic(), 0, False
             elif gone:  # and nothing has come since: its last word would have been there before
-                log = deployment.folder / SERVER / superlink.LOG
-                return f"the run ended at the server without a word (was it restarted? {log})"
+                return _without_a_word(deployment)
             elif time.monotonic() - looked > QUIET_S:
                 try:
                     gone = superlink.has_ended(deployment, run_id)

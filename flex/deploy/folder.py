@@ -221,5 +221,12 @@ def _pack(folder: Path, package: Package, text: str, public: bytes | None, wheel
     (path / "README").write_text(README.format(name=name, wheels=has, key=own, anchors=anchors), encoding="utf-8")
     archive = folder / PACKAGES / f"{name}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(path, arcname=name)
+        tar.add(path, arcname=name, filter=_nobodys)
     archive.chmod(0o600)
+
+
+def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Who unpacks it owns it: a user id of this machine is somebody else on the site's."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = "root"
+    return entry

@@ -1,5 +1,6 @@
 """The coordinator's folder and a site's package: what is in them, who can read it, and what is refused."""
 
+import os
 import socket
 import ssl
 import stat
@@ -62,6 +63,16 @@ def test_a_package_has_what_a_site_needs_and_no_paths(tmp_path):
         assert {"south/site.toml", "south/flex.toml", "south/ca.crt", "south/node.key"} <= set(tar.getnames())
         assert not any("ca.key" in name or "server.key" in name for name in tar.getnames())
     assert (deployment.folder / "units" / "flex-server.service").exists()
+
+
+def test_who_unpacks_a_package_owns_it(tmp_path):
+    """A user id of the coordinator's machine is somebody else on the site's."""
+    deployment = made(tmp_path)
+    if os.getuid() == 0:
+        os.chown(deployment.folder / "packages" / "south" / "README", 12345, 12345)
+    update(deployment.folder, CONFIG, (), {}, None)
+    with tarfile.open(deployment.folder / "packages" / "south.tar.gz") as tar:
+        assert {(e.uid, e.gid, e.uname, e.gname) for e in tar.getmembers()} == {(0, 0, "root", "root")}
 
 
 def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):

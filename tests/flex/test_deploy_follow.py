@@ -67,23 +67,26 @@ def test_a_late_answer_is_no_end_and_a_server_that_is_gone_is(deployment, monkey
     assert "without a word" in deploy._follow(deployment, 9)
 
 
-@pytest.mark.parametrize("at_work", [True, False])
-def test_a_run_that_is_at_work_is_shown_and_not_begun_twice(deployment, monkeypatch, capsys, at_work):
-    """A terminal that is closed ends `flex deploy run` and not the run."""
+@pytest.mark.parametrize(("locked", "last_word"), [(True, True), (True, False), (False, True)])
+def test_a_run_that_is_at_work_is_shown_and_not_begun_twice(deployment, monkeypatch, capsys, locked, last_word):
+    """A terminal that is closed ends `flex deploy run` and not the run. What turns out to be dead is begun again."""
     begun = []
     monkeypatch.setattr(deploy, "wait_for_server", lambda *_: None)
     monkeypatch.setattr(superlink, "wait_for_nodes", lambda *_: {})
     monkeypatch.setattr(superlink, "flwr", lambda *words, **_: begun.append(words) or {"run-id": "8"})
+    monkeypatch.setattr(superlink, "has_ended", lambda _, number: number == 7)
     monkeypatch.setattr(train_command, "report_on", lambda folder: 0 if folder == deployment.run else 1)
     deployment.run.mkdir()
-    Teller(deployment.folder / PROGRESS, 7).tell(what="waiting for a to connect")
+    Teller(deployment.folder / PROGRESS, 8).tell(**{ENDED: DONE})
+    teller = Teller(deployment.folder / PROGRESS, 7)
+    teller.tell(what="waiting for a to connect")
+    if last_word:
+        teller.tell(**{ENDED: DONE})
     with (deployment.run / LOCK).open("w") as lock:
-        if at_work:
+        if locked:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr(superlink, "has_ended", lambda _, number: number == (7 if at_work else 8))
-        with pytest.raises(FlexError, match="ended at the server without a word"):
-            deploy.run(deployment.folder, 1.0)
-        assert len(begun) == (0 if at_work else 1)
-        Teller(deployment.folder / PROGRESS, 7 if at_work else 8).tell(**{ENDED: DONE})
         assert deploy.run(deployment.folder, 1.0) == 0
-    assert ("is at work" in capsys.readouterr().out) is at_work
+    assert len(begun) == (0 if locked and last_word else 1)
+    said = capsys.readouterr().out
+    assert ("is at work" in said) is locked
+    assert ("waiting for a to connect" in said) is locked
