@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from flex.config import to_toml
+from flex.errors import FlexError
 
 # The options of a site that are settings; their text as it stands.
 OWN = {
@@ -85,7 +86,22 @@ def _add_package(parser: argparse.ArgumentParser) -> None:
 
 
 def dispatch(given: argparse.Namespace) -> int:
-    """Does what was asked for."""
+    """Does what was asked for.
+
+    Raises:
+        FlexError: what was asked for cannot be, or a file cannot be read or written.
+    """
+    try:
+        return _dispatched(given)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise FlexError(
+            f"cannot read or write {error.filename} ({error.strerror}); expected a folder of the user who calls this"
+        ) from None
+
+
+def _dispatched(given: argparse.Namespace) -> int:
     if given.command == "node":
         from flex.commands import worker
 

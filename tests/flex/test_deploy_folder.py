@@ -231,6 +231,13 @@ def test_wheels_go_into_every_package(tmp_path):
         (["--address", "h:1", "--sites", "a", "--key", "a"], "--key got 'a'; expected NAME=FILE.pub"),
         (["--address", "h:1", "--sites", "a", "--key", "b=c.pub"], r"--key names \['b'\], which --sites does not"),
         (["--address", "h:1", "--sites", "a", "--set", "train.rouns=3"], "did you mean train.rounds"),
+        (
+            ["--address", "h:1", "--sites", "a", "b", "--set", "strategy.secure=true"],
+            "hides one client among 2 a round",
+        ),
+        (["--address", "h:1", "--sites", "a", "b", "--set", 'strategy.aggregate="median"'], "with 2 clients a round"),
+        (["--address", "h:1", "--sites", "a", "--set", "train.clients_per_round=2"], "clients_per_round is 2"),
+        (["--address", "h:1", "--sites", "a", "--wheels", "/nowhere"], "/nowhere holds no wheels"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
@@ -241,6 +248,21 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
     with pytest.raises(FlexError, match=sentence):
         raise FlexError(said)
     assert not (tmp_path / "fed").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    write_config(CONFIG, tmp_path / "flex.toml")
+    command = ["deploy", "init", "/proc/fed", str(tmp_path / "flex.toml"), "--address", "h:1", "--sites", "a"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("flex: cannot read or write /proc/fed (No such file or directory)")
+
+
+def test_an_update_with_too_few_sites_changes_nothing(tmp_path):
+    deployment = init(tmp_path / "fed", CONFIG, "h:1", ("a", "b", "c"), {}, None)
+    secure = CONFIG.with_values(strategy={"secure": True})
+    with pytest.raises(FlexError, match="hides one client among 2 a round"):
+        update(deployment.folder, secure, ("a", "b"), {}, None)
+    assert read_deployment(deployment.folder) == deployment
 
 
 def test_a_drawn_split_is_refused(tmp_path):
