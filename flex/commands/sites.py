@@ -64,7 +64,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     node = commands.add_parser("node", help="run a site's SuperNode: connects its worker to the server")
     _add_package(node)
     node.add_argument("--key", type=Path, metavar="FILE", help="the site's secret key (default: the package's)")
-    node.add_argument("--wait", type=float, default=60, metavar="S", help="for the server (default: %(default)s)")
+    node.add_argument("--wait", type=float, default=120, metavar="S", help="for the server (default: %(default)s)")
     node.add_argument("--home", type=Path, metavar="DIR", help="Flower's own files (default: PACKAGE/node)")
 
 

@@ -103,7 +103,7 @@ def worker(
 
 
 def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None, wait: float) -> int:
-    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for a server that knows it."""
+    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for a server that lets it in."""
     package = read_package(folder)
     host, port = split_address(package.address)
     key, socket = key or folder / KEY, (socket or default_socket(folder)).absolute()
@@ -121,16 +121,19 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
                     file=sys.stderr,
                     flush=True,
                 )
+                ends = time.monotonic() + wait  # the server takes the one before for connected until it is silent
             elif not child.said(*REFUSED):
                 raise FlexError(f"the SuperNode ended with code {child.ended}; what it said is above")
-            elif time.monotonic() > ends:  # a server that has just started registers one key after another
+            # A server that has just started registers one key after another; and it takes a SuperNode that was killed
+            # for connected for another minute, in which it lets no other in.
+            elif time.monotonic() > ends:
                 raise FlexError(
-                    f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
-                    "expected `flex deploy server` to have registered it"
+                    f"the server at {package.address} does not know the key {key} of site {package.name!r}, or has a "
+                    "SuperNode of it; expected `flex deploy server` to have registered it, and no other to run"
                 )
             else:
                 print(
-                    f"note: the server at {package.address} does not know this site yet; the SuperNode starts again",
+                    f"note: the server at {package.address} does not let this site in yet; the SuperNode starts again",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,10 +1,13 @@
-"""What `flex deploy run` shows of a run that another process serves, and how it knows that the run is over."""
+"""What `flex deploy run` shows of a run that another process serves, and how it knows that the run is over; how long
+`flex node` tries to be let in."""
 
 import fcntl
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from flex.commands import deploy
+from flex.commands import deploy, worker
 from flex.commands import train as train_command
 from flex.config import RunConfig
 from flex.deploy import superlink
@@ -90,3 +93,26 @@ def test_a_run_that_is_at_work_is_shown_and_not_begun_twice(deployment, monkeypa
     said = capsys.readouterr().out
     assert ("is at work" in said) is locked
     assert ("waiting for a to connect" in said) is locked
+
+
+@pytest.mark.parametrize(("first", "let_in"), [(worker.BROKEN, True), (worker.REFUSED[0], False)])
+def test_after_broken_bytes_a_node_is_waited_for_anew(deployment, monkeypatch, capsys, first, let_in):
+    """The server takes the SuperNode before for connected, and lets none in, until that one has been silent."""
+    said = iter([first, worker.REFUSED[0], None])
+
+    def until_ended(*_):
+        if (words := next(said)) == first:
+            time.sleep(0.3)  # longer than the wait
+        return None if words is None else SimpleNamespace(said=lambda *ws: words in ws, ended=1)
+
+    monkeypatch.setattr(worker, "AGAIN_S", 0.0)
+    monkeypatch.setattr(worker, "_until_ended", until_ended)
+    monkeypatch.setattr(worker, "wait_for_server", lambda *_: None)
+    monkeypatch.setattr(worker, "connected", lambda _: SimpleNamespace(close=lambda: None))
+    package = deployment.folder / "packages" / "a"
+    if let_in:
+        assert worker.node(package, None, None, None, 0.2) == 0
+        assert capsys.readouterr().err.count("the SuperNode starts again") == 2
+    else:
+        with pytest.raises(FlexError, match="does not know the key"):
+            worker.node(package, None, None, None, 0.2)
