@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.tables import table
 from flex.config import config_text, read_config
-from flex.deploy.processes import free_port
+from flex.deploy.processes import Child, free_port
 from flex.store.events import Event, Exchanged, Trained, read_events
 
 SITES = ("farm", "clinic", "workshop")
@@ -131,31 +131,26 @@ def run(folder: Path, sites: tuple[str, ...]) -> tuple[list[Event], dict[str, in
     """(the log of the run, peaks by kind of process, seconds of `flex deploy run`)."""
     example, fed = folder / "example", folder / "fed"
     flex("deploy", "init", fed, example / "flex.toml", "--address", f"127.0.0.1:{free_port()}", "--sites", *sites)
-    peaks, started = Peaks(), []
+    peaks, log = Peaks(), folder / "log"
+    log.touch()
+    started = [Child(command("deploy", "server", fed, "--listen", "127.0.0.1"), os.environ, log)]
     try:
-        with (folder / "log").open("wb") as log:
-            started.append(
-                subprocess.Popen(command("deploy", "server", fed, "--listen", "127.0.0.1"), stdout=log, stderr=log)
-            )
-            for site in sites:
-                own = example / site
-                words = ("worker", fed / "packages" / site, "--model", example / "model", "--data", own / "train.jsonl")
-                words = (*words, "--test", own / "test.jsonl", "--with-node")
-                started.append(subprocess.Popen(command(*words), stdout=log, stderr=log))
-            ends = time.monotonic() + START_S
-            while (folder / "log").read_text(errors="replace").count("SuperNode ID") < len(sites):
-                if time.monotonic() > ends or any(process.poll() is not None for process in started):
-                    sys.exit(f"the sites did not come:\n{(folder / 'log').read_text(errors='replace')}")
-                time.sleep(0.2)
+        for site in sites:
+            own = example / site
+            words = ("worker", fed / "packages" / site, "--model", example / "model", "--data", own / "train.jsonl")
+            started.append(Child(command(*words, "--test", own / "test.jsonl", "--with-node"), os.environ, log))
+        ends = time.monotonic() + START_S
+        while log.read_text(errors="replace").count("SuperNode ID") < len(sites):
+            if time.monotonic() > ends or any(child.ended is not None for child in started):
+                sys.exit(f"the sites did not come:\n{log.read_text(errors='replace')}")
+            time.sleep(0.2)
         began = time.monotonic()
         flex("deploy", "run", fed)
         seconds = time.monotonic() - began
     finally:
-        for process in reversed(started):
-            process.terminate()
-        for process in started:
-            process.wait()
         peaks.stop()
+        for child in reversed(started):
+            child.end()
     (job,) = (fed / "run").glob("*-seed*/metrics.jsonl")
     return read_events(job), peaks.of, seconds
 
