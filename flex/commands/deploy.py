@@ -14,9 +14,10 @@ from flex.deploy.app_files import write_app
 from flex.deploy.certificates import wait_for_server
 from flex.deploy.folder import PACKAGES, SERVER, Deployment, init, read_deployment, update
 from flex.deploy.processes import until_stopped
-from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener
+from flex.deploy.progress import DONE, ENDED, PROGRESS, Listener, last_run
 from flex.errors import FlexError, require
 from flex.runs.progress import Tell, job_lines
+from flex.store.files import is_locked
 
 console = Console()
 LOOK_S = 0.3
@@ -83,6 +84,9 @@ def server(folder: Path, listen: str) -> int:
                         f"the SuperLink ended with code {child.ended}; {deployment.folder / SERVER / superlink.LOG} "
                         "says why"
                     )
+                if child.look_after():
+                    log = deployment.folder / SERVER / superlink.LOG
+                    print(f"note: the SuperLink lost its SuperExec and got another one; {log} says why", flush=True)
         finally:
             child.end()
     return 0
@@ -93,20 +97,39 @@ def run(folder: Path, wait: float) -> int:
     deployment = read_deployment(folder)
     wait_for_server("127.0.0.1", deployment.port, deployment.ca, wait)
     superlink.wait_for_nodes(deployment, wait)
-    app = write_app(deployment.folder / SERVER / "app")
-    settings = f'folder="{deployment.folder}" wait={float(wait)}'
-    told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
-    require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
-    run_id = int(told["run-id"])
-    try:
-        ended = _follow(deployment, run_id)
-    except KeyboardInterrupt:
-        _stop(deployment, run_id)
-        raise
+    before = last_run(deployment.folder / PROGRESS) if is_locked(deployment.run) else None
+    if before is not None:  # whoever called then was ended without a chance to stop it
+        console.print("a run that was begun before is at work; it is shown from its beginning", highlight=False)
+        ended = _shown(deployment, before)
+    if before is None or ended == _without_a_word(deployment):
+        ended = _shown(deployment, _start(deployment, wait))
     require(ended == DONE, f"{ended}; `flex deploy run {folder}` goes on from the last round that is whole")
     from flex.commands.train import report_on  # torch, peft and transformers: only when there is something to show
 
     return report_on(deployment.run)
+
+
+def _start(deployment: Deployment, wait: float) -> int:
+    """Hands the app to Flower; the run's number there."""
+    app = write_app(deployment.folder / SERVER / "app")
+    settings = f'folder="{deployment.folder}" wait={float(wait)}'
+    told = superlink.flwr(deployment, "run", str(app), options=["--run-config", settings], as_json=True)
+    require("run-id" in told, f"Flower did not take the run: {told.get('error-message', told)}")
+    return int(told["run-id"])
+
+
+def _shown(deployment: Deployment, run_id: int) -> str:
+    """Shows a run until it ends, and stops it where it is interrupted here; how it ended."""
+    try:
+        return _follow(deployment, run_id)
+    except KeyboardInterrupt:
+        _stop(deployment, run_id)
+        raise
+
+
+def _without_a_word(deployment: Deployment) -> str:
+    log = deployment.folder / SERVER / superlink.LOG
+    return f"the run ended at the server without a word (was it restarted? {log})"
 
 
 def _stop(deployment: Deployment, run_id: int) -> None:
@@ -129,8 +152,7 @@ def _follow(deployment: Deployment, run_id: int) -> str:
             if new:
                 looked, unanswered, gone = time.monotonic(), 0, False
             elif gone:  # and nothing has come since: its last word would have been there before
-                log = deployment.folder / SERVER / superlink.LOG
-                return f"the run ended at the server without a word (was it restarted? {log})"
+                return _without_a_word(deployment)
             elif time.monotonic() - looked > QUIET_S:
                 try:
                     gone = superlink.has_ended(deployment, run_id)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from flex.config import to_toml
+from flex.errors import FlexError
 
 # The options of a site that are settings; their text as it stands.
 OWN = {
@@ -63,7 +64,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     node = commands.add_parser("node", help="run a site's SuperNode: connects its worker to the server")
     _add_package(node)
     node.add_argument("--key", type=Path, metavar="FILE", help="the site's secret key (default: the package's)")
-    node.add_argument("--wait", type=float, default=60, metavar="S", help="for the server (default: %(default)s)")
+    node.add_argument("--wait", type=float, default=120, metavar="S", help="for the server (default: %(default)s)")
     node.add_argument("--home", type=Path, metavar="DIR", help="Flower's own files (default: PACKAGE/node)")
 
 
@@ -85,7 +86,22 @@ def _add_package(parser: argparse.ArgumentParser) -> None:
 
 
 def dispatch(given: argparse.Namespace) -> int:
-    """Does what was asked for."""
+    """Does what was asked for.
+
+    Raises:
+        FlexError: what was asked for cannot be, or a file cannot be read or written.
+    """
+    try:
+        return _dispatched(given)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise FlexError(
+            f"cannot read or write {error.filename} ({error.strerror}); expected a folder of the user who calls this"
+        ) from None
+
+
+def _dispatched(given: argparse.Namespace) -> int:
     if given.command == "node":
         from flex.commands import worker
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flex.deploy.certificates import wait_for_server
 from flex.deploy.package import CA, KEY, Package, read_package, split_address
-from flex.deploy.processes import Child, environment, free_port, program, until_stopped
+from flex.deploy.processes import Child, Flower, environment, free_port, program, until_stopped
 from flex.deploy.shim import SOCKET, connected
 from flex.errors import FlexError, require
 
@@ -103,7 +103,7 @@ def worker(
 
 
 def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None, wait: float) -> int:
-    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for a server that knows it."""
+    """`flex node`: the SuperNode of a site, until it is stopped; waits so many seconds for a server that lets it in."""
     package = read_package(folder)
     host, port = split_address(package.address)
     key, socket = key or folder / KEY, (socket or default_socket(folder)).absolute()
@@ -113,7 +113,7 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
     connected(str(socket)).close()
     with until_stopped() as stopped:
         env = environment((home or folder / "node").absolute())
-        while (child := _until_ended(_supernode(package, folder, key, socket), env, stopped)) is not None:
+        while (child := _until_ended(package, folder, key, socket, env, stopped)) is not None:
             if child.said(BROKEN):
                 print(
                     f"note: what came from {package.address} was not what left it (bytes changed on the way, or "
@@ -121,37 +121,52 @@ def node(folder: Path, socket: Path | None, key: Path | None, home: Path | None,
                     file=sys.stderr,
                     flush=True,
                 )
+                ends = time.monotonic() + wait  # the server takes the one before for connected until it is silent
             elif not child.said(*REFUSED):
                 raise FlexError(f"the SuperNode ended with code {child.ended}; what it said is above")
-            elif time.monotonic() > ends:  # a server that has just started registers one key after another
+            # A server that has just started registers one key after another; and it takes a SuperNode that was killed
+            # for connected for another minute, in which it lets no other in.
+            elif time.monotonic() > ends:
                 raise FlexError(
-                    f"the server at {package.address} does not know the key {key} of site {package.name!r}; "
-                    "expected `flex deploy server` to have registered it"
+                    f"the server at {package.address} does not know the key {key} of site {package.name!r}, or has a "
+                    "SuperNode of it; expected `flex deploy server` to have registered it, and no other to run"
+                )
+            else:
+                print(
+                    f"note: the server at {package.address} does not let this site in yet; the SuperNode starts again",
+                    file=sys.stderr,
+                    flush=True,
                 )
             stopped.wait(AGAIN_S)
     return 0
 
 
-def _until_ended(command: list[str], env: dict[str, str], stopped: threading.Event) -> Child | None:
+def _until_ended(
+    package: Package, folder: Path, key: Path, socket: Path, env: dict[str, str], stopped: threading.Event
+) -> Flower | None:
     """Runs a SuperNode; the child once it has ended by itself or is of no more use, None where it was stopped."""
-    child = Child(command, env)
+    child = _supernode(package, folder, key, socket, env)
     try:
         while not stopped.wait(LOOK_S):
             if child.ended is not None or child.said(BROKEN):
                 return child
+            if child.look_after():
+                print("note: the SuperNode lost its SuperExec and got another one", file=sys.stderr, flush=True)
     finally:
         child.end()
     return None
 
 
-def _supernode(package: Package, folder: Path, key: Path, socket: Path) -> list[str]:
+def _supernode(package: Package, folder: Path, key: Path, socket: Path, env: dict[str, str]) -> Flower:
+    here, port = "127.0.0.1", str(free_port())
     values = f'{SOCKET}="{socket}" partition-id={package.index} client-id="{package.name}"'
-    return [
+    command = [
         program("flower-supernode"),
         *("--root-certificates", str(folder / CA), "--auth-supernode-private-key", str(key)),
-        *("--superlink", package.address, "--host", "127.0.0.1", "--port", str(free_port())),
+        *("--superlink", package.address, "--host", here, "--port", port),
         *("--node-config", values),
     ]
+    return Flower(command, env, None, ["--insecure", "--runtime-api-address", f"{here}:{port}"])
 
 
 def _check_key(path: Path) -> None:

@@ -112,21 +112,23 @@ def init(
     """A new federation.
 
     Raises:
-        FlexError: `folder` is not empty, or a name, an address or a key is not what it should be.
+        FlexError: `folder` is not empty, or a name, an address or a key is not what it should be, or so many sites are
+            too few for how the configuration averages. Nothing has been written then.
     """
     host, _ = split_address(address)
     require(
         not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; expected a folder that is not there"
     )
     _check_sites(sites, keys)
-    without_paths(config, sites)
+    _check_strategy(without_paths(config, sites))
+    found = _wheels_in(wheels)
     public = {name: read_public_key(path) for name, path in keys.items()}
     secret = folder / KEYS
     secret.mkdir(parents=True)
     secret.chmod(0o700)
     make_ca(secret / "ca.key", secret / CA)
     make_server(secret / "ca.key", secret / CA, host, secret / "server.key", secret / "server.crt")
-    return _lay_out(folder, config, address, sites, public, wheels)
+    return _lay_out(folder, config, address, sites, public, found)
 
 
 def update(
@@ -139,8 +141,11 @@ def update(
     old = read_deployment(folder)
     sites = sites or old.sites
     _check_sites(sites, keys)
+    bare = without_paths(config, sites)
+    _check_strategy(bare)
+    found = _wheels_in(wheels)
     public = {name: read_public_key(path) for name, path in keys.items()}
-    goes_on = not changes(old.config, without_paths(config, sites)) and bool(set(sites) & set(old.sites))
+    goes_on = not changes(old.config, bare) and bool(set(sites) & set(old.sites))
     if old.run.exists() and not goes_on:
         old.run.rename(old.folder / f"{RUN}-{old.run_name}")
     secret = folder / KEYS
@@ -148,7 +153,7 @@ def update(
     make_server(secret / "ca.key", secret / CA, host, secret / "server.key", secret / "server.crt")
     for name in set(old.sites) - set(sites):
         old.public_key(name).unlink(missing_ok=True)
-    return _lay_out(folder, config, old.address, sites, public, wheels, old if goes_on else None)
+    return _lay_out(folder, config, old.address, sites, public, found, old if goes_on else None)
 
 
 def _check_sites(sites: Sequence[str], keys: Mapping[str, Path]) -> None:
@@ -162,18 +167,30 @@ def _check_sites(sites: Sequence[str], keys: Mapping[str, Path]) -> None:
     require(not strangers, f"--key names {strangers}, which --sites does not; expected {', '.join(sites)}")
 
 
+def _check_strategy(config: RunConfig) -> None:
+    """Refuses now what the server would refuse when every site stands ready: too few sites to hide or outvote one."""
+    from flex.federation.strategy import configured_strategy  # Flower takes a second to import
+
+    for method in config.train.methods:
+        configured_strategy(config, method, len(config.data.clients))
+
+
+def _wheels_in(folder: Path | None) -> list[Path]:
+    found = sorted(folder.glob("*.whl")) if folder else []
+    require(folder is None or bool(found), f"{folder} holds no wheels; expected what `pip wheel -w {folder} .` made")
+    return found
+
+
 def _lay_out(
     folder: Path,
     config: RunConfig,
     address: str,
     sites: Sequence[str],
     public: Mapping[str, bytes],
-    wheels: Path | None,
+    wheels: Sequence[Path],
     goes_on: Deployment | None = None,
 ) -> Deployment:
     """Writes everything but the certificates. `goes_on`: what the federation was, where its run goes on."""
-    found = sorted(wheels.glob("*.whl")) if wheels else []
-    require(wheels is None or bool(found), f"{wheels} holds no wheels; expected what `pip wheel -w {wheels} .` made")
     run_name = goes_on.run_name if goes_on else secrets.token_hex(4)
     text = config_text(without_paths(config, sites))
     (folder / SITES).mkdir(exist_ok=True)
@@ -188,7 +205,7 @@ def _lay_out(
     for name in sites:
         joins = goes_on is not None and goes_on.run.exists() and name not in goes_on.sites
         package = Package(folder / PACKAGES / name, name, address, run_name, parse_config(text), joins)
-        _pack(folder, package, text, public.get(name), found)
+        _pack(folder, package, text, public.get(name), wheels)
     for path in (folder / PACKAGES).iterdir():
         if path.name.removesuffix(".tar.gz") not in sites:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -221,5 +238,12 @@ def _pack(folder: Path, package: Package, text: str, public: bytes | None, wheel
     (path / "README").write_text(README.format(name=name, wheels=has, key=own, anchors=anchors), encoding="utf-8")
     archive = folder / PACKAGES / f"{name}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(path, arcname=name)
+        tar.add(path, arcname=name, filter=_nobodys)
     archive.chmod(0o600)
+
+
+def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Who unpacks it owns it: a user id of this machine is somebody else on the site's."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = "root"
+    return entry

@@ -19,6 +19,8 @@ END_S = 20.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _LIBC = ctypes.CDLL(None)
 CALL_S = 120.0
+SUPEREXEC = "flower-superexec"
+NAME = 15  # letters of a program's name that the kernel keeps
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -68,6 +70,19 @@ def check_port(host: str, port: int) -> None:
 def _end_with_parent() -> None:
     """In a child, before its program starts: whoever started it may be killed without a chance to end it."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has just ended
+        return ""
+
+
+def _is_dead(pid: str, name: str) -> bool:
+    """Whether a process has ended, unnoticed by who started it."""
+    before, _, after = _read(Path(f"/proc/{pid}/stat")).rpartition(")")
+    return before.endswith(f"({name[:NAME]}") and after.split()[0] == "Z"
 
 
 class Child:
@@ -121,6 +136,40 @@ class Child:
                 self.process.kill()
                 self.process.wait()
         self._reader.join(1)
+
+
+class Flower(Child):
+    """A SuperLink or a SuperNode, and the SuperExec that starts the apps of its runs or messages.
+
+    Flower's programs start one and never look at it again; it ends at the first answer that it does not expect (a
+    database that is locked for a moment, of a busy machine), and they would take everything in and start nothing.
+
+    Args:
+        runtime: the options by which a SuperExec finds the program.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None, runtime: Sequence[str]):
+        super().__init__(command, env, log)
+        self._again = [program(SUPEREXEC), *runtime, "--parent-pid", str(self.process.pid)], env, log
+        self._superexec: Child | None = None
+
+    def look_after(self) -> bool:
+        """Starts another SuperExec where the last one has ended; whether it had to."""
+        if self.ended is not None or not self._has_lost_it():
+            return False
+        self._superexec = Child(*self._again)
+        return True
+
+    def _has_lost_it(self) -> bool:
+        if self._superexec is not None:
+            return self._superexec.ended is not None
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return any(_is_dead(pid, SUPEREXEC) for path in tasks for pid in _read(path).split())
+
+    def end(self) -> None:
+        super().end()
+        if self._superexec is not None:
+            self._superexec.end()
 
 
 @contextmanager

@@ -34,6 +34,15 @@ class Teller:
         return tell
 
 
+def last_run(path: Path) -> int | None:
+    """The Flower run that has told of itself last; None where none has."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1])["run"] if lines else None
+
+
 class Listener:
     """Reads the lines of one Flower run as they come."""
 

@@ -11,7 +11,7 @@ from flex.config import to_toml
 from flex.deploy.certificates import check_dates, check_server
 from flex.deploy.folder import KEYS, SERVER, Deployment
 from flex.deploy.package import CA
-from flex.deploy.processes import Child, call, check_port, environment, program
+from flex.deploy.processes import Flower, call, check_port, environment, program
 from flex.errors import FlexError
 
 NODES = "nodes.json"  # site -> node id and the key it was registered with
@@ -20,7 +20,7 @@ START_S = 120.0
 DATABASE, LOG = "superlink.db", "superlink.log"
 
 
-def start(deployment: Deployment, listen: str) -> Child:
+def start(deployment: Deployment, listen: str) -> Flower:
     """Starts the SuperLink and waits until it answers.
 
     Raises:
@@ -30,17 +30,15 @@ def start(deployment: Deployment, listen: str) -> Child:
     for certificate in (keys / CA, keys / "server.crt"):
         check_dates(certificate)
     check_port(listen, deployment.port)
-    child = Child(
-        [
-            program("flower-superlink"),
-            *("--ssl-ca-certfile", str(keys / CA)),
-            *("--ssl-certfile", str(keys / "server.crt"), "--ssl-keyfile", str(keys / "server.key")),
-            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-            *("--host", listen, "--port", str(deployment.port), "--database", str(server / DATABASE)),
-        ],
-        environment(server / "superlink"),
-        server / LOG,
-    )
+    command = [
+        program("flower-superlink"),
+        *("--ssl-ca-certfile", str(keys / CA)),
+        *("--ssl-certfile", str(keys / "server.crt"), "--ssl-keyfile", str(keys / "server.key")),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *("--host", listen, "--port", str(deployment.port), "--database", str(server / DATABASE)),
+    ]
+    runtime = ["--root-certificates", str(keys / CA), "--runtime-api-address", f"127.0.0.1:{deployment.port}"]
+    child = Flower(command, environment(server / "superlink"), server / LOG, runtime)
     ends = time.monotonic() + START_S
     while True:
         try:

@@ -35,8 +35,9 @@ from flex.federation.seal import digest, round_of
 from flex.federation.strategy import sample_clients
 from flex.runs.workers import job_folder
 from flex.runs.world import Worlds
+from flex.store.files import LOCK
 
-ACCEPTED, RECORD, LOCK = "accepted.json", "record.jsonl", ".lock"
+ACCEPTED, RECORD = "accepted.json", "record.jsonl"
 QUERIES = ("who", "about", "start", *NEXT)  # the last ones of secure aggregation, whose order the site itself holds
 MOST_SCORED = 3  # different shared states that a site scores in one round: a run that is resumed may ask again
 

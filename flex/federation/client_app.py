@@ -3,6 +3,7 @@
 See `messages.py` for the contents of a message.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -49,6 +50,7 @@ from flex.federation.messages import (
 from flex.federation.rounds import answer_identity, identity
 from flex.federation.scaffold import CONTROL_PREFIX
 from flex.federation.seal import round_of, sealed
+from flex.federation.usage import PEAK_BYTES, TURN_SECONDS, peak_bytes
 from flex.store.events import Evaluated, Event
 
 
@@ -88,6 +90,7 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
             asked is not None or not shared or not site.hides(at),
             f"client {site.client_id!r} was asked for its update without a mask; expected one, as strategy.secure says",
         )
+        started = time.perf_counter()
         with memory_named(site):
             # Before the turn the site is as the round before left it: what an exchange of its own would have scored.
             scores = site.evaluate(at - 1, to_arrays(message.content[ARRAYS]), splits=splits) if splits else []
@@ -99,6 +102,8 @@ def make_client_app(site_of: Callable[[Message, Context], Site], mods: Sequence[
             "seconds": turn.metrics["seconds"],
             "tokens": turn.metrics["tokens"],
             "opening": turn.metrics["opening"] or [],
+            TURN_SECONDS: time.perf_counter() - started,
+            PEAK_BYTES: peak_bytes(),
         }
         told = {SCORES: _of_events(scores)} if splits else {}
         if asked is None:

@@ -7,7 +7,7 @@ from typing import Any
 from flex.errors import FlexError
 from flex.federation.flower import Grid, Message
 from flex.federation.guard import Guard, Update, check_numbers
-from flex.federation.messages import CONFIG, SCORES, SPLITS, events_of, metrics_of, sent_tensors
+from flex.federation.messages import CONFIG, SCORES, SPLITS, events_of, metrics_of, sender_of, sent_tensors
 from flex.federation.seal import check_seal
 from flex.store.events import Event, LeftOut
 
@@ -98,7 +98,7 @@ class Exchange:
         messages = list(sent.values())
         # One by one where the grid can do that: who stops at a failure does not train the rest in vain.
         for reply in stream(messages) if stream else self.grid.send_and_receive(messages, timeout=self.timeout):
-            node = self._sender(reply, pending)
+            node = sender_of(reply, pending)
             kind = doing or sent[node].metadata.message_type
             del pending[node]
             if reply.has_error():
@@ -140,13 +140,6 @@ class Exchange:
 
     def name(self, node: int) -> str:
         return self.clients.get(node, f"node {node}")
-
-    def _sender(self, reply: Message, pending: dict[int, Message]) -> int:
-        """The node that answers; the reply for a node that died comes from the server, and only names the message."""
-        if reply.metadata.src_node_id in pending:
-            return reply.metadata.src_node_id
-        ids = {message.metadata.message_id: node for node, message in pending.items()}
-        return ids[reply.metadata.reply_to_message_id]
 
     def refuse(self, node: int, doing: str, error: FlexError) -> None:
         """A reply that came, but is not taken."""

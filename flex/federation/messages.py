@@ -95,6 +95,17 @@ def sent_bytes(content: RecordDict) -> int:
     return sum(tensor["bytes"] for tensor in sent_tensors(content))
 
 
+def sender_of(reply: Message, sent: Mapping[int, Message]) -> int:
+    """The node that answers, of those in `sent` (node -> message).
+
+    The reply for a node that died comes from the server, and only names the message.
+    """
+    if reply.metadata.src_node_id in sent:
+        return reply.metadata.src_node_id
+    ids = {message.metadata.message_id: node for node, message in sent.items()}
+    return ids[reply.metadata.reply_to_message_id]
+
+
 def metrics_of(reply: Message, sender: str = "a client") -> dict[str, Any]:
     """The numbers a client reported, as it reported them; FlexError where it reported them twice."""
     records = list(reply.content.metric_records.values())

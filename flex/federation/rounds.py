@@ -7,6 +7,7 @@ the report need of a round comes back in its replies (`RoundReport`).
 A client's own state is kept in its personal file, not in Flower's `Context.state`, which does not survive the process.
 """
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -24,12 +25,14 @@ from flex.federation.messages import (
     Arrays,
     SiteAbout,
     about_of,
+    sender_of,
     to_arrays,
     to_record,
 )
 from flex.federation.scoring import Scoring
 from flex.federation.secure import SecureRound
-from flex.store.events import VALIDATION, LeftOut, Secured
+from flex.federation.usage import exchanged
+from flex.store.events import VALIDATION, Exchanged, LeftOut, Secured
 
 Config = Mapping[str, bool | int | float | str]
 
@@ -43,6 +46,7 @@ class RoundReport:
     evaluate: list[Turn] = field(default_factory=list)  # empty where it has no evaluation, or that is still to come
     left_out: list[LeftOut] = field(default_factory=list)  # only with `skip_failed`
     secured: Secured | None = None  # of a round under masks
+    exchanged: Exchanged | None = None
     unscored: bool = False  # its scores come with the turns of the next round
 
     @property
@@ -119,6 +123,7 @@ def run_rounds(
         late = scoring_of(start_round - 1)
         late.messages = {node: m for node, m in late.messages.items() if clients.get(node) in unscored}
     for round_index in range(start_round, num_rounds + 1):
+        started = time.perf_counter()
         exchange = Exchange(grid, clients, round_index, skip_failed, timeout)
         evaluating = _evaluates(round_index, num_rounds, evaluate_every)
 
@@ -136,6 +141,8 @@ def run_rounds(
 
         average, _ = strategy.aggregate_train(round_index, replies)
         shared = shared if average is None else to_arrays(average)
+        took = time.perf_counter() - started
+        cost = exchanged(round_index, took, [turn.metrics for turn in train], not hasattr(grid, "stream"))
 
         evaluate: list[Turn] = []
         late = None
@@ -146,7 +153,7 @@ def run_rounds(
             late = scoring_of(round_index)
 
         guard.remember({turn.client_id: turn.update for turn in train if turn.update}, round_index)
-        report = RoundReport(round_index, train, evaluate, exchange.left_out, secured, unscored=late is not None)
+        report = RoundReport(round_index, train, evaluate, exchange.left_out, secured, cost, unscored=late is not None)
         if on_round and on_round(round_index, shared, report):
             break
     if late:  # no round came after it
@@ -225,12 +232,14 @@ def ask_start(grid: Grid, timeout: float | None = None) -> Arrays:
 def _ask(grid: Grid, nodes: list[int], question: Config, timeout: float | None) -> dict[int, Message]:
     """The answers by node; FlexError where a node reports an error."""
     content = RecordDict({CONFIG: ConfigRecord(dict(question))})
-    messages = [Message(content, node, MessageType.QUERY) for node in nodes]
+    sent = {node: Message(content, node, MessageType.QUERY) for node in nodes}
+    names = getattr(grid, "clients", {})
     replies = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        node = reply.metadata.src_node_id
+    for reply in grid.send_and_receive(list(sent.values()), timeout=timeout):
+        node = sender_of(reply, sent)
         if reply.has_error():
-            raise FlexError(f"node {node} does not say which client it is: {reply.error.reason}")
+            who = f"client {names[node]!r}" if node in names else f"node {node}"
+            raise FlexError(f"{who} did not answer the question {question.get(ASK, 'who')!r}: {reply.error.reason}")
         replies[node] = reply
     return replies
 

@@ -93,6 +93,7 @@ class JobLog:
     sent: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # direction -> tensors
     left_out: dict[tuple[int, str, str], events.LeftOut] = field(default_factory=dict)  # round, client, doing
     secured: dict[int, events.Secured] = field(default_factory=dict)  # round
+    exchanged: dict[int, events.Exchanged] = field(default_factory=dict)  # round
     routed: dict[tuple[int, str], events.Routed] = field(default_factory=dict)  # round, client
     added: dict[tuple[int, str], events.Added] = field(default_factory=dict)  # round, client
     costs: dict[tuple[int, str], events.Cost] = field(default_factory=dict)  # round, client
@@ -119,6 +120,8 @@ class JobLog:
                 self.limited[event.round, event.client_id, event.what] = event
             case events.Secured():
                 self.secured[event.round] = event
+            case events.Exchanged():
+                self.exchanged[event.round] = event
             case events.Routed():
                 self.routed[event.round, event.client_id] = event
             case events.Added():

@@ -159,6 +159,7 @@ def page(run: Run) -> str:
         additions=_additions(run),
         costs=layers.costs(_main_first(run)),
         sent=[(row, _total_bytes(row)) for row in sent],
+        took=[(row, own) for row in run.summary if (own := _rounds(row))],
         widest=max((max(row.bytes_per_round.values()) for row in sent), default=0) or 1,
         arrays=_arrays(run),
         byte_groups=_byte_groups(run),
@@ -460,6 +461,22 @@ def _over_masked(rounds: list[Secured]) -> dict[str, Any]:
         "dropped": sum(len(event.dropped) for event in rounds),
         "error": max(errors, default=None),
         "seconds": statistics.fmean(seconds) if seconds else None,
+    }
+
+
+def _rounds(row: Row) -> dict[str, float | None]:
+    """What a round took: seconds by their medians over rounds and seeds, bytes of memory at most; empty where no log
+    says it."""
+    found = [event for job in row.jobs for event in job.exchanged.values()]
+    if not found:
+        return {}
+    peaks = [event.peak_bytes for job in row.jobs for event in job.trains.values() if event.peak_bytes]
+    return {
+        "seconds": statistics.median(event.seconds for event in found),
+        "turns": statistics.median(event.turn_seconds for event in found),
+        "beyond": statistics.median(event.seconds - event.turn_seconds for event in found),
+        "server": max(event.peak_bytes for event in found),
+        "client": max(peaks, default=None),
     }
 
 

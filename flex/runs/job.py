@@ -26,6 +26,7 @@ from flex.federation.messages import KEPT_ROUND, NUM_EXAMPLES, Arrays, SiteAbout
 from flex.federation.rounds import RoundReport, Turn, ask_about, ask_start, evaluate_all, inner, run_rounds
 from flex.federation.secure import MaskedGuard, SecureRound
 from flex.federation.strategy import configured_strategy, load_strategy_state
+from flex.federation.usage import PEAK_BYTES
 from flex.methods import METHODS
 from flex.runs.history import Best, before_scores, best_of, extension, plan_of, reopened, without_scores
 from flex.runs.progress import Bar
@@ -256,13 +257,15 @@ def round_events(round_index: int, report: RoundReport) -> list[Event]:
             seconds=turn.metrics["seconds"],
             bytes_down=turn.bytes_down,
             bytes_up=turn.bytes_up,
+            peak_bytes=turn.metrics.get(PEAK_BYTES),
             **_measured(turn),
         )
         for turn in report.train
     ]
     told, scored = ([event for turn in turns for event in turn.events] for turns in (report.train, report.evaluate))
     secured = [report.secured] if report.secured else []
-    return [*told, *report.left_out, *_limits(round_index, report.train), *secured, *trained, *scored]
+    exchanged = [report.exchanged] if report.exchanged else []
+    return [*told, *report.left_out, *_limits(round_index, report.train), *secured, *exchanged, *trained, *scored]
 
 
 def _measured(turn: Turn) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from flex.runs.track import check_track
 from flex.runs.workers import JobName, job_folder, make_job, run_apart
 from flex.runs.world import World, Worlds
 from flex.store.events import FORMAT, METRICS, Event, RunStarted, Truncated, read_events, write_events
-from flex.store.files import rounds_in
+from flex.store.files import LOCK, rounds_in
 
 CONFIG = "config.toml"
 RUN = "run.jsonl"  # what the whole run has in common
@@ -263,7 +263,7 @@ def claim(folder: Path, config: RunConfig) -> None:
 @contextmanager
 def alone_in(folder: Path, console: Console) -> Iterator[None]:
     """No two processes write one run: the system drops the lock when its holder ends, however it ends."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

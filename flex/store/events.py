@@ -139,7 +139,8 @@ class Trained(Event):
     """A client's turn: `loss` is the mean over its local steps, `opening` the mean of each layer's gate or None.
 
     update_norm, update_cosine: the length of what it sent less what it was sent, before any bound, and its cosine with
-    the sum of the other clients'. sha256: of the tensors that it sent, the first 16 hexadecimal digits.
+    the sum of the other clients'. sha256: of the tensors that it sent, the first 16 hexadecimal digits. seconds: of the
+    local steps and what belongs to them. peak_bytes: the largest resident set of the client's process so far.
     """
 
     event: ClassVar[str] = "train"
@@ -154,6 +155,23 @@ class Trained(Event):
     update_norm: float | None = None
     update_cosine: float | None = None
     sha256: str | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Exchanged(Event):
+    """A round of training as the server saw it: `seconds` from its first message to the averaged state, checkpoint and
+    a scoring of its own left out.
+
+    turn_seconds: what of it the clients worked, scoring and choice of grafts with it; of clients side by side the
+    longest turn, otherwise all of them. peak_bytes: the largest resident set of the server's process so far.
+    """
+
+    event: ClassVar[str] = "exchange"
+    round: int
+    seconds: float
+    turn_seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -305,6 +323,7 @@ KINDS: dict[str, type[Event]] = {
         Sent,
         Grafted,
         Trained,
+        Exchanged,
         LeftOut,
         Limited,
         Secured,

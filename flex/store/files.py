@@ -2,6 +2,7 @@
 sees a whole file or none; and how folders and rounds are named."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+LOCK = ".lock"  # of a folder that one process at a time writes
 LONGEST_NAME = 120  # bytes; file systems take 255
 
 
@@ -104,6 +106,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (number := header.pop("format", 1)) not in range(1, FORMAT + 1):
         raise FlexError(f"{path} has format {number}; this version reads formats 1 to {FORMAT}")
     return tensors, header
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`; False where there is none, or the file system has none."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def folder_name(client_id: str) -> str:

@@ -1,5 +1,6 @@
 """The coordinator's folder and a site's package: what is in them, who can read it, and what is refused."""
 
+import os
 import socket
 import ssl
 import stat
@@ -62,6 +63,16 @@ def test_a_package_has_what_a_site_needs_and_no_paths(tmp_path):
         assert {"south/site.toml", "south/flex.toml", "south/ca.crt", "south/node.key"} <= set(tar.getnames())
         assert not any("ca.key" in name or "server.key" in name for name in tar.getnames())
     assert (deployment.folder / "units" / "flex-server.service").exists()
+
+
+def test_who_unpacks_a_package_owns_it(tmp_path):
+    """A user id of the coordinator's machine is somebody else on the site's."""
+    deployment = made(tmp_path)
+    if os.getuid() == 0:
+        os.chown(deployment.folder / "packages" / "south" / "README", 12345, 12345)
+    update(deployment.folder, CONFIG, (), {}, None)
+    with tarfile.open(deployment.folder / "packages" / "south.tar.gz") as tar:
+        assert {(e.uid, e.gid, e.uname, e.gname) for e in tar.getmembers()} == {(0, 0, "root", "root")}
 
 
 def test_what_a_run_is_anchored_to_is_named_by_each_site(tmp_path):
@@ -220,6 +231,13 @@ def test_wheels_go_into_every_package(tmp_path):
         (["--address", "h:1", "--sites", "a", "--key", "a"], "--key got 'a'; expected NAME=FILE.pub"),
         (["--address", "h:1", "--sites", "a", "--key", "b=c.pub"], r"--key names \['b'\], which --sites does not"),
         (["--address", "h:1", "--sites", "a", "--set", "train.rouns=3"], "did you mean train.rounds"),
+        (
+            ["--address", "h:1", "--sites", "a", "b", "--set", "strategy.secure=true"],
+            "hides one client among 2 a round",
+        ),
+        (["--address", "h:1", "--sites", "a", "b", "--set", 'strategy.aggregate="median"'], "with 2 clients a round"),
+        (["--address", "h:1", "--sites", "a", "--set", "train.clients_per_round=2"], "clients_per_round is 2"),
+        (["--address", "h:1", "--sites", "a", "--wheels", "/nowhere"], "/nowhere holds no wheels"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
@@ -230,6 +248,21 @@ def test_bad_input_leaves_nothing_behind(tmp_path, capsys, arguments, sentence):
     with pytest.raises(FlexError, match=sentence):
         raise FlexError(said)
     assert not (tmp_path / "fed").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    write_config(CONFIG, tmp_path / "flex.toml")
+    command = ["deploy", "init", "/proc/fed", str(tmp_path / "flex.toml"), "--address", "h:1", "--sites", "a"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("flex: cannot read or write /proc/fed (No such file or directory)")
+
+
+def test_an_update_with_too_few_sites_changes_nothing(tmp_path):
+    deployment = init(tmp_path / "fed", CONFIG, "h:1", ("a", "b", "c"), {}, None)
+    secure = CONFIG.with_values(strategy={"secure": True})
+    with pytest.raises(FlexError, match="hides one client among 2 a round"):
+        update(deployment.folder, secure, ("a", "b"), {}, None)
+    assert read_deployment(deployment.folder) == deployment
 
 
 def test_a_drawn_split_is_refused(tmp_path):

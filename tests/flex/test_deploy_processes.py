@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flex.deploy import processes
-from flex.deploy.processes import Child, call, environment, program, until_stopped
+from flex.deploy.processes import Child, Flower, call, environment, program, until_stopped
 from flex.errors import FlexError
 
 
@@ -61,6 +61,50 @@ def test_a_child_does_not_outlive_who_started_it(tmp_path):
     while alive(pid):
         assert time.monotonic() < ends
         time.sleep(0.02)
+
+
+PARENT = "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def superexec(tmp_path, monkeypatch) -> Path:
+    """Ends at the first line that it is told, and at the end of what it is told."""
+    path = tmp_path / "flower-superexec"
+    path.write_text("#!/bin/sh\necho here $*\nread line\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(processes, "program", lambda name: str(tmp_path / name))
+    return path
+
+
+def soon(is_so) -> None:
+    ends = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def test_a_superexec_that_has_ended_is_replaced(tmp_path, superexec):
+    child = Flower([sys.executable, "-c", PARENT, str(superexec)], os.environ, tmp_path / "log", ["--at", "x"])
+    try:
+        soon(child.look_after)  # its standard input is closed: it ends by itself, and nobody waits for it
+        soon(child.look_after)  # so does the other one
+        assert child.ended is None
+        soon(lambda: f"here --at x --parent-pid {child.process.pid}" in (tmp_path / "log").read_text())
+    finally:
+        child.end()
+    assert not child.look_after()
+
+
+def test_a_superexec_that_is_at_work_is_left_alone(tmp_path, superexec):
+    superexec.write_text("#!/bin/sh\necho here\nexec sleep 60\n")
+    child = Flower([sys.executable, "-c", PARENT, str(superexec)], os.environ, tmp_path / "log", [])
+    try:
+        soon(lambda: child.said("here"))
+        assert not child.look_after()
+        pid = int(Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text())
+    finally:
+        child.end()
+    os.kill(pid, 9)
 
 
 def test_a_call_that_fails_gives_its_last_line(tmp_path):

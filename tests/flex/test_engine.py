@@ -14,7 +14,7 @@ from flex.errors import FlexError
 from flex.federation.flower import ClientApp, ConfigRecord, Message, MetricRecord, RecordDict, become_server, empty_run
 from flex.federation.local import InProcessGrid
 from flex.federation.messages import sent_bytes, sent_tensors, to_arrays, to_record
-from flex.federation.rounds import ClientFailed, ask_clients, run_rounds
+from flex.federation.rounds import ClientFailed, ask_about, ask_clients, run_rounds
 from flex.federation.seal import sealed
 from flex.federation.strategy import STRATEGIES, make_strategy, sample_clients
 
@@ -209,6 +209,8 @@ def test_nodes_that_die_or_keep_silent_are_named(tmp_path):
     grid.dead = nodes["cleo"]
     with pytest.raises(ClientFailed, match=r"client 'cleo' failed in round 1 \(train\): node unavailable"):
         run_rounds(strategy_of("fedavg"), grid, START, 1)
+    with pytest.raises(FlexError, match=r"client 'cleo' did not answer the question 'about': node unavailable"):
+        ask_about(grid)
     grid.dead, grid.deaf = None, nodes["dora"]
     with pytest.raises(ClientFailed, match=r"client 'dora' failed in round 1 \(train\): no reply within 5 s"):
         run_rounds(strategy_of("fedavg"), grid, START, 1, timeout=5)
@@ -219,7 +221,7 @@ def test_nodes_that_die_or_keep_silent_are_named(tmp_path):
 
 def test_nodes_that_do_not_say_who_they_are(tmp_path):
     app = ClientApp(mods=[sealed])
-    with pytest.raises(FlexError, match="does not say which client it is"):
+    with pytest.raises(FlexError, match="client 'anna' did not answer the question 'who': "):
         ask_clients(InProcessGrid(app, ["anna"]))
 
     @app.query()

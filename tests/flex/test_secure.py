@@ -139,7 +139,8 @@ def test_what_the_server_gets_says_nothing_of_an_update(tmp_path):
     assert (counts > 90).all()  # 150 expected in each, deviation 11.5
     assert (counts < 210).all()
     told = {key for content in seen if METRICS in content for key in content[METRICS]}
-    assert told - {"client-index", "num-examples", "loss", "seconds", "tokens", "opening"} == {
+    known = {"client-index", "num-examples", "loss", "seconds", "turn-seconds", "peak-bytes", "tokens", "opening"}
+    assert told - known == {
         "update-norm",
         "largest-change",
     }

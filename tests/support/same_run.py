@@ -12,7 +12,7 @@ from tiny import read_log
 
 from flex.federation import client
 
-TIMES = ("seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
+TIMES = ("seconds", "turn_seconds", "started", "tokens", "peak_bytes")  # of one process; a resumed job had two
 
 
 def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

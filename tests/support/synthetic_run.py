@@ -110,6 +110,8 @@ def _job(
         events += [_graft(dice, method, c, layer, experts) for c in clients for layer in range(layers)]
     size = sum(tensor["bytes"] for tensor in tensors)
     for round_index in range(1, rounds + 1):
+        exchanged = {"seconds": 2.5, "turn_seconds": 2.25, "peak_bytes": 512_000_000}
+        events.append({"event": "exchange", "round": round_index, **exchanged})
         for client in clients:
             end = level[3] * 0.35
             loss = end + (8.5 - end) * 0.62**round_index * dice.uniform(0.85, 1.15)
@@ -124,6 +126,7 @@ def _job(
                     "bytes_down": size,
                     "bytes_up": size,
                     "seconds": 0.4,
+                    "peak_bytes": 640_000_000,
                     "opening": opening if grafted else None,
                 }
             )
