@@ -11,19 +11,19 @@ constexpr int kProductRows = kLanes >= 16 ? 4 : 2;  // of a whole tile, which is
 FLEX_INLINE Float rounded_to(const float*, Float value) { return value; }
 FLEX_INLINE Float rounded_to(const Bfloat16*, Float value) { return (Float)(bfloat16_bits(value) << 16); }
 
-// out[i, j] of kRows rows and kLanes / kRows columns. Past the last row or column stands that one again, and its sum is
-// not stored. A single row is bound by reading the weights: what comes after them is fetched meanwhile.
+// out[i, j] of kRows rows and kColumns columns. Past the last row or column stands that one again, and its sum is not
+// stored. A single row is bound by reading the weights, of which the processor's own prefetchers follow so few streams;
+// fetching the next columns by hand would halve what a second cache gives.
 template <bool kPairs, int kRows, int kColumns, class T>
 void product_tile(int64_t rows, int64_t columns, int64_t depth, const T* x, int64_t x_stride, const T* w,
                   int64_t w_stride, float* out, int64_t out_stride) {
-  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes, kFetched = kColumns * kStep * sizeof(T);
+  constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
   const T* of_row[kRows];
   const T* of_column[kColumns];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) of_row[i] = x + (i < rows ? i : rows - 1) * x_stride;
 #pragma GCC unroll 16
   for (int j = 0; j < kColumns; ++j) of_column[j] = w + (j < columns ? j : columns - 1) * w_stride;
-  const char* next = reinterpret_cast<const char*>(w + kColumns * w_stride);
   Float sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = zeros();
@@ -40,13 +40,7 @@ void product_tile(int64_t rows, int64_t columns, int64_t depth, const T* x, int6
     }
   };
   int64_t step = 0;
-  for (; step + kStep <= depth; step += kStep) {
-    if constexpr (kRows == 1) {
-      for (int64_t byte = 0; byte < kFetched; byte += kLineBytes) __builtin_prefetch(next + byte, 0, 2);
-      next += kFetched;
-    }
-    add(step, kStep);
-  }
+  for (; step + kStep <= depth; step += kStep) add(step, kStep);
   if (step < depth) add(step, depth - step);
   Simd::transpose(sums);
 #pragma GCC unroll 16
