@@ -1,6 +1,7 @@
 """csrc behind the signatures of `pytorch`, and the one door to it: checks first, then pointers.
 
-csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here.
+csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here,
+or, for `grafted_route`, in its bindings, which look at torch's tensors through DLPack's C functions.
 It is two modules. `flex_kernels._native` computes on the CPU: fp32 and bf16, accumulated in fp32; the experts' weights
 may have either dtype or be codes of any format of `weights.py`, which are dequantised where they are packed, and read
 in place where a product has few rows. Threads are torch's own: as many as `torch.get_num_threads()`, in torch's OpenMP
