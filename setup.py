@@ -23,14 +23,14 @@ NVCC = None if WANT_CUDA == "0" else shutil.which("nvcc") or shutil.which("nvcc"
 if WANT_CUDA == "1" and not NVCC:
     sys.exit(f"FLEX_CUDA=1, but there is no nvcc on PATH or in {CUDA_HOME}/bin")
 ARCHS = os.environ.get("FLEX_CUDA_ARCHS", "80;90a").split(";")
+HEADERS = glob("csrc/**/*.h", recursive=True)
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-lineinfo"]
 NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 NVCC_FLAGS += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]
 
 
 def needs_recompile(obj: str, source: str) -> bool:
-    inputs = [source, *glob("csrc/**/*.h", recursive=True)]
-    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, inputs))
+    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, [source, *HEADERS]))
 
 
 class Build(build_ext):
@@ -46,7 +46,7 @@ class Build(build_ext):
 
 
 ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1, needs_recompile=needs_recompile).install()
-FLAGS = {"cxx_std": 17, "include_dirs": ["csrc"], "extra_compile_args": ["-O3", "-fopenmp", "-g0"]}
+FLAGS = {"cxx_std": 17, "include_dirs": ["csrc"], "depends": HEADERS, "extra_compile_args": ["-O3", "-fopenmp", "-g0"]}
 CPP = sorted(glob("csrc/*.cpp") + glob("csrc/isa/*.cpp"))
 extensions = [Pybind11Extension("flex_kernels._native", CPP, extra_link_args=["-fopenmp"], optional=True, **FLAGS)]
 if NVCC and (CU := sorted(glob("csrc/cuda/*.cu"))):

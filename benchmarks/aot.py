@@ -307,6 +307,7 @@ def route_case(dtype: torch.dtype, num_experts: int = 60, top_k: int = 4, renorm
     d_logits = stages.graft_logits_fwd(hidden_states, weight, bias)
     stages.graft_logits_bwd(d_logits, hidden_states, weight, True, True)
     stages.routing_plan(indices, num_experts)
+    stages.routing_plan(indices[:16], num_experts)  # so few that they are one launch
     router_weight = empty(num_experts, 2048, dtype=dtype)
     for gate, keep_logits in (((weight, bias), True), ((weight, bias), False), ((None, None), False)):
         stages.grafted_route_fwd(hidden_states, router_weight, *gate, top_k, renormalize, keep_logits)

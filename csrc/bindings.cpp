@@ -1,11 +1,12 @@
-// The table of what Python can call: flex_kernels/backends/native.py checks, then pass sizes and addresses.
+// The table of what Python can call: flex_kernels/backends/native.py checks, then passes sizes and addresses, or tensors
+// to what checks them itself (bindings_tensors.h).
 // Address 0 is a null pointer. std::invalid_argument and std::length_error arrive in Python as ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_tensors.h"
 #include "cpu_features.h"
 #include "experts.h"
-#include "grafted_route.h"
 #include "routing_plan.h"
 #include "score.h"
 
@@ -40,27 +41,8 @@ PYBIND11_MODULE(_native, m) {
       .value("bfloat16", flex::Scalar::kBfloat16)
       .value("int8", flex::Scalar::kInt8)
       .value("nf4", flex::Scalar::kNf4);
-  m.def(
-      "grafted_route",
-      [](int64_t num_tokens, int64_t hidden_size, int64_t num_experts, int64_t top_k, flex::Scalar scalar,
-         bool renormalize, uintptr_t hidden_states, uintptr_t router_weight, uintptr_t graft_logit_weight,
-         uintptr_t graft_logit_bias, uintptr_t routing_weights, uintptr_t expert_indices, uintptr_t graft_logits,
-         uintptr_t tokens_per_expert, uintptr_t router_logits, int threads) {
-        const flex::Router router{num_tokens,
-                                  hidden_size,
-                                  num_experts,
-                                  top_k,
-                                  scalar,
-                                  renormalize,
-                                  at<const void>(hidden_states),
-                                  at<const void>(router_weight),
-                                  at<const float>(graft_logit_weight),
-                                  at<const float>(graft_logit_bias)};
-        const flex::Routes routes{at<float>(routing_weights), at<int64_t>(expert_indices), at<float>(graft_logits),
-                                  at<int32_t>(tokens_per_expert), at<void>(router_logits)};
-        flex::grafted_route(router, routes, threads);
-      },
-      no_gil);
+  m.def("know_tensors", &flex::know_tensors);
+  m.def("grafted_route", &flex::grafted_route_of_tensors);
 
   py::enum_<flex::Activation>(m, "Activation")
       .value("silu", flex::Activation::kSilu)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flex_kernels import reference
-from flex_kernels.reference import NF4_GROUP, NF4_VALUES
+from flex_kernels.reference import NF4_GROUP
 from flex_kernels.weights import FrozenWeight, check_finite
 
 DTYPES = {  # by their names in safetensors
@@ -270,7 +270,7 @@ def _nf4(files: Files, name: str, entry: str) -> tuple[str, Quantised, list[str]
         raise ValueError(f"{files.where(name)} is {files.dtype(name)} {held}, expected {expected}")
     values = files.check(f"{name}.quant_map", name, SCALES, [16])
     beside = [entry, values, f"{name}.absmax"]
-    if not torch.allclose(files.read(values).float(), torch.tensor(NF4_VALUES), rtol=0, atol=FP32_EPS):
+    if not torch.allclose(files.read(values).float(), reference.nf4_values(torch.device("cpu")), rtol=0, atol=FP32_EPS):
         raise ValueError(f"{files.where(values)} has other values than the 16 published ones of NF4, expected those")
     nested = "nested_offset" in state
     files.check(beside[-1], name, ("U8",) if nested else ("F32",), [blocks])

@@ -252,14 +252,14 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     groups = F.pad(weight, (0, -weight.shape[-1] % NF4_GROUP)).unflatten(-1, (-1, NF4_GROUP))  # [..., rows, G, 64]
     scales = groups.abs().amax(-1).clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
     unit = groups / scales.float().clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    values = torch.tensor(NF4_VALUES, device=weight.device)
+    values = nf4_values(weight.device)
     codes = torch.bucketize(unit, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8).flatten(-2)
     return codes[..., 0::2] | codes[..., 1::2] << 4, scales
 
 
 def nf4_values(device: torch.device) -> Tensor:
     """[16] fp32."""
-    return torch.tensor(NF4_VALUES, device=device)
+    return torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
 
 
 def dequantize(codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

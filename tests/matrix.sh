@@ -13,7 +13,7 @@ try() {
     ".venv-matrix/$name/bin/python" -m pip list --format=freeze | grep -E '^(torch|triton|transformers|peft|flwr|numpy)=='
     ".venv-matrix/$name/bin/python" -m pytest -q -p no:cacheprovider
     TRITON_INTERPRET=1 ".venv-matrix/$name/bin/python" -m pytest -q -p no:cacheprovider \
-        tests/flex_kernels/test_{experts,route,graft_logits,combine,score}.py
+        tests/flex_kernels/test_{experts,route,graft_logits,grafted_route,combine,score}.py
 }
 
 try oldest "torch==2.11.0" "triton==3.6.0" "transformers==5.17.0" "setuptools>=77,<82"

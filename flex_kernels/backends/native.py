@@ -1,6 +1,7 @@
 """csrc behind the signatures of `pytorch`, and the one door to it: checks first, then pointers.
 
-csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here.
+csrc knows no torch, it gets raw addresses and sizes; anything that could make it read a wrong address is refused here,
+or, for `grafted_route`, in its bindings, which look at torch's tensors through DLPack's C functions.
 It is two modules. `flex_kernels._native` computes on the CPU: fp32 and bf16, accumulated in fp32; the experts' weights
 may have either dtype or be codes of any format of `weights.py`, which are dequantised where they are packed, and read
 in place where a product has few rows. Threads are torch's own: as many as `torch.get_num_threads()`, in torch's OpenMP
@@ -18,12 +19,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flex_kernels.backends.call import LayerCall
 from flex_kernels.described import Remembered
 from flex_kernels.weights import CODE_DTYPES, Experts, Stored
 
+# What results are made like: their dtype is then no matter of `torch.set_default_dtype`.
+_MADE_LIKE = [
+    torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.int32)
+]
 MAX_PAIRS = torch.iinfo(torch.int32).max
 DTYPES = (torch.float32, torch.bfloat16)
 FROZEN = (*DTYPES, *CODE_DTYPES)
@@ -41,8 +46,10 @@ def module() -> ModuleType | None:
     """The compiled module, or None if it could not be built."""
     try:
         # torch is imported first, so that the module shares its OpenMP runtime.
-        return importlib.import_module("flex_kernels._native")
-    except ImportError as error:
+        native = importlib.import_module("flex_kernels._native")
+        native.know_tensors(Tensor, nn.Parameter, *_MADE_LIKE)
+        return native
+    except (ImportError, AttributeError, RuntimeError) as error:
         warnings.warn(
             f"flex_kernels: the native module is not there ({error}); PyTorch computes instead, slower. "
             "`pip install -e .` with a C++ compiler at hand builds it.",
@@ -127,42 +134,37 @@ def grafted_route_fwd(
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pytorch.grafted_route_fwd`: one pass over the hidden states, no copies of them or of the weights."""
-    tensors = (hidden_states, router_weight, graft_logit_weight, graft_logit_bias)
-    like, dtype = _likeness(tensors), hidden_states.dtype
-    if like not in _ROUTES:
-        (num_tokens, hidden_size), num_experts = hidden_states.shape, router_weight.shape[0]
-        _check("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
-        _check("router_weight", router_weight, dtype, (num_experts, hidden_size))
-        if graft_logit_weight is not None:
-            _check("graft_logit_weight", graft_logit_weight, torch.float32, (hidden_size,))
-            _check("graft_logit_bias", graft_logit_bias, torch.float32, (1,))
-        _ROUTES.put(like, (num_tokens, hidden_size, num_experts))
-    num_tokens, hidden_size, num_experts = _ROUTES[like]
-    kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    weights = torch.empty(num_tokens, top_k)
-    indices = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    logits = torch.empty(0 if graft_logit_weight is None else num_tokens)
-    tokens_per_expert = torch.empty(num_experts, dtype=torch.int32)
-    router_logits = torch.empty(num_tokens if keep_logits else 0, num_experts, dtype=dtype)
-    module().grafted_route(
-        num_tokens,
-        hidden_size,
-        num_experts,
-        top_k,
-        _scalar(dtype),
-        renormalize,
-        *[_address(tensor) for tensor in kept],
-        weights.data_ptr(),
-        indices.data_ptr(),
-        logits.data_ptr(),
-        tokens_per_expert.data_ptr(),
-        router_logits.data_ptr() if keep_logits else 0,
-        torch.get_num_threads(),
-    )
-    return weights, indices, logits, tokens_per_expert, router_logits
+    gate = (graft_logit_weight, graft_logit_bias)
+    tensors = [None if x is None else x.contiguous() for x in (hidden_states, router_weight, *gate)]
+    threads = torch.get_num_threads()
+    results = module().grafted_route(*tensors, top_k, renormalize, keep_logits, False, threads)
+    if results is None:
+        _refuse_route(*tensors, top_k)
+    return results if keep_logits else (*results, hidden_states.new_empty(0, len(router_weight)))
 
 
-_ROUTES = Remembered()
+def plain_grafted_route(*arguments: Any) -> tuple[Tensor, ...] | None:
+    """`grafted_route_fwd`, whose arguments these are, of tensors as they come: without the logits unless they are kept;
+    None where they are not plain (`described.py`) or not as csrc reads them."""
+    return module().grafted_route(*arguments, True, torch.get_num_threads())
+
+
+def _refuse_route(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    top_k: int,
+) -> None:
+    """Says why csrc would not read them."""
+    (num_tokens, hidden_size), num_experts, dtype = hidden_states.shape, len(router_weight), hidden_states.dtype
+    _scalar(dtype)
+    _check("hidden_states", hidden_states, dtype, (num_tokens, hidden_size))
+    _check("router_weight", router_weight, dtype, (num_experts, hidden_size))
+    if graft_logit_weight is not None:
+        _check("graft_logit_weight", graft_logit_weight, torch.float32, (hidden_size,))
+        _check("graft_logit_bias", graft_logit_bias, torch.float32, (1,))
+    raise ValueError(f"top_k is {top_k}, expected 1 to {num_experts}, the number of experts")
 
 
 def experts_fwd(call: LayerCall, save_preactivations: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +223,7 @@ def score_experts(
     """`reference.score_experts`: [B, E, 3] fp32."""
     scoring, _kept = _scoring(hidden_states, target, gate_up_proj, down_proj, activation)
     offsets = batch_offsets.to("cpu", torch.int64).contiguous()
-    scores = torch.empty(len(offsets) - 1, gate_up_proj.shape[0], 3)
+    scores = torch.empty(len(offsets) - 1, gate_up_proj.shape[0], 3, dtype=torch.float32)
     module().score_experts(scoring, offsets.data_ptr(), len(offsets) - 1, scores.data_ptr(), torch.get_num_threads())
     return scores
 
@@ -231,7 +233,7 @@ def score_neurons(
 ) -> tuple[Tensor, Tensor]:
     """`reference.score_neurons`: energy [E, I] fp32 and correlation [E, I] fp32."""
     scoring, _kept = _scoring(hidden_states, target, gate_up_proj, down_proj, activation)
-    energy = torch.empty(down_proj.shape[0], down_proj.shape[2])
+    energy = torch.empty(down_proj.shape[0], down_proj.shape[2], dtype=torch.float32)
     correlation = torch.empty_like(energy)
     module().score_neurons(scoring, energy.data_ptr(), correlation.data_ptr(), torch.get_num_threads())
     return energy, correlation

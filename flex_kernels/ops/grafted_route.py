@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flex_kernels import plan
+from flex_kernels.backends import native
 from flex_kernels.described import Remembered, describe
 from flex_kernels.ops.checks import (
     autocast_off,
@@ -22,7 +24,7 @@ from flex_kernels.ops.checks import (
     compute_dtype,
     wide_dtype,
 )
-from flex_kernels.ops.operation import Choose, operation
+from flex_kernels.ops.operation import Choose, is_bare_call, operation
 
 _GATE = "Tensor? graft_logit_weight, Tensor? graft_logit_bias"
 
@@ -187,6 +189,9 @@ def grafted_route(
         ValueError: a shape or device that does not fit, `top_k` out of range, one of the gate's two missing.
         TypeError: not floating point, or a router weight of another dtype than the hidden states.
     """
+    found = _plain_route(hidden_states, router_weight, graft_logit_weight, graft_logit_bias, top_k, renormalize, False)
+    if found is not None:
+        return found
     return grafted_route_with_logits(
         hidden_states, router_weight, graft_logit_weight, graft_logit_bias, top_k, renormalize, False
     )[:4]
@@ -202,7 +207,10 @@ def grafted_route_with_logits(
     keep_logits: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`grafted_route`, then the router's rounded logits [T, E], without a gradient; [0, E] where nobody needs them."""
-    tensors, dtype = (hidden_states, router_weight, graft_logit_weight, graft_logit_bias), compute_dtype(hidden_states)
+    tensors = (hidden_states, router_weight, graft_logit_weight, graft_logit_bias)
+    if keep_logits and (found := _plain_route(*tensors, top_k, renormalize, True)) is not None:
+        return found
+    dtype = compute_dtype(hidden_states)
     description = describe(tensors, top_k, dtype)
     if description is None or description not in _CHECKED:
         _check(*tensors, top_k, dtype)
@@ -219,6 +227,27 @@ def grafted_route_with_logits(
 
 
 _CHECKED = Remembered()
+
+
+def _plain_route(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    graft_logit_weight: Tensor | None,
+    graft_logit_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...] | None:
+    """The results where csrc takes the tensors as they are and nothing else is to be done, else None.
+
+    For one token the rest, from the checks to the way through `Operation`, takes longer than the arithmetic. csrc looks
+    at the same things as `_check`, and says no where that would say why.
+    """
+    if torch.compiler.is_compiling() or not is_bare_call(
+        hidden_states, router_weight, graft_logit_weight, graft_logit_bias
+    ):
+        return None
+    if plan.cpu_backend("grafted_route", torch.float32) is not native:
+        return None
+    return native.plain_grafted_route(hidden_states, router_weight, graft_logit_weight, graft_logit_bias, *rest)
 
 
 def _check(

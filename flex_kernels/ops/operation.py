@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flex_kernels import plan
 from flex_kernels.described import are_plain
@@ -24,7 +25,12 @@ Choose = Callable[..., ModuleType]  # plan.cuda_backend or plan.cpu_backend
 Body = Callable[..., Any]
 _Key, _Keys = torch._C.DispatchKey, torch._C.DispatchKeySet
 # What the dispatcher looks at in every thread. A mode, a transform, a tracer each add a key of theirs.
-_USUAL_KEYS = (_Keys(_Key.BackendSelect) | _Keys(_Key.ADInplaceOrView)).raw_repr()
+_OTHER_KEYS = ~(_Keys(_Key.BackendSelect) | _Keys(_Key.ADInplaceOrView)).raw_repr()
+# By one name each: on the way of every call, and each dot takes its time.
+_included_keys = torch._C._dispatch_tls_local_include_set
+_function_mode_is_on = torch._C._is_torch_function_mode_enabled
+_profiler_is_on = torch._C._autograd._profiler_enabled
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 
 class Operation:
@@ -64,17 +70,26 @@ class Operation:
             return self._overload(*arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return self._body(_chooser(place), *arguments)
-        if self._differentiable is None or torch._C._dispatch_tls_is_dispatch_key_excluded(_Key.AutogradFunctionality):
+        if self._differentiable is None or _is_excluded(_Key.AutogradFunctionality):
             return self._overload(*arguments)  # which refuses to be differentiated, or stands in another operation
         return self._differentiable(*arguments)
 
 
 def _something_is_on() -> bool:
     """A mode, a transform, a tracer, or the profiler, which shows an operation by its name."""
+    return _included_keys().raw_repr() & _OTHER_KEYS or _function_mode_is_on() or _profiler_is_on()
+
+
+def is_bare_call(*tensors: Tensor | None) -> bool:
+    """On the CPU, with nothing on, no autocast and nothing that trains: a call may go straight to what computes it.
+
+    Not for code that is being compiled."""
     return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() & ~_USUAL_KEYS
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
+        tensors[0].is_cpu
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        and not _something_is_on()
+        and _is_excluded(_Key.AutocastCPU)
+        and forward_ad._current_level < 0
     )
 
 

@@ -9,7 +9,7 @@ from families import build, experts_classes, inputs_of, run
 from torch import Tensor, nn
 
 import flex_kernels
-from flex_kernels import fused_router, layer
+from flex_kernels import fused_router, layer, reference
 
 FAMILIES = experts_classes()
 
@@ -85,6 +85,31 @@ def test_a_router_returns_what_its_class_returns(family: str, dtype: torch.dtype
     assert torch.equal(ours[0], want[0])
     assert torch.equal(ours[2], want[2])
     torch.testing.assert_close(ours[1], want[1], rtol=1e-6 if want[1].dtype == torch.float32 else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FUSED)
+def test_the_choice_is_the_models(family: str, dtype: torch.dtype) -> None:
+    """Another set only where the model's own k-th logit and the next one tie, or are one rounding step apart and a sum
+    in another order was rounded to the other side. Both kinds are counted."""
+    model = model_of(family).to(dtype)
+    router, eps = routers_of(model)[0], torch.finfo(dtype).eps
+    states = torch.randn(4000, router.weight.shape[1]).to(dtype)
+    own_logits, _, own = router(states)
+    flex_kernels.attach_graft(model, width=4, fuse_router=True)
+    logits, _, ours = router(states)
+    assert torch.equal(ours, reference.route(logits, router.top_k, False)[1])  # a tie: the lower index
+    step, of_terms = eps * torch.maximum(logits.abs(), own_logits.abs()), 1e-5  # near zero their rounding is larger
+    assert ((logits - own_logits).abs() <= step + of_terms).all()
+    last, following = own_logits.sort(dim=1, descending=True).values[:, router.top_k - 1 : router.top_k + 1].unbind(1)
+    other = (ours.sort(dim=1).values != own.sort(dim=1).values).any(1)
+    tied, close = last == following, last - following <= eps * last.abs() + of_terms
+    rounded = int((other & ~tied).sum())
+    counts = f"{int(tied.sum())} of {len(states)} tie, {int((other & tied).sum())} of them and {rounded} others differ"
+    print(f"{family}, {dtype}: {counts}")
+    assert not (other & ~close).any(), counts
+    assert tied.any() == (dtype == torch.bfloat16), counts
+    assert rounded <= (len(states) // 100 if dtype == torch.bfloat16 else 0), counts
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "olmoe"])

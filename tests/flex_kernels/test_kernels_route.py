@@ -6,6 +6,7 @@ from cases import DEVICE
 
 from flex_kernels import plan, reference
 from flex_kernels.backends.triton import route
+from flex_kernels.backends.triton import routing_plan as triton_plan
 from flex_kernels.backends.triton.routing_plan import routing_plan
 
 pytestmark = pytest.mark.skipif(
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "highest_id"),
     [
-        pytest.param(33, 2, 4, 3, id="one-block"),
+        pytest.param(32, 2, 4, 3, id="one-block"),
+        pytest.param(33, 2, 4, 3, id="a-pair-more"),
+        pytest.param(20, 2, 60, 63, id="one-block-and-sentinels"),
+        pytest.param(3, 8, 128, 127, id="one-block-many-experts"),
         pytest.param(300, 2, 60, 59, id="several-blocks"),
         pytest.param(300, 2, 60, 63, id="sentinels"),
         pytest.param(40, 8, 128, 127, id="more-experts-than-a-rank-table-is-wide"),
@@ -33,6 +37,13 @@ def test_routing_plan(num_tokens: int, top_k: int, num_experts: int, highest_id:
     ):
         assert ours.dtype == wanted.dtype
         assert torch.equal(ours, wanted)
+
+
+def test_a_plan_of_few_pairs_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_plan, "_count_pairs_kernel", None)
+    routing_plan(torch.zeros(16, 4, dtype=torch.int64, device=DEVICE), 6)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        routing_plan(torch.zeros(300, 4, dtype=torch.int64, device=DEVICE), 6)
 
 
 def test_indices_stay_in_range_whatever_the_logits() -> None:

@@ -124,10 +124,12 @@ def test_a_mode_sees_the_registered_operation(mode: Callable, registered: list[s
     with mode() as entered:
         call = layer()
         flex_kernels.grafted_experts(**call)
-        flex_kernels.graft_logits(call["hidden_states"], torch.ones(H, device=DEVICE), torch.ones(1, device=DEVICE))
-    assert registered == ["grafted_experts", "graft_logits"]
+        gate = (torch.ones(H, device=DEVICE), torch.ones(1, device=DEVICE))
+        flex_kernels.graft_logits(call["hidden_states"], *gate)
+        flex_kernels.grafted_route(call["hidden_states"], torch.ones(E, H, device=DEVICE), *gate, K, True)
+    assert registered == ["grafted_experts", "graft_logits", "grafted_route"]
     if mode is torch.profiler.profile:
-        assert {"flex::grafted_experts", "flex::graft_logits"} <= {event.key for event in entered.key_averages()}
+        assert {f"flex::{name}" for name in registered} <= {event.key for event in entered.key_averages()}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -136,9 +138,11 @@ def test_a_mode_sees_the_registered_operation(mode: Callable, registered: list[s
 @pytest.mark.parametrize("trace", ["vmap", "make_fx", "pre_dispatch", "functionalize", "jit"])
 def test_a_transform_or_a_tracer_sees_it_too(trace: str, registered: list[str]) -> None:
     call = layer()
+    router = (torch.ones(E, H, device=DEVICE), torch.ones(H, device=DEVICE), torch.ones(1, device=DEVICE))
 
     def run(x: Tensor) -> Tensor:
-        return flex_kernels.grafted_experts(x, *list(call.values())[1:])
+        logits = flex_kernels.grafted_route(x, *router, K, True)[2]
+        return flex_kernels.grafted_experts(x, *list(call.values())[1:]) + logits[:, None]
 
     x = call["hidden_states"]
     run(x)
@@ -152,7 +156,7 @@ def test_a_transform_or_a_tracer_sees_it_too(trace: str, registered: list[str]) 
     else:
         made = make_fx(run, pre_dispatch=trace == "pre_dispatch")(x)
         assert any(node.target is torch.ops.flex.grafted_experts.default for node in made.graph.nodes)
-    assert registered[0] == "grafted_experts"
+    assert registered[:2] == ["grafted_route", "grafted_experts"]
 
 
 def targets(program: torch.export.ExportedProgram) -> set[object]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BY_NAME, DEVICE, DTYPES, Case, layer_inputs
-from compare import assert_double_rule, double, exact
+from compare import assert_double_rule, default_dtype, double, exact
 from memory import HAS_PEAK, peak_growth_bytes
 from torch import Tensor
 
@@ -77,6 +77,16 @@ def test_under_autocast_they_stay_exact(backend: str) -> None:
     want = flex_kernels.score_experts(*inputs, offsets_of(37))
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(flex_kernels.score_experts(*inputs, offsets_of(37)), want)
+
+
+def test_any_default_dtype(backend: str) -> None:
+    inputs = score_inputs(BY_NAME["plain"])
+    want = flex_kernels.score_experts(*inputs, offsets_of(37)), *flex_kernels.score_neurons(*inputs)
+    for dtype in (torch.bfloat16, torch.float64):
+        with default_dtype(dtype):
+            found = flex_kernels.score_experts(*inputs, offsets_of(37)), *flex_kernels.score_neurons(*inputs)
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_no_tokens(backend: str) -> None:

@@ -7,7 +7,7 @@ measured is the arithmetic and not what quantising lost.
 import pytest
 import torch
 from cases import BY_NAME, CASES, DEVICE, DTYPES, Case, layer_inputs
-from compare import assert_double_rule, double, exact
+from compare import assert_double_rule, default_dtype, double, exact
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -65,6 +65,19 @@ def test_what_a_format_means(format: str) -> None:
             torch.testing.assert_close((own_back - part).abs(), nearest, rtol=1e-5, atol=1e-6)
     again = FrozenWeight.quantize(found, format)
     torch.testing.assert_close(again.dequantize(), found, rtol=1e-6, atol=1e-7)  # a second time loses nothing
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_any_default_dtype(format: str) -> None:
+    """Models are loaded under `torch.set_default_dtype(torch.bfloat16)`."""
+    weight = torch.randn(3, 7, 150, device=DEVICE)
+    want = FrozenWeight.quantize(weight, format)
+    for dtype in (torch.bfloat16, torch.float64):
+        with default_dtype(dtype):
+            found = FrozenWeight.quantize(weight, format)
+            assert torch.equal(found.dequantize(), want.dequantize())
+        assert torch.equal(found.codes, want.codes)
+        assert torch.equal(found.scales, want.scales)
 
 
 def test_bits_of_a_weight() -> None:

@@ -42,6 +42,16 @@ def exact() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def double(inputs: list) -> list:
     return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
 

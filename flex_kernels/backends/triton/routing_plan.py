@@ -3,8 +3,9 @@
     sorted_pairs[position(p)] = p      position(p) = offset[e] + #{q < p : expert(q) = e}      for pair p of expert e
 
 Twin: `reference.routing_plan`. Two launches: counts per block of pairs, then every block adds the counts of the blocks
-before it and ranks its own pairs. Integers only and no atomics, so the order is the same on every run. Pairs of an id
-that is no expert here (`>= E`: expert parallelism) keep their order behind all others.
+before it and ranks its own pairs; where there is one block, as for few tokens, it counts for itself, and one launch is
+enough. Integers only and no atomics, so the order is the same on every run. Pairs of an id that is no expert here
+(`>= E`: expert parallelism) keep their order behind all others.
 """
 
 import torch
@@ -21,6 +22,21 @@ MIN_PAIRS_PER_PROGRAM = 64 if INTERPRET else 256
 MAX_BLOCKS = 256
 
 
+@triton.jit
+def _count_pairs(
+    expert_indices_ptr, first, num_pairs, pairs_per_program, num_experts,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_E]: pairs of each expert in the block that begins with pair `first`."""
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for start in range(0, pairs_per_program, BLOCK_P):
+        pairs = first + start + tl.arange(0, BLOCK_P)
+        ids = tl.load(expert_indices_ptr + pairs, mask=pairs < num_pairs, other=num_experts)
+        counts += tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    return tl.where(experts < num_experts, counts, 0)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "pairs_per_program"])
 def _count_pairs_kernel(
     expert_indices_ptr, counts_ptr, num_pairs, pairs_per_program, num_experts,
@@ -29,11 +45,7 @@ def _count_pairs_kernel(
     """counts[block, e]: pairs of expert `e` in this program's block of pairs."""
     first = tl.program_id(0).to(tl.int64) * pairs_per_program
     experts = tl.arange(0, BLOCK_E)
-    counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in range(0, pairs_per_program, BLOCK_P):
-        pairs = first + start + tl.arange(0, BLOCK_P)
-        ids = tl.load(expert_indices_ptr + pairs, mask=pairs < num_pairs, other=num_experts)
-        counts += tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    counts = _count_pairs(expert_indices_ptr, first, num_pairs, pairs_per_program, num_experts, BLOCK_P, BLOCK_E)
     tl.store(counts_ptr + tl.program_id(0) * num_experts + experts, counts, mask=experts < num_experts)
 
 
@@ -41,7 +53,7 @@ def _count_pairs_kernel(
 def _place_pairs_kernel(
     expert_indices_ptr, counts_ptr, sorted_pairs_ptr, tokens_per_expert_ptr, expert_offsets_ptr,
     num_pairs, pairs_per_program, num_blocks, num_experts,
-    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     first = program.to(tl.int64) * pairs_per_program
@@ -49,12 +61,15 @@ def _place_pairs_kernel(
     expert_mask = experts < num_experts
     total = tl.zeros((BLOCK_E,), dtype=tl.int32)
     before = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in range(0, num_blocks, BLOCK_B):
-        blocks = start + tl.arange(0, BLOCK_B)
-        mask = (blocks < num_blocks)[:, None] & expert_mask[None, :]
-        counts = tl.load(counts_ptr + blocks[:, None] * num_experts + experts[None, :], mask=mask, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((blocks < program)[:, None], counts, 0), axis=0)
+    if ONE_BLOCK:
+        total += _count_pairs(expert_indices_ptr, first, num_pairs, pairs_per_program, num_experts, BLOCK_P, BLOCK_E)
+    else:
+        for start in range(0, num_blocks, BLOCK_B):
+            blocks = start + tl.arange(0, BLOCK_B)
+            mask = (blocks < num_blocks)[:, None] & expert_mask[None, :]
+            counts = tl.load(counts_ptr + blocks[:, None] * num_experts + experts[None, :], mask=mask, other=0)
+            total += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((blocks < program)[:, None], counts, 0), axis=0)
     offsets = tl.cumsum(total, axis=0) - total
     num_placed = tl.sum(total, axis=0)
     if program == 0:
@@ -92,14 +107,15 @@ def routing_plan(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tens
     block_p = max(16, min(MIN_PAIRS_PER_PROGRAM, RANK_TABLE // block_e))
     pairs_per_program = max(MIN_PAIRS_PER_PROGRAM, next_power_of_2(cdiv(num_pairs, MAX_BLOCKS)))
     num_blocks = cdiv(num_pairs, pairs_per_program)
-    counts = new(num_blocks, num_experts, dtype=torch.int32)
+    counts = new(num_blocks if num_blocks > 1 else 0, num_experts, dtype=torch.int32)
     with torch.cuda.device_of(expert_indices):
-        _count_pairs_kernel[(num_blocks,)](
-            expert_indices, counts, num_pairs, pairs_per_program, num_experts, BLOCK_P=block_p, BLOCK_E=block_e
-        )
+        if num_blocks > 1:
+            _count_pairs_kernel[(num_blocks,)](
+                expert_indices, counts, num_pairs, pairs_per_program, num_experts, BLOCK_P=block_p, BLOCK_E=block_e
+            )
         _place_pairs_kernel[(num_blocks,)](
             expert_indices, counts, sorted_pairs, tokens_per_expert, expert_offsets,
             num_pairs, pairs_per_program, num_blocks, num_experts,
-            BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_B=max(1, RANK_TABLE // block_e),
+            BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_B=max(1, RANK_TABLE // block_e), ONE_BLOCK=num_blocks == 1,
         )  # fmt: skip
     return sorted_pairs, tokens_per_expert, expert_offsets
