@@ -37,7 +37,7 @@ struct Simd {
     const __m256i shifts = _mm256_set_epi32(4, 0, 4, 0, 4, 0, 4, 0);
     return (Word)_mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi32(15));
   }
-  // 16 values, and those at the indices 0 to 15.
+  // 16 values, and those at the indices: their lowest four bits.
   struct Table {
     __m256 low, high;
   };
