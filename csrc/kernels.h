@@ -54,6 +54,9 @@ inline Rows weight_rows(const void* data, const void* scales, int64_t row, int64
           scales ? static_cast<const char*>(scales) + row * scale_bytes : nullptr};
 }
 
+// The words of a row that pack_few made are at most its depth's, rounded up to a multiple of so many.
+constexpr int64_t kFewDepth = 128;
+
 // Memory that is wanted next: pieces of `bytes`, `stride` bytes apart. A product fetches it into the second cache on its way,
 // some lines at a time: while it computes, nothing else asks the memory.
 struct Fetch {
@@ -94,9 +97,9 @@ struct Kernels {
   void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
                    int64_t c_stride, bool accumulate, Fetch& fetch);
   // The same for at most `few_rows` rows and memory rows along the depth, by B's scalar type: B is read where it lies.
-  // `a` is what pack_few made of them, by A's type: whole panels of rows. Beside codes it is what pack_a_rows made.
+  // `a` is what pack_few made of them, by B's and A's type: whole panels of rows.
   int few_rows[kWeightScalars];
-  void (*pack_few[2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
+  void (*pack_few[kWeightScalars][2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
   void (*multiply_in_place[kWeightScalars])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
                                float* c, int64_t c_stride);
 

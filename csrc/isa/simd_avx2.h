@@ -46,6 +46,9 @@ struct Simd {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, at), _mm256_permutevar8x32_ps(table.high, at),
                             (__m256)_mm256_slli_epi32(at, 28));
   }
+  static FLEX_INLINE Float halves(float low, float high) {
+    return _mm256_blend_ps(broadcast(low), broadcast(high), 0xf0);
+  }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {
     return _mm256_max_ps(broadcast(low), x);

@@ -60,6 +60,9 @@ struct Simd {
   static FLEX_INLINE Float lookup(Table table, Word indices) {
     return _mm512_permutexvar_ps((__m512i)indices, table);
   }
+  static FLEX_INLINE Float halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xff00, broadcast(low), broadcast(high));
+  }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {
     return _mm512_max_ps(broadcast(low), x);

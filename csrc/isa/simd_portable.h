@@ -40,6 +40,7 @@ struct Simd {
     indices &= 15u;
     return Float{table.values[indices[0]], table.values[indices[1]], table.values[indices[2]], table.values[indices[3]]};
   }
+  static Float halves(float low, float high) { return Float{low, low, high, high}; }
   // A NaN in x stays a NaN.
   static Float at_least(Float x, float low) {
     for (int i = 0; i < 4; ++i) x[i] = x[i] < low ? low : x[i];
