@@ -54,6 +54,31 @@ inline Rows weight_rows(const void* data, const void* scales, int64_t row, int64
           scales ? static_cast<const char*>(scales) + row * scale_bytes : nullptr};
 }
 
+// The words of a row that pack_few made are at most its depth's, rounded up to a multiple of so many.
+constexpr int64_t kFewDepth = 128;
+
+// Memory that is wanted next: pieces of `bytes`, `stride` bytes apart. A product fetches it into the second cache on its way,
+// some lines at a time: while it computes, nothing else asks the memory.
+struct Fetch {
+  const char* piece = nullptr;
+  int64_t stride = 0, bytes = 0, pieces = 0;
+  int64_t twin = 0;   // not 0: as much again so many bytes further on
+  int64_t lines = 0;  // at a time (of a twin: as many again)
+  int64_t done = 0;   // bytes of the piece
+
+  FLEX_INLINE void some() {
+    for (int64_t line = 0; line < lines && pieces > 0; ++line) {
+      __builtin_prefetch(piece + done, 0, 2);
+      if (twin != 0) __builtin_prefetch(piece + twin + done, 0, 2);
+      done += kLineBytes;
+      if (done < bytes) continue;
+      done = 0;
+      piece += stride;
+      --pieces;
+    }
+  }
+};
+
 struct Kernels {
   const char* name;
   int panel_rows, panel_columns;
@@ -68,13 +93,13 @@ struct Kernels {
   void (*pack_b_rows[kWeightScalars])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
   void (*pack_b_depth[kWeightScalars])(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels);
   // C (+)= A B; columns is a multiple of panel_columns. C has room for whole panels of rows: what is beyond `rows` may be
-  // overwritten.
+  // overwritten. Some lines are fetched per chunk of a tile of panel_rows x panel_columns.
   void (*multiply)(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c,
-                   int64_t c_stride, bool accumulate);
+                   int64_t c_stride, bool accumulate, Fetch& fetch);
   // The same for at most `few_rows` rows and memory rows along the depth, by B's scalar type: B is read where it lies.
-  // `a` is what pack_few made of them, by A's type: whole panels of rows. Beside codes it is what pack_a_rows made.
+  // `a` is what pack_few made of them, by B's and A's type: whole panels of rows.
   int few_rows[kWeightScalars];
-  void (*pack_few[2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
+  void (*pack_few[kWeightScalars][2])(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels);
   void (*multiply_in_place[kWeightScalars])(int64_t rows, int64_t columns, int64_t depth, const float* a, Rows b, int64_t first,
                                float* c, int64_t c_stride);
 

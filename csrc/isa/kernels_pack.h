@@ -88,6 +88,26 @@ void pack_a_depth(Rows source, int64_t first, int64_t rows, int64_t begin, int64
   }
 }
 
+// kLanes rows, 32 bits of memory at a time: turned upright as they lie, then unpacked (widened, dequantised).
+template <class T>
+FLEX_INLINE void pack_upright(const Row<T> (&from)[kLanes], int64_t at, int64_t ahead, float* to) {
+  Float block[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const char* const source = from[i].address(at);
+    __builtin_prefetch(source + ahead, 0, 2);
+    std::memcpy(&block[i], source, sizeof(Float));
+  }
+  Simd::transpose(block);
+  constexpr int kPacked = Row<T>::kPacked;
+  Float scales = Row<T>::row_scales(from, at);
+  for (int i = 0; i < kLanes; ++i) {
+    if (std::is_same_v<T, Nf4> && i > 0 && i * kPacked % kNf4Group == 0) scales = Row<T>::row_scales(from, at + i * kPacked);
+#pragma GCC unroll 8
+    for (int k = 0; k < kPacked; ++k)
+      store(to + (i * kPacked + k) * kPanelColumns, Row<T>::unpacked((Word)block[i], k, scales));
+  }
+}
+
 template <bool kPairs, class T>
 void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int64_t depth, float* panels) {
   constexpr int64_t kStep = kPairs ? 2 : 1;
@@ -99,7 +119,11 @@ void pack_b_rows(Rows source, int64_t first, int64_t columns, int64_t begin, int
       from[i] = Row<T>::of(source, first + column + (i < count ? i : count - 1), begin);
     const int64_t ahead = Row<T>::bytes(kRowsAhead * source.stride);
     float* to = panels + column / kPanelColumns * kPanelColumns * words + column % kPanelColumns;
-    for (int64_t word = 0; word < words; word += kLanes) {
+    int64_t word = 0;
+    if constexpr (!kPairs)
+      for (constexpr int64_t kWhole = kLanes * Row<T>::kPacked; count == kLanes && word + kWhole <= words; word += kWhole)
+        pack_upright(from, word, ahead, to + word * kPanelColumns);
+    for (; word < words; word += kLanes) {
       const int64_t left = depth - word * kStep, last = words - word < kLanes ? words - word : kLanes;
       Float block[kLanes];
       if (count == kLanes && left >= kLanes * kStep) {

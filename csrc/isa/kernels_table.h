@@ -104,6 +104,8 @@ constexpr void add_codes(Kernels& table, Scalar scalar) {
   table.pack_b_depth[index] = pack_b_depth<kPairs, T>;
   table.few_rows[index] = kRowsInPlace;
   table.multiply_in_place[index] = multiply_few<kPairs, T>;
+  table.pack_few[index][1] = pack_a_rows<kPairs, Bfloat16>;
+  if constexpr (!kPairs) table.pack_few[index][0] = pack_a_rows<false, float>;
   table.add_squares[index] = add_squares<T>;
 }
 
@@ -119,7 +121,7 @@ constexpr Kernels kernel_table(const char* name) {
     table.pack_a_depth[0] = pack_a_depth<false, float>;
     table.pack_b_rows[0] = pack_b_rows<false, float>;
     table.pack_b_depth[0] = pack_b_depth<false, float>;
-    table.pack_few[0] = pack_few<false, float>;
+    table.pack_few[0][0] = table.pack_few[1][0] = pack_few<false, float>;
     table.multiply_in_place[0] = multiply_in_place<false, float>;
     table.row_products[0] = row_products<false, float>;
   }
@@ -128,7 +130,7 @@ constexpr Kernels kernel_table(const char* name) {
   table.pack_b_rows[1] = pack_b_rows<kPairs, Bfloat16>;
   table.pack_b_depth[1] = pack_b_depth<kPairs, Bfloat16>;
   table.few_rows[0] = table.few_rows[1] = kFewRows;
-  table.pack_few[1] = pack_few<kPairs, Bfloat16>;
+  table.pack_few[0][1] = table.pack_few[1][1] = pack_few<kPairs, Bfloat16>;
   table.multiply_in_place[1] = multiply_in_place<kPairs, Bfloat16>;
   table.multiply = multiply<kPairs>;
   table.row_products[1] = row_products<kPairs, Bfloat16>;
@@ -142,6 +144,11 @@ constexpr Kernels kernel_table(const char* name) {
   table.add_squares[0] = add_squares<float>, table.add_squares[1] = add_squares<Bfloat16>;
   add_codes<kPairs, Int8>(table, Scalar::kInt8);
   add_codes<kPairs, Nf4>(table, Scalar::kNf4);
+  if constexpr (!kPairs) {
+    constexpr int kIndex = static_cast<int>(Scalar::kNf4);
+    table.pack_few[kIndex][0] = pack_eighths<float>, table.pack_few[kIndex][1] = pack_eighths<Bfloat16>;
+    table.multiply_in_place[kIndex] = multiply_few_nf4;
+  }
   return table;
 }
 

@@ -64,7 +64,7 @@ FLEX_INLINE void tile(int64_t chunks, const float* a, int64_t a_panel, const flo
 // Rows past the last one, up to a whole panel, are multiplied and written too: whatever lies in A's panel.
 template <bool kPairs>
 void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c, int64_t c_stride,
-              bool accumulate) {
+              bool accumulate, Fetch&) {
   static_assert(kPairs, "bf16 alone");
   const TileConfig config;
   load_config(config);

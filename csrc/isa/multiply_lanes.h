@@ -24,16 +24,18 @@ FLEX_INLINE void tile_step(Float (&sums)[sizeof...(kRow)][kPanelVectors], const 
 
 // C tile of kRows x kPanelColumns. C is added last, so its load is off the critical path.
 template <bool kPairs, int kRows>
-void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate) {
+void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate, Fetch& fetch) {
   constexpr std::make_integer_sequence<int, kRows> kEveryRow{};
   Float sums[kRows][kPanelVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = zeros();
-  for (; words >= kChunkWords; words -= kChunkWords, a += kPanelRows * kChunkWords)
+  for (; words >= kChunkWords; words -= kChunkWords, a += kPanelRows * kChunkWords) {
+    fetch.some();
 #pragma GCC unroll 4
     for (int k = 0; k < kChunkWords; ++k, b += kPanelColumns) tile_step<kPairs>(sums, a + k, b, kEveryRow);
+  }
   for (int k = 0; k < words; ++k, b += kPanelColumns) tile_step<kPairs>(sums, a + k, b, kEveryRow);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -46,22 +48,22 @@ void tile(int64_t words, const float* a, const float* b, float* c, int64_t c_str
 
 template <bool kPairs, int... kRow>
 FLEX_INLINE void tile_of(int64_t rows, int64_t words, const float* a, const float* b, float* c, int64_t c_stride,
-                         bool accumulate, std::integer_sequence<int, kRow...>) {
-  using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+                         bool accumulate, Fetch& fetch, std::integer_sequence<int, kRow...>) {
+  using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool, Fetch&);
   static constexpr Tile kTiles[] = {tile<kPairs, kRow + 1>...};
-  kTiles[rows - 1](words, a, b, c, c_stride, accumulate);
+  kTiles[rows - 1](words, a, b, c, c_stride, accumulate, fetch);
 }
 
 // The B panel stays in the first cache while the A panels of the block pass by.
 template <bool kPairs>
 void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, const float* b, float* c, int64_t c_stride,
-              bool accumulate) {
+              bool accumulate, Fetch& fetch) {
   const int64_t a_panel = round_up(words, kChunkWords) * kPanelRows;
   for (int64_t column = 0; column < columns; column += kPanelColumns)
     for (int64_t row = 0; row < rows; row += kPanelRows) {
       const int64_t count = rows - row < kPanelRows ? rows - row : kPanelRows;
       tile_of<kPairs>(count, words, a + row / kPanelRows * a_panel, b + column * words, c + row * c_stride + column,
-                      c_stride, accumulate, std::make_integer_sequence<int, kPanelRows>());
+                      c_stride, accumulate, fetch, std::make_integer_sequence<int, kPanelRows>());
     }
 }
 

@@ -37,7 +37,7 @@ struct Simd {
     const __m256i shifts = _mm256_set_epi32(4, 0, 4, 0, 4, 0, 4, 0);
     return (Word)_mm256_and_si256(_mm256_srlv_epi32(twice, shifts), _mm256_set1_epi32(15));
   }
-  // 16 values, and those at the indices 0 to 15.
+  // 16 values, and those at the indices: their lowest four bits.
   struct Table {
     __m256 low, high;
   };
@@ -45,6 +45,9 @@ struct Simd {
     const __m256i at = (__m256i)indices;
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, at), _mm256_permutevar8x32_ps(table.high, at),
                             (__m256)_mm256_slli_epi32(at, 28));
+  }
+  static FLEX_INLINE Float halves(float low, float high) {
+    return _mm256_blend_ps(broadcast(low), broadcast(high), 0xf0);
   }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {

@@ -55,10 +55,13 @@ struct Simd {
     const __m512i shifts = _mm512_set_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
     return (Word)_mm512_and_si512(_mm512_srlv_epi32(twice, shifts), _mm512_set1_epi32(15));
   }
-  // 16 values, and those at the indices 0 to 15.
+  // 16 values, and those at the indices: their lowest four bits.
   typedef __m512 Table;
   static FLEX_INLINE Float lookup(Table table, Word indices) {
     return _mm512_permutexvar_ps((__m512i)indices, table);
+  }
+  static FLEX_INLINE Float halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xff00, broadcast(low), broadcast(high));
   }
   // A NaN in x stays a NaN: these instructions then return their second operand.
   static FLEX_INLINE Float at_least(Float x, float low) {

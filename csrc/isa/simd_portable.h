@@ -32,13 +32,15 @@ struct Simd {
   static Word nibbles(const uint8_t* bytes) {
     return Word{bytes[0] & 15u, uint32_t{bytes[0]} >> 4, bytes[1] & 15u, uint32_t{bytes[1]} >> 4};
   }
-  // 16 values, and those at the indices 0 to 15.
+  // 16 values, and those at the indices: their lowest four bits.
   struct Table {
     float values[16];
   };
   static Float lookup(const Table& table, Word indices) {
+    indices &= 15u;
     return Float{table.values[indices[0]], table.values[indices[1]], table.values[indices[2]], table.values[indices[3]]};
   }
+  static Float halves(float low, float high) { return Float{low, low, high, high}; }
   // A NaN in x stays a NaN.
   static Float at_least(Float x, float low) {
     for (int i = 0; i < 4; ++i) x[i] = x[i] < low ? low : x[i];

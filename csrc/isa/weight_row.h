@@ -31,6 +31,9 @@ FLEX_INLINE Float pairs_of(Float low, Float high) {
 }
 #endif
 
+using Signed = int32_t __attribute__((vector_size(sizeof(Float))));
+using Numbers = float __attribute__((vector_size(sizeof(Float))));
+
 // `at`: a multiple of kLanes elements (in words: of a whole vector of them) from where the row was taken.
 template <class T>
 struct Row {
@@ -42,6 +45,13 @@ struct Row {
   static constexpr int64_t bytes(int64_t elements) { return elements * sizeof(T); }
   FLEX_INLINE const char* address(int64_t at) const { return reinterpret_cast<const char*>(data + at); }
   FLEX_INLINE Float lanes(int64_t at, int64_t count) const { return load(data + at, count); }
+  // 32 bits of memory hold kPacked elements. Of such a piece of each of kLanes rows, element k.
+  static constexpr int kPacked = 4 / sizeof(T);
+  static FLEX_INLINE Float row_scales(const Row*, int64_t) { return zeros(); }
+  static FLEX_INLINE Float unpacked(Word pieces, int k, Float) {
+    if constexpr (kPacked == 1) return (Float)pieces;
+    return (Float)(k == 0 ? pieces << 16 : pieces & 0xffff0000u);
+  }
   template <bool kPairs>
   FLEX_INLINE Float words(int64_t at, int64_t elements) const {
     return load_words<kPairs>(data + at, elements);
@@ -58,6 +68,15 @@ struct Row<Int8> {
             static_cast<const float*>(source.scales)[row]};
   }
   static constexpr int64_t bytes(int64_t elements) { return elements; }
+  static constexpr int kPacked = 4;
+  static FLEX_INLINE Float row_scales(const Row* rows, int64_t) {
+    float scales[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) scales[i] = rows[i].scale;
+    return load(scales);
+  }
+  static FLEX_INLINE Float unpacked(Word pieces, int k, Float scales) {
+    return (Float)__builtin_convertvector((Signed)(pieces << (24 - 8 * k)) >> 24, Numbers) * scales;
+  }
   FLEX_INLINE const char* address(int64_t at) const { return reinterpret_cast<const char*>(codes + at); }
   FLEX_INLINE Float lanes(int64_t at, int64_t count) const {
     if (count == kLanes) return Simd::signed_bytes(codes + at) * scale;
@@ -111,6 +130,17 @@ struct Row<Nf4> {
             static_cast<const Bfloat16*>(source.scales) + row * source.stride / kNf4Group, begin};
   }
   static constexpr int64_t bytes(int64_t elements) { return elements / 2; }
+  static constexpr int kPacked = 8;
+  static FLEX_INLINE Float row_scales(const Row* rows, int64_t at) {
+    float scales[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) scales[i] = rows[i].scale(rows[i].begin + at);
+    return load(scales);
+  }
+  static FLEX_INLINE Float unpacked(Word pieces, int k, Float scales) {
+    Simd::Table table;
+    std::memcpy(&table, kNf4Values, sizeof(table));
+    return Simd::lookup(table, pieces >> (4 * k)) * scales;
+  }
   FLEX_INLINE const char* address(int64_t at) const { return reinterpret_cast<const char*>(codes + (begin + at) / 2); }
   FLEX_INLINE float scale(int64_t element) const {
     const uint32_t bits = uint32_t{scales[element / kNf4Group].bits} << 16;

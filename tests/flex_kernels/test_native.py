@@ -89,6 +89,10 @@ def quantized(inputs: list, format: str) -> list:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 def test_every_instruction_set_on_codes(case: Case, dtype: torch.dtype, format: str, isa: str) -> None:
+    compare_codes(case, dtype, format)
+
+
+def compare_codes(case: Case, dtype: torch.dtype, format: str) -> None:
     torch.set_num_threads(2)
     inputs = quantized(inputs_of(case, dtype), format)
     if format == "int8":
@@ -188,20 +192,36 @@ def test_any_number_of_threads_the_same_bits(case: Case, dtype: torch.dtype, isa
     assert_any_threads(case, dtype)
 
 
-@pytest.mark.skipif("amx" not in ISAS, reason="needs AMX")
-def test_amx_sums_a_row_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows read the weights where they lie, many pack them first: a token's bits are the same in any company."""
-    monkeypatch.setenv("FLEX_ISA", "amx")
-    case = Case("company", 420, 1, 1090, 150, 1, 140, "more rows than are read in place, a depth of three slices")
-    x, indices, weights, gate_up, down, *graft = inputs_of(case, BF16)
+COMPANY = Case("company", 420, 1, 1090, 600, 1, 300, "rows packed once, or slice by slice, of five")
+
+
+@pytest.mark.parametrize("format", ["dense", *QUANTIZED])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_token_has_the_same_bits_in_any_company(dtype: torch.dtype, format: str, isa: str) -> None:
+    """But for the fewest rows, which read the weights where they lie and sum in another order (AMX: in the same)."""
+    inputs = inputs_of(COMPANY, dtype)
+    x, indices, weights, gate_up, down, *graft = inputs if format == "dense" else quantized(inputs, format)
+    if format != "dense":
+        gate_up, down = gate_up.stored, down.stored
     results = []
-    for count in (420, 192, 65, 17, 1):
+    for count in (420, 192, 97, 65, 17, 5, *([1] if isa == "amx" and (dtype, format) == (BF16, "dense") else [])):
         sorted_pairs, _, offsets = native.routing_plan(indices[:count], 1)
         some = (x[:count], sorted_pairs, offsets, weights[:count], gate_up, down, *graft[:2], graft[2][:count])
         out, z, graft_z = native.experts_fwd(LayerCall(*some, combine="convex"), True)
         results.append([out[:1], z[:1], graft_z[:1]])
     for other in results[1:]:
         assert_same_bits(results[0], other)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_codes_of_many_slices(dtype: torch.dtype, format: str, isa: str) -> None:
+    compare_codes(COMPANY, dtype, format)
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (FP32, BF16)], ids=str)
+def test_weights_of_many_slices(dtypes: tuple[torch.dtype, torch.dtype], isa: str) -> None:
+    compare(COMPANY, *dtypes)
 
 
 def test_waves_on_any_number_of_threads() -> None:
