@@ -75,8 +75,9 @@ def free_roundings(result: Tensor) -> float:
 
 
 def assert_double_rule(
-    ours: list, plain: list, truth: list, dtype: torch.dtype, names: tuple[str, ...] = NAMES
+    ours: list, plain: list, truth: list, dtype: torch.dtype, names: tuple[str, ...] = NAMES, power: int = 1
 ) -> None:
+    """`power`: 2 where the results are products of two computed numbers, so that the roundings of both are in them."""
     for name, a, b, t in zip(names, ours, plain, truth, strict=False):
         assert (a is None) == (t is None), f"{name}: {a} against {t}"
         if a is None or a.numel() == 0:
@@ -85,6 +86,6 @@ def assert_double_rule(
         assert a.dtype == b.dtype, f"{name} is {a.dtype}, want {b.dtype}"
         norm = t.norm().clamp_min(1e-30)
         error, allowed = ((a.double() - t).norm() / norm), ((b.double() - t).norm() / norm)
-        limit = 2 * allowed + free_roundings(a) * torch.finfo(dtype).eps * (1 + 4 * t.numel() ** -0.5)
+        limit = 2 * allowed + power * free_roundings(a) * torch.finfo(dtype).eps * (1 + 4 * t.numel() ** -0.5)
         assert torch.isfinite(a).all(), f"{name} is not finite: memory that nobody wrote?"
         assert error <= limit, f"{name}: relative error {error:.3g}, plain PyTorch {allowed:.3g}, limit {limit:.3g}"
