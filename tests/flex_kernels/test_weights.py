@@ -148,7 +148,7 @@ def test_scores(case: Case, dtype: torch.dtype, format: str, backend: str) -> No
     ours += flex_kernels.score_neurons(x, target, *weights)
     for column in range(3):
         assert_double_rule(*([part[0][..., column]] for part in (ours, theirs, truth)), dtype, ("sums",), power=2)
-    assert_double_rule(ours[1:], theirs[1:], truth[1:], dtype, ("energy", "correlation"))
+    assert_double_rule(ours[1:], theirs[1:], truth[1:], dtype, ("energy", "correlation"), power=2)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
