@@ -13,6 +13,24 @@ struct Isa {
   const Kernels* bf16_pairs;  // for bf16 times bf16, where that has an instruction of its own
 };
 
+// Intel's processors with AMX take a product of pairs every other cycle, and two of fp32 each cycle: twice the operations.
+// Where AMX itself is not to be had (a virtual machine may hide it), bf16 is widened, but for the few rows that wait for
+// memory.
+const Kernels* pairs_for_few_rows() {
+  if (avx512_kernels() == nullptr || avx512_bf16_kernels() == nullptr) return nullptr;
+  static const Kernels mixed = [] {
+    constexpr int kIndex = static_cast<int>(Scalar::kBfloat16);
+    Kernels table = *avx512_kernels();
+    const Kernels& pairs = *avx512_bf16_kernels();
+    table.name = pairs.name;
+    table.pack_few[kIndex][kIndex] = pairs.pack_few[kIndex][kIndex];
+    table.multiply_in_place[kIndex] = pairs.multiply_in_place[kIndex];
+    table.row_products[kIndex] = pairs.row_products[kIndex];
+    return table;
+  }();
+  return &mixed;
+}
+
 std::vector<Isa> every_isa() {
   bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, slow_pairs = false;
 #if defined(__x86_64__)
@@ -21,18 +39,14 @@ std::vector<Isa> every_isa() {
   avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  // Intel's processors with AMX take a product of pairs every other cycle, and two of fp32 each cycle: twice the operations.
-  // Where AMX itself is not to be had (a virtual machine may hide it), bf16 is then widened.
   slow_pairs = avx512_bf16 && __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake");
 #endif
 #if defined(__x86_64__) && __GNUC__ >= 11
   amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted();
 #endif
-  const Isa pairs{"avx512_bf16", avx512_bf16, avx512_kernels(), avx512_bf16_kernels()};
-  const Isa words{"avx512", avx512, avx512_kernels(), nullptr};
   return {{"amx", amx, avx512_kernels(), amx_kernels()},
-          slow_pairs ? words : pairs,
-          slow_pairs ? pairs : words,
+          {"avx512_bf16", avx512_bf16, avx512_kernels(), slow_pairs ? pairs_for_few_rows() : avx512_bf16_kernels()},
+          {"avx512", avx512, avx512_kernels(), nullptr},
           {"avx2", avx2, avx2_kernels(), nullptr},
           {"portable", true, portable_kernels(), nullptr}};
 }

@@ -204,7 +204,7 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
     const int64_t next = begin + depth, panels = (task.rows + kernels.panel_rows - 1) / kernels.panel_rows;
     const int64_t turns = panels * (stride / kernels.panel_columns) * ((words + kChunkWords - 1) / kChunkWords);
     Fetch fetch;
-    if (next < product.depth) {
+    if (next < product.depth && product.b.along_depth) {
       fetch = slice_of(product.b, task.column, task.columns, next, std::min(slice, product.depth - next), turns);
       fetch.twin = product.twin * (product.b.along_depth ? fetch.stride : 0);
     }
