@@ -79,6 +79,9 @@ def test_the_log_of_a_run_can_be_made_again_from_its_messages(tmp_path, monkeypa
             if event["event"] == "done":
                 event.pop("seconds")
     assert any(event["event"] == "truncated" for event in written)
+    # What a round took beyond the turns is the server's own; of messages come the turns.
+    assert [event["round"] for event in written if event["event"] == "exchange"] == [1, 2]
+    written = [event for event in written if event["event"] != "exchange"]
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, written))
 
 
