@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.tables import table
 from flex.config import config_text, read_config
-from flex.deploy.processes import Child, free_port
+from flex.deploy.processes import Child, children, free_port
 from flex.store.events import Event, Exchanged, Trained, read_events
 
 SITES = ("farm", "clinic", "workshop")
@@ -117,14 +117,9 @@ class Peaks:
 
 
 def _below(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found = [int(word) for word in path.read_text().split()]
-        except OSError:
-            continue
-        for child in found:
-            yield child
-            yield from _below(child)
+    for child in children(pid):
+        yield child
+        yield from _below(child)
 
 
 def run(folder: Path, sites: tuple[str, ...]) -> tuple[list[Event], dict[str, int], float]:

@@ -7,7 +7,7 @@ module with a sigmoid gate.
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,24 @@ class GraftedByHand(nn.Module):
         graft_out = F.linear(F.silu(gate) * up, self.down_proj)
         opening = torch.sigmoid(hidden_states @ self.logit_weight + self.logit_bias)
         return self.experts(hidden_states, top_k_index, top_k_weights) + opening[:, None] * graft_out
+
+
+def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """What autograd keeps of a forward for its backward, `weights` not counted; storages: a view counts once."""
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(storage)  # alive, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
 
 
 def maker_of(name: str) -> Callable[[Tensor, Tensor], Experts] | None:
@@ -170,23 +188,10 @@ class Layers:
             )
 
     def saved_bytes(self, provider: str) -> int:
-        """What autograd keeps for the backward, weights not counted; storages, so that a view counts once."""
+        """As the function of this name, of this provider's layer."""
         module, (hidden_states, index, weights) = self.modules[provider], self._inputs(None)
-        weights = weights.detach().requires_grad_()
-        own = {weight.untyped_storage().data_ptr() for weight in (*module.parameters(), *self._weights)}
-        storages: dict[int, int] = {}
-        kept = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-                kept.append(storage)  # alive, so that no other takes its address
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(hidden_states.detach().requires_grad_(), index, weights)
-        return sum(storages.values())
+        leaves = hidden_states.detach().requires_grad_(), weights.detach().requires_grad_()
+        return saved_bytes(lambda: module(leaves[0], index, leaves[1]), (*module.parameters(), *self._weights))
 
     def _draw_inputs(self, num_tokens: int) -> None:
         shape = self.shape

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import results
-from benchmarks.layers import CHECKED_TOKENS, TOLERANCE
+from benchmarks.layers import CHECKED_TOKENS, TOLERANCE, saved_bytes
 from benchmarks.tables import table
 from benchmarks.turns import least_seconds
 from flex_kernels.ops.experts import grafted_experts
@@ -32,7 +32,7 @@ class Layer:
         torch.manual_seed(0)
         self.gate_up = torch.empty(experts + SHARED, 2 * width, hidden, dtype=dtype).normal_(std=hidden**-0.5)
         self.down = torch.empty(experts + SHARED, hidden, width, dtype=dtype).normal_(std=width**-0.5)
-        self.experts, self.width = experts, width
+        self.experts = experts
         shared_gate_up = self.gate_up[experts:].unflatten(1, (2, width)).transpose(0, 1).reshape(-1, hidden)
         self.shared_gate_up = shared_gate_up.contiguous()
         self.shared_down = self.down[experts:].transpose(0, 1).reshape(hidden, -1).contiguous()
@@ -79,17 +79,8 @@ class Layer:
             assert error < limit, f"joined differs from apart by {error:.3g}, limit {limit:.3g}"
 
     def saved_bytes(self, way: Callable[..., Tensor]) -> int:
-        own = {t.untyped_storage().data_ptr() for t in (self.gate_up, self.down, self.shared_gate_up, self.shared_down)}
-        storages: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
-                storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            way(*(leaf.clone().requires_grad_() for leaf in self.leaves))
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        leaves = [leaf.clone().requires_grad_() for leaf in self.leaves]
+        return saved_bytes(lambda: way(*leaves), (self.gate_up, self.down, self.shared_gate_up, self.shared_down))
 
 
 def rows(layer: Layer, tokens: Sequence[int], rounds: int) -> Iterator[list[str]]:

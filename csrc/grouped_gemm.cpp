@@ -124,16 +124,15 @@ void pack_b(const Kernels& kernels, const Operand& b, int64_t column, int64_t co
   pack[static_cast<int>(b.scalar)](b.rows, column, columns, begin, depth, panels);
 }
 
-// What pack_b reads of a slice of the depth, to be fetched in so many turns.
+// What pack_b reads of a slice of the depth, along which B's memory rows lie, to be fetched in so many turns.
 Fetch slice_of(const Operand& b, int64_t column, int64_t columns, int64_t begin, int64_t depth, int64_t turns) {
   const auto bytes = [&](int64_t elements) {
     return b.scalar == Scalar::kNf4 ? elements / 2 : b.scalar == Scalar::kInt8 ? elements : elements * scalar_bytes(b.scalar);
   };
   const int64_t stride = bytes(b.rows.stride);
-  const int64_t row = b.along_depth ? column : begin, first = b.along_depth ? begin : column;
-  Fetch fetch{static_cast<const char*>(b.rows.data) + row * stride + bytes(first), stride};
-  fetch.bytes = bytes(b.along_depth ? depth : columns);
-  fetch.pieces = b.along_depth ? columns : depth;
+  Fetch fetch{static_cast<const char*>(b.rows.data) + column * stride + bytes(begin), stride};
+  fetch.bytes = bytes(depth);
+  fetch.pieces = columns;
   const int64_t lines = fetch.pieces * ((fetch.bytes + kLineBytes - 1) / kLineBytes);
   fetch.lines = (lines + turns - 1) / turns;
   return fetch;
@@ -206,7 +205,7 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
     Fetch fetch;
     if (next < product.depth && product.b.along_depth) {
       fetch = slice_of(product.b, task.column, task.columns, next, std::min(slice, product.depth - next), turns);
-      fetch.twin = product.twin * (product.b.along_depth ? fetch.stride : 0);
+      fetch.twin = product.twin * fetch.stride;
     }
     for (int64_t row = 0; row < task.rows; row += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, task.rows - row);

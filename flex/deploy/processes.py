@@ -79,7 +79,12 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _is_dead(pid: str, name: str) -> bool:
+def children(pid: int) -> list[int]:
+    """The processes that this one has started, those among them that ended unnoticed; none where it is gone."""
+    return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in _read(path).split()]
+
+
+def _is_dead(pid: int, name: str) -> bool:
     """Whether a process has ended, unnoticed by who started it."""
     before, _, after = _read(Path(f"/proc/{pid}/stat")).rpartition(")")
     return before.endswith(f"({name[:NAME]}") and after.split()[0] == "Z"
@@ -163,8 +168,7 @@ class Flower(Child):
     def _has_lost_it(self) -> bool:
         if self._superexec is not None:
             return self._superexec.ended is not None
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return any(_is_dead(pid, SUPEREXEC) for path in tasks for pid in _read(path).split())
+        return any(_is_dead(pid, SUPEREXEC) for pid in children(self.process.pid))
 
     def end(self) -> None:
         super().end()
