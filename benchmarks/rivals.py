@@ -81,10 +81,11 @@ def measure(setting: str, config: RunConfig, console: Console) -> None:
     if kept.exists() and not tuned.exists():
         tuned.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(kept, tuned)
-    rates = tune(first, console).train.rates
+    tuned_run = tune(first, console)
     if setting == "demo":
         shutil.copy(tuned, kept)
-    folder = run(config.with_values(train={"rates": rates}), console)
+    chosen = {"train": {"rates": tuned_run.train.rates}, "strategy": {"etas": tuned_run.strategy.etas}}
+    folder = run(config.with_values(**chosen), console)
     report_on(folder)
     write_csv(folder / "numbers.csv", flat_rows(summarise(read_events(folder)), setting))
 

@@ -219,6 +219,10 @@ class TrainSettings:
     learning_rate: float = setting(4e-5, above=0)
     rates: dict[str, float] = field(default_factory=dict)  # factors on the rates, by method; `--tune` finds them
     tune_factors: tuple[float, ...] = setting((0.3, 1.0, 3.0), distinct=True, empty="the factors that --tune tries")
+    # The server's steps that --tune tries with each of them, of strategies that have one
+    tune_etas: tuple[float, ...] = setting(
+        (1e-3, 1e-2, 1e-1), distinct=True, empty="the server's steps that --tune tries"
+    )
     graft_learning_rate: float = setting(4e-5, above=0)
     final_learning_rate: float = setting(1e-6, least=0)  # the same share of it for the graft
     schedule: str = setting("cosine", choices=("cosine", "constant"))
@@ -246,8 +250,9 @@ class TrainSettings:
         for method, factor in self.rates.items():
             require(method in METHODS, f"train.rates names {method!r}; expected some of {', '.join(METHODS)}")
             require(0 < factor < math.inf, f"train.rates.{method} is {factor}; expected a number above 0")
-        low = [factor for factor in self.tune_factors if not 0 < factor < math.inf]
-        require(not low, f"train.tune_factors names {low}; expected numbers above 0")
+        for name in ("tune_factors", "tune_etas"):
+            low = [number for number in getattr(self, name) if not 0 < number < math.inf]
+            require(not low, f"train.{name} names {low}; expected numbers above 0")
         alone = [method for method in self.methods if METHODS[method].last_phases]
         require(
             not alone or self.finetune_rounds <= self.rounds,
@@ -262,6 +267,7 @@ class StrategySettings:
     A setting that is left out (None) is the strategy's own default. A method whose row in `methods.py` names a strategy
     is aggregated by that one instead of `name`. The others hold for every strategy:
 
+    etas: the server's step of single methods, in place of `eta`; `--tune` finds them.
     aggregate: the middle of the clients' values that a strategy goes by (`federation/robust.py`).
     trim: share of the values that "trimmed-mean" takes off at each end.
     max_update_norm: a longer update w_k - w is scaled down to it.
@@ -273,6 +279,7 @@ class StrategySettings:
     tau: float | None = setting(None, above=0)
     beta_1: float | None = setting(None, least=0, below=1)
     beta_2: float | None = setting(None, least=0, below=1)
+    etas: dict[str, float] = field(default_factory=dict)
     proximal_mu: float | None = setting(None, least=0)
     ranks: tuple[int, ...] | None = setting(None, empty="the rank of every client, or of the first ones in turn")
     aggregate: str = setting("mean", choices=AGGREGATES)
@@ -282,6 +289,14 @@ class StrategySettings:
 
     def __post_init__(self) -> None:
         check("strategy", self)
+        for method, eta in self.etas.items():
+            require(method in METHODS, f"strategy.etas names {method!r}; expected some of {', '.join(METHODS)}")
+            require(0 < eta < math.inf, f"strategy.etas.{method} is {eta}; expected a number above 0")
+            require(
+                self.has_eta(method),
+                f"strategy.etas names {method!r}, which {self.of(method)[0]} averages without a step of the server; "
+                f"expected methods of {', '.join(name for name, keys in STRATEGIES.items() if 'eta' in keys)}",
+            )
         wrong = [rank for rank in self.ranks or () if rank < 1]
         require(not wrong, f"strategy.ranks names {wrong}; expected 1 or more")
         require(
@@ -298,7 +313,12 @@ class StrategySettings:
     def of(self, method: str) -> tuple[str, dict[str, Any]]:
         """(name, settings that are given and that it takes) of the strategy that averages for `method`."""
         name = METHODS[method].strategy or self.name
-        return name, self.given(name)
+        own = {"eta": self.etas[method]} if method in self.etas else {}
+        return name, {**self.given(name), **own}
+
+    def has_eta(self, method: str) -> bool:
+        """Whether the server takes a step of a size of its own for `method`."""
+        return METHODS[method].averages and "eta" in STRATEGIES[METHODS[method].strategy or self.name]
 
     def mu(self, method: str) -> float:
         """FedProx's mu of a client's steps for `method`; 0 where another strategy averages."""

@@ -29,7 +29,7 @@ NOT_COMPARED = {
     *PATHS,
     *TASK_FILES,
     *("output", "workers", "data.columns", "anchor.text", "train.methods", "train.seeds", "train.track"),
-    *("train.rates", "train.tune_factors"),  # a job's files say its own factor
+    *("train.rates", "train.tune_factors", "train.tune_etas", "strategy.etas"),  # a job's files say its own
     *("train.skip_failed", "train.timeout"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }

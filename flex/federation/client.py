@@ -167,8 +167,8 @@ class TurnReport:
 @dataclass(frozen=True)
 class Held:
     """What holds the local steps of a phase back: `mu / 2 ||p - anchor||²` for each tensor that has an anchor (FedProx:
-    the shared ones; Ditto: the client's copy of them), and SCAFFOLD's `c - c_k`, added to a shared tensor's gradient;
-    both by the tensor's name."""
+    the shared ones; Ditto: the client's copy of them), and SCAFFOLD's `lr (c - c_k)`, taken off a shared tensor after
+    each step; both by the tensor's name."""
 
     mu: float = 0.0
     anchors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -249,10 +249,14 @@ class Site:
         optimizer = self.optimizer(round_index)
         load_moments(optimizer, model.parts.personal, own.moments)
         mu = self.config.strategy.mu(model.method_name)
+        step = rate(train.learning_rate, self.config, round_index, model.method_name)
         held = Held(
             mu,
             {name: p.detach().clone() for name, p in model.parts.shared.items()} if mu else {},
-            {name: torch.from_numpy(c) - own.control.get(name, 0) for name, c in control.items()},
+            {
+                name: (step * (torch.from_numpy(c) - own.control.get(name, 0))).to(model.base.device)
+                for name, c in control.items()
+            },
         )
         first_alone = first_round_alone(model.method, train)
         alone = first_alone is not None and round_index >= first_alone
@@ -279,7 +283,6 @@ class Site:
             update = cut_to(update, shared)
         if control and update:
             c_own = {name: tensor.numpy() for name, tensor in own.control.items()}
-            step = rate(train.learning_rate, self.config, round_index, model.method_name)
             c_own, change = control_update(shared, update, control, c_own, train.steps, step)
             own.control = {name: torch.from_numpy(c) for name, c in c_own.items()}
             update |= change
@@ -465,12 +468,11 @@ class Site:
             counts = [int((part.labels[:, 1:] != IGNORED).sum()) for part in parts]
             optimizer.zero_grad(set_to_none=True)
             told.losses.append(self._gradients(round_index, parts, counts, anchors, trained, held, told))
-            for name, correction in held.drift.items():  # SCAFFOLD: c - c_k
-                held_back, correction = model.parts.shared[name], correction.to(base.device)
-                # None where the batch was too short for what the parameter does (attention over compressed blocks).
-                held_back.grad = correction if held_back.grad is None else held_back.grad + correction
             nn.utils.clip_grad_norm_(list(trained.values()), self.config.train.max_grad_norm)
             optimizer.step()
+            with torch.no_grad():
+                for name, drift in held.drift.items():
+                    model.parts.shared[name] -= drift
             told.tokens += sum(len(example.input_ids) for example in examples)
             self.listen.step()
         optimizer.zero_grad(set_to_none=True)

@@ -3,11 +3,12 @@
 The server keeps c, client k keeps c_k in its personal file; both have the shapes of the shared state and start at zero.
 A round of K steps with learning rate lr, from the shared state w to w_k:
 
-    every step   the gradient g of a shared tensor becomes  g + c - c_k
+    every step   w <- w - lr (u + c - c_k),  u: the optimizer's direction
     at the end   c_k <- (w - w_k) / (K lr) - (c - c_k),  and the change of c_k is sent beside w_k
 
-The scaling by 1 / (K lr) is derived for plain SGD. With an adaptive optimizer such as AdamW it is a heuristic: the
-paper's base takes lr (c - c_k) off the weights after each AdamW step, instead of adding it to the gradient.
+For plain SGD u is the gradient and this is the published algorithm. With AdamW, c_k is the mean direction that the
+client's AdamW took, of the size of 1 whatever the size of the gradients. It must not be added to them, then: it would
+drown them, and AdamW would follow the control variates alone (seen: the demo's model swings between two states).
 """
 
 import numpy as np

@@ -216,13 +216,17 @@ def _compared(run: Run) -> list[Measure]:
     return [m for m in run.measures if m not in forgetting[1:]]
 
 
-def _rates(run: Run) -> list[tuple[str, dict[str, float], float | None]]:
-    """(label, learning rates, the factor that was chosen for it) of every method whose log says its rates."""
+def _rates(run: Run) -> list[tuple[str, dict[str, float], float | None, float | None]]:
+    """(label, learning rates, the factor and the server's step that were chosen) of every method whose log says its
+    rates."""
     try:
-        chosen = tomllib.loads(run.config_text).get("train", {}).get("rates", {})
+        settings = tomllib.loads(run.config_text)
+        rates, etas = settings.get("train", {}).get("rates", {}), settings.get("strategy", {}).get("etas", {})
     except (tomllib.TOMLDecodeError, AttributeError):
-        chosen = {}
-    return [(r.label, r.learning_rates, chosen.get(r.method)) for r in run.summary if r.learning_rates]
+        rates, etas = {}, {}
+    return [
+        (r.label, r.learning_rates, rates.get(r.method), etas.get(r.method)) for r in run.summary if r.learning_rates
+    ]
 
 
 def _bars(run: Run, measure: Measure) -> Panel:

@@ -81,6 +81,8 @@ class Job:
         self.header = {"method": method, "seed": seed, "strategy": config.strategy.of(method)[0]}
         if method in config.train.rates:
             self.header["rate"] = config.train.rates[method]
+        if method in config.strategy.etas:
+            self.header["eta"] = config.strategy.etas[method]
         self.best = Best()
         self.unscored: tuple[str, ...] = ()  # whose scores of the last round did not come before the run was stopped
         self.keeps_best, self.patience = config.train.keep == "best", config.train.patience
