@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--output", help="folder of the run (default: the configuration's `output`)")
     train.add_argument("--methods", nargs="+", help="which methods to compare, e.g. --methods fedavg flex")
     train.add_argument("--seeds", nargs="+", help="which seeds, e.g. --seeds 0,1,2")
-    train.add_argument("--tune", action="store_true", help="choose a learning rate for each method first")
+    train.add_argument("--tune", action="store_true", help="choose each method's rates (and the server's step) first")
     train.add_argument("--num-seeds", type=int, metavar="N", help="seeds 0 to N - 1, instead of --seeds")
     train.add_argument("--rounds", nargs=1, help="how many rounds")
     train.add_argument("--strategy", help="how the server aggregates (strategy.name)")

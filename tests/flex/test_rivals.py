@@ -138,6 +138,43 @@ def test_a_part_of_the_lora_is_averaged_and_the_rest_stays(worlds, tmp_path, met
     compare(came, w, own, hand.v0)
 
 
+def test_scaffold_takes_the_drift_off_after_every_step(worlds, tmp_path):
+    came = trained(worlds, tmp_path, "scaffold")
+    hand = ByHand(worlds, "scaffold")
+    w, zero = hand.w0, {name: torch.zeros_like(value) for name, value in hand.w0.items()}
+    c, c_k = zero, dict.fromkeys("ab", zero)
+    for _ in range(3):
+        turns, new = {}, {}
+        for client in "ab":
+            values = w
+            for _ in range(2):
+                values = hand.step(client, values, w)
+                values = {name: values[name] - RATE * (c[name] - c_k[client][name]) for name in w}
+            turns[client] = values
+            new[client] = {n: (w[n] - values[n]) / (2 * RATE) - (c[n] - c_k[client][n]) for n in w}
+        c = {n: c[n] + sum(new[client][n] - c_k[client][n] for client in "ab") / 2 for n in w}
+        w, c_k = averaged(turns, w), new
+    assert_close({name: came[0][name] for name in w}, w)
+    assert any(difference.abs().max() > 1e-3 for difference in (c_k["a"][n] - c_k["b"][n] for n in w))
+
+
+def test_control_variates_do_not_pass_through_the_optimizer(worlds, tmp_path, monkeypatch):
+    """Beside AdamW they are of the size of its steps, not of the gradients, which they would drown."""
+    adamw = lambda site, _round: torch.optim.AdamW(site.model.parts.trained().values(), RATE)  # noqa: E731
+    monkeypatch.setattr(Site, "optimizer", adamw)
+    config = worlds.config.with_values(train={"steps": 1})
+    world = worlds.of(0)
+    model = JobModel(world.base, world.encoder, config, "scaffold", 0)
+    shared = model.shared_arrays()
+    control = {name: np.full_like(array, 0.25) for name, array in shared.items()}
+    updates = []
+    for name, sent in (("plain", shared), ("corrected", {**shared, **{f"c/{n}": c for n, c in control.items()}})):
+        site = Site(model, world.clients[0], [], tmp_path / name)
+        updates.append(site.train(1, sent).update)
+    for name in shared:
+        np.testing.assert_allclose(updates[1][name], updates[0][name] - RATE * control[name], rtol=1e-5, atol=1e-6)
+
+
 def test_fedrep_trains_what_is_private_first_and_what_is_shared_after_it(worlds, tmp_path):
     came = trained(worlds, tmp_path, "fedrep")
     hand = ByHand(worlds, "fedrep")

@@ -46,6 +46,25 @@ def test_each_method_gets_the_rate_of_the_lowest_validation_loss(tmp_path):
         run(other, QUIET)
 
 
+def test_the_servers_step_is_tried_where_the_strategy_has_one(tmp_path):
+    config = configured(tmp_path, methods=("fedavg", "fedadam"), tune_factors=(1.0, 3.0), tune_etas=(1e-3, 1e-2))
+    tuned = tune(config, QUIET)
+    losses = json.loads((tmp_path / "run" / "tuned.json").read_text())
+    assert losses["fedavg"].keys() == {"1", "3"}
+    assert losses["fedadam"].keys() == {"1-eta0.001", "1-eta0.01", "3-eta0.001", "3-eta0.01"}
+    assert len(set(losses["fedadam"].values())) == 4
+    rate, _, eta = min(losses["fedadam"], key=losses["fedadam"].__getitem__).partition("-eta")
+    assert (tuned.train.rates["fedadam"], tuned.strategy.etas) == (float(rate), {"fedadam": float(eta)})
+    assert tuned.strategy.of("fedadam") == ("fedadam", {"eta": float(eta)})
+    assert tuned.strategy.of("fedavg") == ("fedavg", {})
+    text = report_on(run(tuned, QUIET)) or (tmp_path / "run" / "report.html").read_text()
+    assert f"times the configured rate, a server's step of {float(eta):.3g}, by the validation loss" in text
+    assert read_config(tmp_path / "run" / "config.toml").strategy.etas == tuned.strategy.etas
+    other = {"fedadam": 0.5}
+    with pytest.raises(FlexError, match=rf"belongs to eta {eta}; this run has eta 0\.5|holds a run"):
+        run(tuned.with_values(strategy={"etas": other}, train={"rounds": 3}), QUIET)
+
+
 def test_no_test_record_is_read(tmp_path):
     config = configured(tmp_path).data
     config = RunConfig(data=config).with_values(data={"scored": "validation"}).data
@@ -75,5 +94,11 @@ def test_what_cannot_be_is_refused(tmp_path):
         RunConfig().with_values(train={"rates": {"fedavg": -1.0}})
     with pytest.raises(FlexError, match=r"train.tune_factors names \[0.0\]"):
         RunConfig().with_values(train={"tune_factors": (0.0, 1.0)})
+    with pytest.raises(FlexError, match=r"train.tune_etas names \[inf\]"):
+        RunConfig().with_values(train={"tune_etas": (0.1, float("inf"))})
+    with pytest.raises(FlexError, match=r"strategy\.etas names 'fedavg', which fedavg averages without a step of the"):
+        RunConfig().with_values(strategy={"etas": {"fedavg": 0.1}})
+    with pytest.raises(FlexError, match=r"strategy\.etas\.fedadam is 0; expected a number above 0"):
+        RunConfig().with_values(strategy={"etas": {"fedadam": 0}})
     with pytest.raises(FlexError, match=r"data\.validation_fraction is 0"):
         RunConfig().with_values(data={"scored": "validation"})
