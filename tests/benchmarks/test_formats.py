@@ -14,6 +14,8 @@ def test_every_way_is_checked_and_measured(dtype: torch.dtype, capsys: pytest.Ca
     assert capsys.readouterr().out.count("to fp64") == len(ways.layers.modules)
     for what in formats.PASSES:
         assert set(ways.measure(what, 12, 0.0)) == set(ways.names(what)) >= {"flex dense", "flex int8", "flex nf4"}
+    for other in formats.OTHERS:
+        assert (other in ways.layers.modules) != any(said.startswith(f"{other}: ") for said in ways.missing)
     assert ways.bits("flex nf4") == 4.25
     assert ways.bits("flex int8") < 8.6
 
