@@ -3,9 +3,11 @@
     python -m benchmarks.rivals --out runs/rivals                               # the demo, six seeds
     python -m benchmarks.rivals --out runs/rivals --base BASE --dolly DATA/dolly   # four clients of Dolly, three seeds
     python -m benchmarks.rivals --out runs/rivals --page docs/rivals.md         # the page, from what is there
+    python -m benchmarks.rivals --out runs/rivals --privacy docs/privacy.md     # what the demo's updates alone know
 
-Called again it goes on where it was stopped. Rates are chosen by the loss on validation parts of the training records
-(`runs/tune.py`), on a seed that no run has; differences are judged by the paired test of `flex/evaluation/paired.py`.
+Called again it goes on where it was stopped. Rates are chosen on validation parts of the training records
+(`runs/tune.py`), by the measure that is compared, on a seed that no run has; differences are judged by the paired test
+of `flex/evaluation/paired.py`.
 The page has a part for each setting, made from its run: table, picture and what its numbers say, whoever wins. A
 setting that is not there keeps the part it has. `benchmarks/results/rivals-*.json` has every client's scores.
 """
@@ -31,11 +33,12 @@ from flex.report.flat import flat_rows, write_csv
 from flex.report.numbers import Measure, Row, format_bytes
 from flex.runs.run import run
 from flex.runs.tune import TUNED, tune
-from flex.store.events import AFTER
+from flex.store.events import AFTER, BASE_ALONE, UPDATE_ALONE
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SEEDS = {"demo": (31, 32, 33, 34, 35, 36), "dolly": (0, 1, 2)}  # that served no choice before
+SEEDS = {"demo": (32, 33, 34, 35, 36, 37), "dolly": (0, 1, 2)}  # that served no choice before
 TUNED_ON = {"demo": 30, "dolly": 9}
+TUNED_BY = {"demo": "exact_match", "dolly": "loss"}  # as the first of the measures
 # What is shown of a setting; methods are compared by the first.
 MEASURES = {
     "demo": (
@@ -72,9 +75,10 @@ def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, se
 def measure(setting: str, config: RunConfig, console: Console) -> None:
     """Tunes on a seed of its own, then runs every method and seed.
 
-    The demo's losses of every rate are kept in `benchmarks/results`, and what is there is not tried again; Dolly's hang
-    on the base that is given.
+    The demo's scores with every rate are kept in `benchmarks/results`, and what is there is not tried again; Dolly's
+    hang on the base that is given.
     """
+    config = config.with_values(train={"tune_by": TUNED_BY[setting]})
     first = config.with_values(train={"seeds": (TUNED_ON[setting],)})
     first = dataclasses.replace(first, output=f"{config.output}-tuning")
     tuned, kept = Path(first.output) / TUNED, RESULTS / f"rivals-{setting}-{TUNED}"
@@ -170,6 +174,20 @@ def write_page(path: Path, out: Path) -> None:
             write_between(path, f"<!-- made by benchmarks.rivals, {name}: begin -->", END, lines)
 
 
+def given_away(folder: Path) -> list[str]:
+    """The table of what each method's last update, alone with the base, answers of its own client's prompts."""
+    asked = [measure for measure in MEASURES["demo"] if measure.group in (OWN_CONVENTIONS, SHARED_SKILL)]
+    head = ["", *(f"{m.group}: {who}" for m in asked for who in ("update alone", "the client itself")), "seeds"]
+    rows = [row for row in summarise(read_events(folder)) if row.scores[UPDATE_ALONE]]
+    lines = [("the base as it came", (rows[0].scores[BASE_ALONE], {}), rows[0].seeds)]
+    lines += [(row.label, (row.scores[UPDATE_ALONE], row.before), row.seeds) for row in rows]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for label, found, seeds in lines:
+        cells = [m.format(of[m].mean, of[m].spread) if m in of else "–" for m in asked for of in found]
+        table.append(f"| {' | '.join([label, *cells, str(len(seeds))])} |")
+    return [*table, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
@@ -177,9 +195,14 @@ def main() -> None:
     parser.add_argument("--dolly", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--privacy", type=Path)
     given = parser.parse_args()
     if given.page is not None:
         write_page(given.page, given.out)
+    if given.privacy is not None:
+        begin = "<!-- made by benchmarks.rivals, update alone: begin -->"
+        write_between(given.privacy, begin, END, given_away(given.out / "demo" / "run"))
+    if given.page is not None or given.privacy is not None:
         return
     setting = "dolly" if given.dolly is not None else "demo"
     seeds = tuple(given.seeds or SEEDS[setting])

@@ -223,6 +223,8 @@ class TrainSettings:
     tune_etas: tuple[float, ...] = setting(
         (1e-3, 1e-2, 1e-1), distinct=True, empty="the server's steps that --tune tries"
     )
+    # By which score on the validation parts --tune chooses: the one that methods will be compared by
+    tune_by: str = setting("loss", choices=("loss", "exact_match"))
     graft_learning_rate: float = setting(4e-5, above=0)
     final_learning_rate: float = setting(1e-6, least=0)  # the same share of it for the graft
     schedule: str = setting("cosine", choices=("cosine", "constant"))

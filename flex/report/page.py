@@ -216,17 +216,22 @@ def _compared(run: Run) -> list[Measure]:
     return [m for m in run.measures if m not in forgetting[1:]]
 
 
-def _rates(run: Run) -> list[tuple[str, dict[str, float], float | None, float | None]]:
-    """(label, learning rates, the factor and the server's step that were chosen) of every method whose log says its
-    rates."""
+def _rates(run: Run) -> list[tuple[str, dict[str, float], str]]:
+    """(label, learning rates, how they were chosen) of every method whose log says its rates."""
     try:
         settings = tomllib.loads(run.config_text)
-        rates, etas = settings.get("train", {}).get("rates", {}), settings.get("strategy", {}).get("etas", {})
+        train, etas = settings.get("train", {}), settings.get("strategy", {}).get("etas", {})
+        rates, by = train.get("rates", {}), str(train.get("tune_by", "loss")).replace("_", " ")
     except (tomllib.TOMLDecodeError, AttributeError):
-        rates, etas = {}, {}
-    return [
-        (r.label, r.learning_rates, rates.get(r.method), etas.get(r.method)) for r in run.summary if r.learning_rates
-    ]
+        rates, etas, by = {}, {}, ""
+    found = []
+    for row in run.summary:
+        chosen = [f"{rates[row.method]:.3g} times the configured rate"] if row.method in rates else []
+        chosen += [f"a step of {etas[row.method]:.3g} on the server"] if row.method in etas else []
+        if row.learning_rates:
+            said = f"{', '.join(chosen)}, by the validation {by}" if chosen else "as configured"
+            found.append((row.label, row.learning_rates, said))
+    return found
 
 
 def _bars(run: Run, measure: Measure) -> Panel:

@@ -67,7 +67,8 @@ def test_rates_that_are_kept_are_not_tried_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(rivals, "RESULTS", tmp_path / "results")
     kept = tmp_path / "results" / "rivals-demo-tuned.json"
     kept.parent.mkdir()
-    kept.write_text(json.dumps({method: {"0.3": 2.0, "1": 3.0} for method in METHODS}))
+    better, worse = {"loss": 3.0, "exact_match": 0.5}, {"loss": 2.0, "exact_match": 0.4}
+    kept.write_text(json.dumps({method: {"0.3": better, "1": worse} for method in METHODS}))
     ran: list[dict[str, float]] = []
 
     def stop(config, _console):

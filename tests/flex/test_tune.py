@@ -30,7 +30,7 @@ def test_each_method_gets_the_rate_of_the_lowest_validation_loss(tmp_path):
     assert losses.keys() == {"fedavg", "local"}
     for method, found in losses.items():
         assert found.keys() == {"0.01", "3", "0.0001"}
-        assert tuned.train.rates[method] == float(min(found, key=found.__getitem__)) == 3.0
+        assert tuned.train.rates[method] == float(min(found, key=lambda name: found[name]["loss"])) == 3.0
     text = report_on(run(tuned, QUIET)) or (tmp_path / "run" / "report.html").read_text()
     assert "3 times the configured rate, by the validation loss" in text
     started = [
@@ -52,17 +52,36 @@ def test_the_servers_step_is_tried_where_the_strategy_has_one(tmp_path):
     losses = json.loads((tmp_path / "run" / "tuned.json").read_text())
     assert losses["fedavg"].keys() == {"1", "3"}
     assert losses["fedadam"].keys() == {"1-eta0.001", "1-eta0.01", "3-eta0.001", "3-eta0.01"}
-    assert len(set(losses["fedadam"].values())) == 4
-    rate, _, eta = min(losses["fedadam"], key=losses["fedadam"].__getitem__).partition("-eta")
+    assert len({score["loss"] for score in losses["fedadam"].values()}) == 4
+    rate, _, eta = min(losses["fedadam"], key=lambda name: losses["fedadam"][name]["loss"]).partition("-eta")
     assert (tuned.train.rates["fedadam"], tuned.strategy.etas) == (float(rate), {"fedadam": float(eta)})
     assert tuned.strategy.of("fedadam") == ("fedadam", {"eta": float(eta)})
     assert tuned.strategy.of("fedavg") == ("fedavg", {})
     text = report_on(run(tuned, QUIET)) or (tmp_path / "run" / "report.html").read_text()
-    assert f"times the configured rate, a server's step of {float(eta):.3g}, by the validation loss" in text
+    assert f"times the configured rate, a step of {float(eta):.3g} on the server, by the validation loss" in text
     assert read_config(tmp_path / "run" / "config.toml").strategy.etas == tuned.strategy.etas
     other = {"fedadam": 0.5}
     with pytest.raises(FlexError, match=rf"belongs to eta {eta}; this run has eta 0\.5|holds a run"):
         run(tuned.with_values(strategy={"etas": other}, train={"rounds": 3}), QUIET)
+
+
+def test_the_score_that_chooses_is_the_one_that_was_asked_for(tmp_path):
+    config = configured(tmp_path, methods=("fedavg", "local"))
+    worse_loss = {"0.3": {"loss": 1.0, "exact_match": 0.25}, "1": {"loss": 2.0, "exact_match": 0.5}}
+    alike = {"1": {"loss": 2.0, "exact_match": 0.5}, "3": {"loss": 1.5, "exact_match": 0.5}}
+    kept = tmp_path / "run" / "tuned.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps({"fedavg": worse_loss, "local": alike}))
+    assert tune(config, QUIET).train.rates == {"fedavg": 0.3, "local": 3.0}
+    by_match = config.with_values(train={"tune_by": "exact_match"})
+    assert tune(by_match, QUIET).train.rates == {"fedavg": 1.0, "local": 3.0}
+    kept.write_text(json.dumps({"fedavg": {"0.3": 1.0, "1": 2.0}, "local": alike}))  # as an earlier version kept it
+    again = tune(by_match.with_values(train={"tune_factors": (1.0,), "rounds": 1}), QUIET)
+    assert again.train.rates == {"fedavg": 1.0, "local": 3.0}
+    assert json.loads(kept.read_text())["fedavg"]["1"].keys() == {"loss", "exact_match"}
+    kept.write_text("[1]")
+    with pytest.raises(FlexError, match=r"tuned\.json cannot be read"):
+        tune(config, QUIET)
 
 
 def test_no_test_record_is_read(tmp_path):
