@@ -27,7 +27,7 @@ from flex.commands.train import report_on
 from flex.config import RunConfig, read_config
 from flex.demo.data import OWN_CONVENTIONS, SHARED_SKILL, UNTOUCHED, demo_config, write_demo_data
 from flex.methods import MAIN, METHODS
-from flex.report import findings, read_events, summarise
+from flex.report import read_events, summarise
 from flex.report.findings import Difference, differences, format_p
 from flex.report.flat import flat_rows, write_csv
 from flex.report.numbers import Measure, Row, format_bytes
@@ -49,6 +49,12 @@ MEASURES = {
         Measure("test", "", "rouge_l"),
     ),
     "dolly": (Measure("test", "", "loss"), Measure("test", "", "rouge_l")),
+}
+VERDICTS = {
+    "better": "ahead of",
+    "worse": "behind",
+    "unsettled": "not told apart from",
+    "open": "too few seeds to judge beside",
 }
 END = "<!-- end -->"
 
@@ -113,7 +119,18 @@ def section(setting: str, folder: Path, picture: Path) -> list[str]:
         cells.append(format_bytes(row.bytes_per_round["up"]) if row.bytes_per_round else "")
         lines.append(f"| {' | '.join(cells)} |")
     drawn = f"![FLEx minus each rival](pictures/{picture.name})"
-    return [*lines, "", drawn, "", *(f"- {sentence}" for sentence in findings(summary)), ""]
+    return [*lines, "", drawn, "", *(settled(main, others, measure) for measure in shown), ""]
+
+
+def settled(main: Row, others: list[Row], measure: Measure) -> str:
+    """Whom FLEx is ahead of, level with and behind by one measure, with the differences, as the test says."""
+    found = differences(main, others, measure)
+    labels, said = {row.method: row.label for row in others}, []
+    for verdict, words in VERDICTS.items():
+        named = [f"{labels[method]} ({diff})" for method, diff in found.items() if diff.verdict == verdict]
+        said += [f"{words} {', '.join(named)}"] if named else []
+    stat = main.after[measure]
+    return f"- **{measure.title}**: FLEx {measure.format(stat.mean, stat.spread)}; {'; '.join(said)}."
 
 
 def place(row: Row, measure: Measure) -> float:

@@ -45,8 +45,42 @@ def test_the_page_has_a_line_for_each_method_the_best_first(tmp_path: Path, page
     assert "old demo" not in text
     assert "| Ditto | 30.0 ± 0.0 | +32.5 ± 1.9 [+30.0, +35.0] | 0.031 | 6 of 6 |  |  |" in text
     assert text.index("| FLEx |") < text.index("| Ditto |")
-    assert "- FLEx reaches 62.5" in text
+    assert "- **test EM %**: FLEx 62.5 ± 1.9; ahead of Ditto (+32.5 ± 1.9)." in text
     assert (tmp_path / "pictures" / "rivals-demo.svg").read_text().count("Ditto") == 1
+
+
+def test_the_page_names_who_is_level_and_who_is_ahead(tmp_path: Path, page: Path) -> None:
+    events = scored("flex", [0.5 + 0.01 * i for i in range(8)]) + scored("ditto", [0.9] * 8)
+    events += scored("fedavg", [0.5 + 0.01 * i + 0.02 * (-1) ** i for i in range(8)])
+    write_run(tmp_path / "out" / "demo" / "run", events)
+    rivals.write_page(page, tmp_path / "out")
+    assert "; behind Ditto (−36.5 ± 2.4); not told apart from FedAvg (+0.0 ± 2.1)." in page.read_text()
+
+
+def test_the_page_on_privacy_sets_the_update_beside_the_client(tmp_path: Path) -> None:
+    def at(when: str, method: str, values: dict[str, float]) -> list[dict]:
+        events = scored(method, [0.5, 0.5])
+        return [
+            {**event, "when": when, "groups": {g: {"exact_match": v, "num_examples": 9} for g, v in values.items()}}
+            for event in events
+        ]
+
+    own, skill = rivals.OWN_CONVENTIONS, rivals.SHARED_SKILL
+    events = at("base_alone", "flex", {own: 0.05, skill: 0.0}) + at("update_alone", "flex", {own: 0.06, skill: 0.4})
+    events += at("before_aggregation", "flex", {own: 0.5, skill: 0.9}) + scored("local", [0.5, 0.5])
+    write_run(tmp_path / "out" / "demo" / "run", events)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- made by benchmarks.rivals, update alone: begin -->\nold\n<!-- end -->\nz\n")
+    lines = rivals.given_away(tmp_path / "out" / "demo" / "run")
+    assert (
+        lines[0]
+        == "|  | "
+        + " | ".join(f"{group}: {who}" for group in (own, skill) for who in ("update alone", "the client itself"))
+        + " | seeds |"
+    )
+    assert lines[2] == "| the base as it came | 5.0 ± 0.0 | – | 0.0 ± 0.0 | – | 2 |"
+    assert lines[3] == "| FLEx | 6.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 90.0 ± 0.0 | 2 |"
+    assert len(lines) == 5  # who sends nothing has no line
 
 
 def test_every_clients_scores_are_kept(tmp_path: Path, page: Path) -> None:
