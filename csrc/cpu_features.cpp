@@ -31,6 +31,21 @@ const Kernels* pairs_for_few_rows() {
   return &mixed;
 }
 
+// Where pairs are fast they are so for bf16. Eight-bit codes beside few rows are widened to fp32 all the same: a word of
+// memory is four codes either way, and to make pairs of them takes longer than the products that it saves.
+const Kernels* pairs_but_for_few_codes() {
+  if (avx512_kernels() == nullptr || avx512_bf16_kernels() == nullptr) return nullptr;
+  static const Kernels mixed = [] {
+    constexpr int kIndex = static_cast<int>(Scalar::kInt8), kStates = static_cast<int>(Scalar::kBfloat16);
+    Kernels table = *avx512_bf16_kernels();
+    const Kernels& widened = *avx512_kernels();
+    table.pack_few[kIndex][kStates] = widened.pack_few[kIndex][kStates];
+    table.multiply_in_place[kIndex] = widened.multiply_in_place[kIndex];
+    return table;
+  }();
+  return &mixed;
+}
+
 std::vector<Isa> every_isa() {
   bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, slow_pairs = false;
 #if defined(__x86_64__)
@@ -45,7 +60,7 @@ std::vector<Isa> every_isa() {
   amx = avx512_bf16 && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") && amx_permitted();
 #endif
   return {{"amx", amx, avx512_kernels(), amx_kernels()},
-          {"avx512_bf16", avx512_bf16, avx512_kernels(), slow_pairs ? pairs_for_few_rows() : avx512_bf16_kernels()},
+          {"avx512_bf16", avx512_bf16, avx512_kernels(), slow_pairs ? pairs_for_few_rows() : pairs_but_for_few_codes()},
           {"avx512", avx512, avx512_kernels(), nullptr},
           {"avx2", avx2, avx2_kernels(), nullptr},
           {"portable", true, portable_kernels(), nullptr}};

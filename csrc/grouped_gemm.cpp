@@ -57,7 +57,7 @@ Scratch scratch_for(const Kernels& kernels, const std::vector<Product>& products
     const int64_t all_words = depth_words(kernels, product), words = std::min(round_up(all_words, kChunkWords), kSliceWords);
     const int64_t columns = padded(kernels, product, std::min(product.columns, kMostColumns / (product.twin ? 2 : 1)));
     const int64_t few_rows = round_up(std::min(product.rows, most_rows_in_place(kernels, product)), kernels.panel_rows);
-    const int64_t few = few_rows * round_up(all_words, kFewDepth);
+    const int64_t few = few_rows * round_up(product.depth, kFewDepth);  // a word an element, where codes are widened
     const int64_t block_rows = std::min(product.rows, all_words <= kSliceWords ? kBlockRows : kSpanRows);
     const int64_t rows = std::max(round_up(block_rows, kernels.panel_rows), few_rows);
     const int64_t whole = round_up(std::min(product.rows, rows_of_whole_depth(kernels, product)), kernels.panel_rows);
