@@ -320,7 +320,7 @@ class StrategySettings:
 
     def has_eta(self, method: str) -> bool:
         """Whether the server takes a step of a size of its own for `method`."""
-        return METHODS[method].averages and "eta" in STRATEGIES[METHODS[method].strategy or self.name]
+        return METHODS[method].averages and "eta" in STRATEGIES[self.of(method)[0]]
 
     def mu(self, method: str) -> float:
         """FedProx's mu of a client's steps for `method`; 0 where another strategy averages."""

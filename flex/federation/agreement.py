@@ -29,13 +29,8 @@ NOT_COMPARED = {
     *PATHS,
     *TASK_FILES,
     *("output", "workers", "data.columns", "anchor.text", "train.methods", "train.seeds", "train.track"),
-    *(
-        "train.rates",
-        "train.tune_factors",
-        "train.tune_etas",
-        "train.tune_by",
-        "strategy.etas",
-    ),  # a job's files say its own
+    *("train.rates", "strategy.etas"),  # a job's files say its own
+    *("train.tune_factors", "train.tune_etas", "train.tune_by"),
     *("train.skip_failed", "train.timeout"),
     *("train.gradient_checkpointing", "evaluate.batch_size"),
 }

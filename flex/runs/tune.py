@@ -56,24 +56,27 @@ def tune(config: RunConfig, console: Console) -> RunConfig:
     folder = Path(config.output)
     scores = _read(folder / TUNED)
     methods = [method for method in config.train.methods if METHODS[method].trains]
-    for etas in (None,), config.train.tune_etas:
-        missing = tuple(m for m in methods if m not in scores and config.strategy.has_eta(m) == (etas != (None,)))
+    for has_eta in (False, True):
+        missing = tuple(m for m in methods if m not in scores and config.strategy.has_eta(m) == has_eta)
+        if not missing:
+            continue
         found: dict[str, dict[str, Scores]] = {method: {} for method in missing}
-        for tried in (Try(factor, eta) for factor in config.train.tune_factors for eta in etas) if missing else ():
+        etas = config.train.tune_etas if has_eta else (None,)
+        for tried in (Try(factor, eta) for factor in config.train.tune_factors for eta in etas):
             for method, score in _scores(config, missing, tried, console).items():
                 found[method][tried.name] = score
-        if missing:
-            scores |= found
-            _write(folder / TUNED, scores)
+        scores |= found
+        _write(folder / TUNED, scores)
     by = config.train.tune_by
     best = {method: _best(method, scores[method], by) for method in methods}
     for method, chosen in best.items():
         told = ", ".join(f"x{name} {score[by]:.4f}" for name, score in scores[method].items())
         what = by.replace("_", " ")
         console.print(f"tuned {method}: rates x{chosen.name} (validation {what} {told})", highlight=False)
-    rates, etas = {m: t.factor for m, t in best.items()}, {m: t.eta for m, t in best.items() if t.eta is not None}
+    rates = {method: chosen.factor for method, chosen in best.items()}
+    steps = {method: chosen.eta for method, chosen in best.items() if chosen.eta is not None}
     return config.with_values(
-        train={"rates": {**config.train.rates, **rates}}, strategy={"etas": {**config.strategy.etas, **etas}}
+        train={"rates": {**config.train.rates, **rates}}, strategy={"etas": {**config.strategy.etas, **steps}}
     )
 
 

@@ -69,8 +69,6 @@ def test_the_page_on_privacy_sets_the_update_beside_the_client(tmp_path: Path) -
     events = at("base_alone", "flex", {own: 0.05, skill: 0.0}) + at("update_alone", "flex", {own: 0.06, skill: 0.4})
     events += at("before_aggregation", "flex", {own: 0.5, skill: 0.9}) + scored("local", [0.5, 0.5])
     write_run(tmp_path / "out" / "demo" / "run", events)
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- made by benchmarks.rivals, update alone: begin -->\nold\n<!-- end -->\nz\n")
     lines = rivals.given_away(tmp_path / "out" / "demo" / "run")
     assert (
         lines[0]
