@@ -74,7 +74,7 @@ def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, se
         raise SystemExit("dolly needs --base (a pretrained MoE) and --dolly (a folder)")
     for seed in (*seeds, TUNED_ON[setting]):
         dolly_clients(folder / f"data-{seed}", dolly, 0, seed)
-    own = [*dolly_settings(base, folder / "data-{seed}", folder / "run"), "evaluate.max_new_tokens=32"]
+    own = [*dolly_settings(base, folder / "data-{seed}", folder / "run"), "evaluate.max_new_tokens=32", "workers=2"]
     return read_config(None, [*own, *common])
 
 

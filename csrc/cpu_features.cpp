@@ -16,6 +16,8 @@ struct Isa {
 // Intel's processors with AMX take a product of pairs every other cycle, and two of fp32 each cycle: twice the operations.
 // Where AMX itself is not to be had (a virtual machine may hide it), bf16 is widened, but for the few rows that wait for
 // memory.
+constexpr int kFewSlowPairs = 4;
+
 const Kernels* pairs_for_few_rows() {
   if (avx512_kernels() == nullptr || avx512_bf16_kernels() == nullptr) return nullptr;
   static const Kernels mixed = [] {
@@ -25,6 +27,7 @@ const Kernels* pairs_for_few_rows() {
     table.name = pairs.name;
     table.pack_few[kIndex][kIndex] = pairs.pack_few[kIndex][kIndex];
     table.multiply_in_place[kIndex] = pairs.multiply_in_place[kIndex];
+    table.few_rows[kIndex] = kFewSlowPairs;
     table.row_products[kIndex] = pairs.row_products[kIndex];
     return table;
   }();

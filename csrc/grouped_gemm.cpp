@@ -31,6 +31,8 @@ int64_t padded(const Kernels& kernels, const Product& product, int64_t columns) 
 // Few rows do not pay for packing B, as long as all of their depth stays in a second cache (one panel: anyhow).
 constexpr int64_t kFewWords = (int64_t{1} << 20) / 4;
 constexpr int64_t kMostWholeRows = 2 * kBlockRows;
+// In place, every sum is a vector that is turned upright at last: along a shorter depth that takes longer than the products.
+constexpr int64_t kShortWords = 8 * kChunkWords, kMostShortRows = 4;
 
 int64_t depth_words(const Kernels& kernels, const Product& product) {
   return (product.depth + kernels.word_elements - 1) / kernels.word_elements;
@@ -40,7 +42,8 @@ int64_t most_rows_in_place(const Kernels& kernels, const Product& product) {
   if (!product.a.along_depth || !product.b.along_depth || product.depth == 0) return 0;
   const int64_t panel_words = kernels.panel_rows * round_up(depth_words(kernels, product), kChunkWords);
   const int64_t fitting = std::max<int64_t>(kFewWords / panel_words, 1) * kernels.panel_rows;
-  return std::min<int64_t>(fitting, kernels.few_rows[static_cast<int>(product.b.scalar)]);
+  const int64_t most = std::min<int64_t>(fitting, kernels.few_rows[static_cast<int>(product.b.scalar)]);
+  return depth_words(kernels, product) < kShortWords ? std::min(most, kMostShortRows) : most;
 }
 
 // So many rows are packed once for all of a long depth, since they then stay in a second cache. B is read panel by panel, each
@@ -124,15 +127,15 @@ void pack_b(const Kernels& kernels, const Operand& b, int64_t column, int64_t co
   pack[static_cast<int>(b.scalar)](b.rows, column, columns, begin, depth, panels);
 }
 
-// What pack_b reads of a slice of the depth, along which B's memory rows lie, to be fetched in so many turns.
+// What pack_b reads of a slice of the depth, to be fetched in so many turns.
 Fetch slice_of(const Operand& b, int64_t column, int64_t columns, int64_t begin, int64_t depth, int64_t turns) {
   const auto bytes = [&](int64_t elements) {
     return b.scalar == Scalar::kNf4 ? elements / 2 : b.scalar == Scalar::kInt8 ? elements : elements * scalar_bytes(b.scalar);
   };
-  const int64_t stride = bytes(b.rows.stride);
-  Fetch fetch{static_cast<const char*>(b.rows.data) + column * stride + bytes(begin), stride};
-  fetch.bytes = bytes(depth);
-  fetch.pieces = columns;
+  const int64_t stride = bytes(b.rows.stride), first = b.along_depth ? column : begin;
+  Fetch fetch{static_cast<const char*>(b.rows.data) + first * stride + bytes(b.along_depth ? begin : column), stride};
+  fetch.bytes = bytes(b.along_depth ? depth : columns);
+  fetch.pieces = b.along_depth ? columns : depth;
   const int64_t lines = fetch.pieces * ((fetch.bytes + kLineBytes - 1) / kLineBytes);
   fetch.lines = (lines + turns - 1) / turns;
   return fetch;
@@ -203,7 +206,7 @@ void run(const Kernels& kernels, const Product& product, const Task& task, const
     const int64_t next = begin + depth, panels = (task.rows + kernels.panel_rows - 1) / kernels.panel_rows;
     const int64_t turns = panels * (stride / kernels.panel_columns) * ((words + kChunkWords - 1) / kChunkWords);
     Fetch fetch;
-    if (next < product.depth && product.b.along_depth) {
+    if (next < product.depth) {
       fetch = slice_of(product.b, task.column, task.columns, next, std::min(slice, product.depth - next), turns);
       fetch.twin = product.twin * fetch.stride;
     }

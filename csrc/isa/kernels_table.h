@@ -102,7 +102,7 @@ constexpr void add_codes(Kernels& table, Scalar scalar) {
   const int index = static_cast<int>(scalar);
   table.pack_b_rows[index] = pack_b_rows<kPairs, T>;
   table.pack_b_depth[index] = pack_b_depth<kPairs, T>;
-  table.few_rows[index] = kRowsInPlace;
+  table.few_rows[index] = kRowsInPlace<T>;
   table.multiply_in_place[index] = multiply_few<kPairs, T>;
   table.pack_few[index][1] = pack_a_rows<kPairs, Bfloat16>;
   if constexpr (!kPairs) table.pack_few[index][0] = pack_a_rows<false, float>;
@@ -129,7 +129,7 @@ constexpr Kernels kernel_table(const char* name) {
   table.pack_a_depth[1] = pack_a_depth<kPairs, Bfloat16>;
   table.pack_b_rows[1] = pack_b_rows<kPairs, Bfloat16>;
   table.pack_b_depth[1] = pack_b_depth<kPairs, Bfloat16>;
-  table.few_rows[0] = table.few_rows[1] = kFewRows;
+  table.few_rows[0] = kFewRows<float>, table.few_rows[1] = kFewRows<Bfloat16>;
   table.pack_few[0][1] = table.pack_few[1][1] = pack_few<kPairs, Bfloat16>;
   table.multiply_in_place[1] = multiply_in_place<kPairs, Bfloat16>;
   table.multiply = multiply<kPairs>;
@@ -148,6 +148,7 @@ constexpr Kernels kernel_table(const char* name) {
     constexpr int kIndex = static_cast<int>(Scalar::kNf4);
     table.pack_few[kIndex][0] = pack_eighths<float>, table.pack_few[kIndex][1] = pack_eighths<Bfloat16>;
     table.multiply_in_place[kIndex] = multiply_few_nf4;
+    table.few_rows[kIndex] = kMostNf4Rows;
   }
   return table;
 }

@@ -93,7 +93,9 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
 // Few rows and B's memory rows along the depth: the tile turns over, C^T = B^T A^T. 16 memory rows are a tile register as
 // they lie; A's rows are packed as 16 columns: a panel is [depth / 16 words][16 words][16 rows]. Weights are then read
 // from memory in one direction, which pays as long as all the rows stay in the second cache.
-constexpr int kFewRows = 192, kRowsAtOnce = 4 * kPanelRows;
+template <class T>
+constexpr int kFewRows = 192;
+constexpr int kRowsAtOnce = 4 * kPanelRows;
 constexpr int64_t kTileWords = kChunkWords * kPanelRows;
 
 template <bool kPairs, class T>

@@ -67,7 +67,8 @@ void multiply(int64_t rows, int64_t columns, int64_t words, const float* a, cons
     }
 }
 
-constexpr int kFewRows = kRowsInPlace;
+template <class T>
+constexpr int kFewRows = kRowsInPlace<T>;
 
 template <bool kPairs, class T>
 void pack_few(Rows source, int64_t rows, int64_t begin, int64_t depth, float* panels) {
