@@ -75,7 +75,8 @@ template <bool kPairs, class T, int... kRow>
 FLEX_INLINE void few_tile_of(int64_t rows, int64_t first_row, int64_t columns, int64_t depth, const float* a, int64_t a_panel,
                              const Rows& b, int64_t first, float* c, int64_t c_stride, const char* next, int64_t lines,
                              std::integer_sequence<int, kRow...>) {
-  using Tile = void (*)(int64_t, int64_t, int64_t, const float*, int64_t, const Rows&, int64_t, float*, int64_t, const char*, int64_t);
+  using Tile = void (*)(int64_t, int64_t, int64_t, const float*, int64_t, const Rows&, int64_t, float*, int64_t, const char*,
+                        int64_t);
   static constexpr Tile kTiles[] = {few_tile<kPairs, kRow + 1, T>...};
   kTiles[rows - 1](first_row, columns, depth, a, a_panel, b, first, c, c_stride, next, lines);
 }
