@@ -59,10 +59,17 @@ VERDICTS = {
 END = "<!-- end -->"
 
 
-def configure(setting: str, out: Path, base: Path | None, dolly: Path | None, seeds: tuple[int, ...]) -> RunConfig:
-    """The run of a setting, all methods and seeds; writes its data where they are not there yet."""
+def configure(
+    setting: str,
+    out: Path,
+    base: Path | None,
+    dolly: Path | None,
+    seeds: tuple[int, ...],
+    methods: tuple[str, ...] = tuple(METHODS),
+) -> RunConfig:
+    """The run of a setting, all its methods and seeds; writes its data where they are not there yet."""
     folder = out / setting
-    common = [f"train.methods={json.dumps(list(METHODS))}", f"train.seeds={json.dumps(list(seeds))}", "threads=1"]
+    common = [f"train.methods={json.dumps(list(methods))}", f"train.seeds={json.dumps(list(seeds))}", "threads=1"]
     if setting == "demo":
         data = folder / "data-{seed}"
         for seed in (*seeds, TUNED_ON[setting]):
@@ -211,6 +218,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--dolly", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: all)")
     parser.add_argument("--page", type=Path)
     parser.add_argument("--privacy", type=Path)
     given = parser.parse_args()
@@ -223,7 +231,8 @@ def main() -> None:
         return
     setting = "dolly" if given.dolly is not None else "demo"
     seeds = tuple(given.seeds or SEEDS[setting])
-    measure(setting, configure(setting, given.out, given.base, given.dolly, seeds), Console())
+    methods = tuple(given.methods or METHODS)
+    measure(setting, configure(setting, given.out, given.base, given.dolly, seeds, methods), Console())
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from benchmarks import rivals
 from flex.methods import METHODS
 
 
-def test_the_demo_is_configured_with_every_method(tmp_path: Path) -> None:
+def test_the_demo_is_configured_with_every_method_or_some(tmp_path: Path) -> None:
     config = rivals.configure("demo", tmp_path, None, None, (31,))
     assert config.train.methods == tuple(METHODS)
     assert Path(config.data.for_seed(31).train).exists()
     assert Path(config.data.for_seed(rivals.TUNED_ON["demo"]).train).exists()
     assert Path(config.anchor.text.replace("{seed}", "31")).exists()
+    some = rivals.configure("demo", tmp_path, None, None, (31,), ("base", "flex"))
+    assert some.train.methods == ("base", "flex")
     with pytest.raises(SystemExit, match="dolly needs --base"):
         rivals.configure("dolly", tmp_path, None, None, (0,))
 
