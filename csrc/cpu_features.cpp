@@ -13,11 +13,11 @@ struct Isa {
   const Kernels* bf16_pairs;  // for bf16 times bf16, where that has an instruction of its own
 };
 
+constexpr int kFewSlowPairs = 4;  // rows: with more, the products take longer than the memory
+
 // Intel's processors with AMX take a product of pairs every other cycle, and two of fp32 each cycle: twice the operations.
 // Where AMX itself is not to be had (a virtual machine may hide it), bf16 is widened, but for the few rows that wait for
 // memory.
-constexpr int kFewSlowPairs = 4;
-
 const Kernels* pairs_for_few_rows() {
   if (avx512_kernels() == nullptr || avx512_bf16_kernels() == nullptr) return nullptr;
   static const Kernels mixed = [] {
