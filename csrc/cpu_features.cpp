@@ -13,7 +13,7 @@ struct Isa {
   const Kernels* bf16_pairs;  // for bf16 times bf16, where that has an instruction of its own
 };
 
-constexpr int kFewSlowPairs = 4;  // rows: with more, the products take longer than the memory
+constexpr int kFewSlowPairs = 4;  // rows; more were not measured there
 
 // Intel's processors with AMX take a product of pairs every other cycle, and two of fp32 each cycle: twice the operations.
 // Where AMX itself is not to be had (a virtual machine may hide it), bf16 is widened, but for the few rows that wait for
