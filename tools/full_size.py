@@ -65,6 +65,7 @@ def make_base(folder: Path, layers: int, experts: int, format: str, seed: int = 
     """Random weights of these sizes, tensor by tensor into the files of `save_prepared`."""
     tokenizer = build_tokenizer()
     config = base_config(layers, experts, tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config).state_dict()
@@ -118,7 +119,8 @@ def run_config(base: Path | str, data: tuple[Path, Path], output: Path, format: 
             "calibration_sequences": SEQUENCES,
             "training": "full",
         },
-        train={"methods": ("flex",), "rounds": 1, "steps": STEPS, "batch_size": BATCH},
+        # The activations of 24 layers would be the largest part of what is held, more than the experts.
+        train={"methods": ("flex",), "rounds": 1, "steps": STEPS, "batch_size": BATCH, "gradient_checkpointing": True},
         evaluate={"batch_size": BATCH, "rouge": False},
     )
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flex.data.examples import Batch, Encoder, Example
-from flex.evaluation.score import Prepare, token_logits
+from flex.evaluation.score import Prepare, run_layers
 from flex_kernels import Graft, reference
 
 LOOK_TOKENS = 512  # of a client's prompts; with 60 experts and 4 a token each expert gets about 34
@@ -148,6 +148,7 @@ def prompts_of(examples: Sequence[Example], most_tokens: int) -> list[Example]:
     return found
 
 
+@torch.no_grad()
 def look(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -173,7 +174,7 @@ def look(
             prepare([prompt.input_ids for prompt in chosen])
         batch = encoder.batch(chosen, device)
         with _hooked(model, layers, found, batch.attention_mask.bool().flatten()):
-            _forward(model, batch)
+            run_layers(model, batch)
     return {name: own for name, own in found.items() if own.num_tokens}
 
 
@@ -214,12 +215,6 @@ def _hooked(
             hook.remove()
 
 
-def _forward(model: nn.Module, batch: Batch) -> None:
-    """A forward whose head sees the first token alone."""
-    first = torch.zeros(1, dtype=torch.long, device=batch.input_ids.device)
-    token_logits(model, batch, first, first)
-
-
 def graft_flops(graft: Graft) -> int:
     """Of one token: its three matrices and its gate, a multiplication and an addition each."""
     return 2 * (math.prod(graft.gate_up_proj.shape) + math.prod(graft.down_proj.shape) + graft.hidden_size)
@@ -240,6 +235,7 @@ def layer_flops(model: nn.Module, name: str, layer: nn.Module, top_k: int) -> in
     return 2 * (experts + sum(math.prod(parameter.shape) for parameter in shared))
 
 
+@torch.no_grad()
 def forward_seconds(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -262,7 +258,7 @@ def forward_seconds(
                     layers[name].graft = graft if which == "with" else None
                 _finish(device)
                 started = clock()
-                _forward(model, batch)
+                run_layers(model, batch)
                 _finish(device)
                 times[which].append(clock() - started)
     finally:

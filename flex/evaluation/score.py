@@ -4,8 +4,8 @@ Exact match is by teacher forcing: greedy decoding gives the reference exactly i
 reference's own prefix is right, end token included; one forward pass decides it. ROUGE is of real greedy decoding.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, TextStreamer
 from flex.config import EvaluateSettings
 from flex.data.examples import IGNORED, Batch, Encoder, Example
 from flex.evaluation.words import rouge_scorer
+from flex.model.compiled import is_compiled
 
 # Called with the prompts of a batch before the model answers them, in their order; a method that looks at its input
 # first hangs itself in here.
@@ -24,22 +25,26 @@ Prepare = Callable[[Sequence[Sequence[int]]], None]
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(logits [N, V], targets [N], row [N]) of the N response tokens of a batch; `row` is the example's place in it."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     targets = batch.labels[:, 1:]
     row, column = torch.where(targets != IGNORED)
-    return output.logits[:, :-1][row, column], targets[row, column], row
+    return token_logits(model, batch, row, column), targets[row, column], row
 
 
-@torch.no_grad()
 def token_logits(model: nn.Module, batch: Batch, row: Tensor, column: Tensor) -> Tensor:
     """[N, V]: the logits at N places of a batch. The model's head sees those places alone, so that the logits of all
-    others are never made."""
-    with _head_sees(model, row, column):
+    others, and their gradients, are never made; but for a model that is compiled as one."""
+    with contextlib.nullcontext() if is_compiled(model) else _head_sees(model, row, column):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits[row, column] if logits.shape[:2] == batch.input_ids.shape else logits[0]
 
 
-@contextmanager
+def run_layers(model: nn.Module, batch: Batch) -> None:
+    """A forward for what hooks see of it: the head sees the first token alone."""
+    first = torch.zeros(1, dtype=torch.long, device=batch.input_ids.device)
+    token_logits(model, batch, first, first)
+
+
+@contextlib.contextmanager
 def _head_sees(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flex.data.examples import IGNORED, Batch, Encoder, Example
 from flex.errors import FlexError
-from flex.evaluation.score import response_logits
+from flex.evaluation.score import response_logits, run_layers
 from flex.model.adapters import pretrained_only
 from flex.model.base import Base
 from flex.store.files import load_tensors, save_tensors
@@ -199,7 +199,7 @@ def _show(
     try:
         with torch.set_grad_enabled(target == "correction"):
             if target == "output":
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                run_layers(model, batch)
             else:
                 logits, labels, _ = response_logits(model, batch)
                 F.cross_entropy(logits.float(), labels, reduction="sum").backward()
