@@ -46,6 +46,8 @@ def measure(config: RunConfig, seed: int, limit: int) -> dict[str, dict[str, dic
         model = load_base(config.with_values(model={"experts": format}).model)
         world = load_world(config, seed, model)
         sets = {"clients": [e for client in world.clients for e in client.test], "general": world.general}
+        if not config.data.test:  # one file, of which a share was held out: all of it
+            sets["clients"] += [e for client in world.clients for e in client.train]
         for name, examples in sets.items():
             if not examples:
                 continue
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.model:
                 config = RunConfig().with_values(
                     model={"path": given.model},
-                    data={"train": given.data, "test": given.data, "template": given.template, "clients_by": "client"},
+                    data={"train": given.data, "template": given.template, "split": "iid", "num_clients": 1},
                 )
             else:
                 config = demo_config(folder)
