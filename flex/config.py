@@ -88,6 +88,8 @@ class ModelConfig:
     experts_implementation: str = "flex"
     # "auto" keeps the experts as the checkpoint has them; else a format of flex_kernels/weights.py
     experts: str = setting("auto", choices=("auto", "int8", "nf4"))
+    # "auto" leaves a shared expert to its own module; else the fused operation computes it, its weights in that format
+    shared_experts: str = setting("auto", choices=("auto", "dense", "int8", "nf4"))
 
     def __post_init__(self) -> None:
         check("model", self)

@@ -31,6 +31,7 @@ from flex_kernels.selection.one_expert import (
 from flex_kernels.selection.refit import Refit, refit_down, unexplained
 from flex_kernels.selection.subsets import ExpertGram, RenormalizedLosses, Subset, best_scaled_subset, expert_gram
 from flex_kernels.selection.sums import merged
+from flex_kernels.shared_experts import prepare_shared_experts
 from flex_kernels.transformers_plug import ExpertWeights, LayerPath, expert_weights, explain, moe_layers, register
 from flex_kernels.weight_files import load_prepared, save_prepared
 from flex_kernels.weights import FrozenWeight
@@ -69,6 +70,7 @@ __all__ = [
     "neuron_sums",
     "prefilter",
     "prepare_experts",
+    "prepare_shared_experts",
     "random_choice",
     "reconstruction",
     "refit_down",

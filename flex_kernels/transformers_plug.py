@@ -204,7 +204,7 @@ def is_split(experts: nn.Module) -> bool:
 
 def activation_name(experts: nn.Module) -> str | None:
     """The name of a module's activation in `reference.ACTIVATIONS`, or None where it is not among them."""
-    act_fn = getattr(experts, "act_fn", None)
+    act_fn = getattr(experts, "act_fn", None) or getattr(experts, "activation_fn", None)
     if type(act_fn) is nn.GELU:
         return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
     if act_fn is nn.functional.silu:

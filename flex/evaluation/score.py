@@ -16,7 +16,6 @@ from transformers import GenerationConfig, TextStreamer
 from flex.config import EvaluateSettings
 from flex.data.examples import IGNORED, Batch, Encoder, Example
 from flex.evaluation.words import rouge_scorer
-from flex.model.compiled import is_compiled
 
 # Called with the prompts of a batch before the model answers them, in their order; a method that looks at its input
 # first hangs itself in here.
@@ -33,7 +32,8 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Ten
 def token_logits(model: nn.Module, batch: Batch, row: Tensor, column: Tensor) -> Tensor:
     """[N, V]: the logits at N places of a batch. The model's head sees those places alone, so that the logits of all
     others, and their gradients, are never made; but for a model that is compiled as one."""
-    with contextlib.nullcontext() if is_compiled(model) else _head_sees(model, row, column):
+    compiled = hasattr(model.forward, "get_compiler_config")  # a hook that is new would compile it anew
+    with contextlib.nullcontext() if compiled else _head_sees(model, row, column):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits[row, column] if logits.shape[:2] == batch.input_ids.shape else logits[0]
 

@@ -95,6 +95,13 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> Base:
         raise FlexError(f"{config.path} ({type(model).__name__}) has no MoE layers; FLEx grafts experts, it needs some")
     model.requires_grad_(False)
     _check_finite(config.path, model)
+    if config.shared_experts != "auto":
+        try:
+            flex_kernels.prepare_shared_experts(
+                model, None if config.shared_experts == "dense" else config.shared_experts
+            )
+        except ValueError as error:
+            raise FlexError(f"model.shared_experts = {config.shared_experts!r}: {error}") from None
     try:
         model.to(device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:

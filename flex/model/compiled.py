@@ -34,11 +34,6 @@ def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
         del model.forward
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """In a block of `compiled`, where a new hook on a part of the model would compile it anew."""
-    return "forward" in vars(model)
-
-
 def forget_compiled() -> None:
     """Before another job: of one piece of code torch keeps a few compiled versions, and then runs it as it stands."""
     torch.compiler.reset()

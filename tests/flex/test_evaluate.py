@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import records, tiny_config
 from transformers import GenerationConfig
 
 from flex.config import EvaluateSettings
-from flex.data.examples import Encoder
+from flex.data.examples import IGNORED, Encoder
 from flex.demo.language import build_tokenizer
-from flex.evaluation.score import generate, score
+from flex.evaluation.score import generate, response_logits, score
 from flex.runs.world import load_world
 
 
@@ -120,3 +121,24 @@ def test_an_answer_ends_at_the_tokenizers_and_at_the_templates_end_token():
     assert Encoder(tokenizer, "chat", 64).end_ids() == ends
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     assert Encoder(tokenizer, "chat", 64).end_ids() == ends[:1]
+
+
+def test_the_head_sees_response_tokens_alone_and_gradients_are_those_of_all_logits(tmp_path):
+    config = tiny_config(tmp_path)
+    world = load_world(config, 0)
+    model, head = world.base.model, world.base.model.get_output_embeddings()
+    batch = world.encoder.batch(world.clients[0].train[:4])
+    seen, weight = [], model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    weight.requires_grad_(True)
+    logits, targets, row = response_logits(model, batch)
+    hook.remove()
+    count = int((batch.labels[:, 1:] != IGNORED).sum())
+    assert seen == [(1, count, head.out_features)]
+    assert row.bincount(minlength=4).tolist() == (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+    (grad,) = torch.autograd.grad(F.cross_entropy(logits, targets), weight)
+    everything = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(everything, batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
+    (want,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-7)
+    assert not head._forward_pre_hooks

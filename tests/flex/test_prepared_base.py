@@ -7,7 +7,7 @@ import quantised
 import torch
 from rich.console import Console
 from tiny import read_log, save_model, tiny_config
-from transformers import AutoTokenizer, Qwen2MoeForCausalLM
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, Qwen2MoeForCausalLM
 
 import flex_kernels
 from flex.config import ModelConfig, read_config
@@ -98,3 +98,45 @@ def test_experts_that_a_quantised_base_has_dense_stay_so_or_are_kept_as_is_asked
 def test_another_format_is_no_setting():
     with pytest.raises(FlexError, match=r"model.experts is .int4."):
         ModelConfig(experts="int4")
+
+
+def test_shared_experts_by_the_fused_operation_are_the_same_base(tmp_path):
+    config = tiny_config(tmp_path, model={"shared_experts": "dense"}).with_values(train={"methods": ("flex",)})
+    path = config.model.path
+    bases = {
+        format: load_base(ModelConfig(path=path, shared_experts=format)) for format in ("auto", "dense", "int8", "nf4")
+    }
+    assert bases["dense"].fingerprint == bases["auto"].fingerprint  # what was trained on one goes on the other
+    assert len({base.fingerprint for base in bases.values()}) == 3
+    run(config, Console(quiet=True))
+    plain = config.with_values(model={"shared_experts": "auto"})
+    plain = dataclasses.replace(plain, output=str(tmp_path / "plain"))
+    run(plain, Console(quiet=True))
+    scores = [
+        [e["loss"] for e in read_log(folder / "metrics.jsonl") if e.get("event") == "evaluate"]
+        for folder in (tmp_path / "run", tmp_path / "plain")
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    adapted = config.with_values(lora={"targets": ("up_proj",)})
+    with pytest.raises(FlexError, match=r"lora.targets names \['up_proj'\], which the model lacks"):
+        run(dataclasses.replace(adapted, output=str(tmp_path / "adapted")), Console(quiet=True))
+
+
+def test_a_base_without_shared_experts_is_named(tmp_path):
+    path = str(save_model(tmp_path / "model"))
+    with pytest.raises(FlexError, match=r"model.shared_experts is .fused."):
+        ModelConfig(path=path, shared_experts="fused")
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    mixtral.save_pretrained(tmp_path / "mixtral")
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(FlexError, match=r"model.shared_experts = 'nf4': MixtralForCausalLM has no shared experts"):
+        load_base(ModelConfig(path=str(tmp_path / "mixtral"), shared_experts="nf4"))
