@@ -22,7 +22,9 @@ CHAPTERS = {
     "Grafts on a transformers model": [
         *("attach_graft", "detach_graft", "train_grafts", "save_grafts", "load_grafts", "graft_callback"),
     ],
-    "Experts in 8 and 4 bits": ["prepare_experts", "load_prepared", "save_prepared", "FrozenWeight"],
+    "Experts in 8 and 4 bits": [
+        *("prepare_experts", "prepare_shared_experts", "load_prepared", "save_prepared", "FrozenWeight"),
+    ],
     "Router, gate and sum": ["grafted_route", "route", "routing_plan", "graft_logits", "combine"],
     "Scoring components": ["score_experts", "score_neurons"],
     "Choosing one expert": ["*one_expert"],
